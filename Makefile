@@ -1,0 +1,49 @@
+# One environment, .venv, built from requirements/*.lock; a stamp in it says that an install came to its end,
+# so an interrupted one is simply taken up again by the next `make`.
+PYTHON ?= python3
+PRESET ?= cpu
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.DEFAULT_GOAL := setup
+.PHONY: setup dev help reproduce test prepare lab docs bench clean
+
+setup: .venv/.cpu ## the environment that runs everything (default)
+dev: .venv/.dev ## the same, with notebooks, tests, docs, Ray and vLLM
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+reproduce: .venv/.cpu ## the figures, from nothing (PRESET=cpu)
+	$(BIN)/stars reproduce --preset $(PRESET)
+
+test: .venv/.dev ## exports and README agree with the notebooks, every notebook runs, every test passes
+	tests/drift.sh
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re '^(figures$$|[_.])'
+	$(BIN)/python -m pytest
+
+prepare: .venv/.dev ## clean the notebooks, export the modules, write README.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/prepare
+
+lab: .venv/.dev ## open the notebooks (LABFLAGS=...)
+	$(BIN)/jupyter lab --notebook-dir=nbs $(LABFLAGS)
+
+docs: .venv/.dev ## the site, in _docs
+	$(BIN)/python .ci/docs.py
+
+bench: .venv/.dev ## the speed comparisons
+	set -e; for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python "$$f"; done
+
+clean: ## drop what can be built again, but no runs
+	rm -rf build dist *.egg-info _docs _proc
+
+.venv/.cpu: requirements/cpu.lock setup.py settings.ini
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the locks need Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements/cpu.lock
+	$(PIP) --no-deps -e .
+	@touch $@
+
+.venv/.dev: requirements/dev.lock .venv/.cpu
+	$(PIP) --no-deps -r requirements/dev.lock
+	@touch $@

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Prepares a copy of the tree and compares: fails where stars/, README.md or a notebook is not what `make prepare` writes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -R nbs stars settings.ini README.md "$copy"
+find "$copy/stars" -maxdepth 1 -name '*.py' ! -name __init__.py -delete    # so a module without a notebook shows
+(cd "$copy" && PATH="$OLDPWD/.venv/bin:$PATH" "$OLDPWD/.ci/prepare" >/dev/null)
+for path in nbs stars README.md; do
+    diff -r -u -x __pycache__ -x .ipynb_checkpoints -x .last_checked "$path" "$copy/$path" | cut -c1-200 || drifted=1
+done
+if [ "${drifted-}" ]; then echo "The lines above differ from what the notebooks produce: run make prepare." >&2; exit 1; fi
+echo "stars/, README.md and the notebooks agree."

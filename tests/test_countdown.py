@@ -1,0 +1,365 @@
+"Countdown: problems, solver, splits, prompts, verifier and parquet, checked against oracles written independently of it"
+import ast,os,random,subprocess,sys,time
+from fractions import Fraction
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import pyarrow as pa, pyarrow.parquet as pq, pytest
+from hypothesis import HealthCheck,given,settings,strategies as st
+from stars.countdown import (MAX_CHARS,MAX_DEPTH,SPLITS,TEMPLATES,Problem,Space,all_problems,answer_of,from_parquet,make_prompt,
+                             messages,parse_answer,parse_expression,problems_from_rows,sample_problems,score,solvable,solve,
+                             split_of,to_parquet)
+
+MICRO = dict(n_numbers=3, max_number=12, min_target=10, max_target=30)
+SMALL = dict(max_number=20, max_target=50)
+
+# ---- oracles
+
+def all_values(nums, fractions=False):
+    "Every value of every expression over `nums`: take any two, put any result back, go on"
+    if len(nums)==1: return {nums[0]}
+    out = set()
+    for i,a in enumerate(nums):
+        for j,b in enumerate(nums):
+            if i==j: continue
+            rest = [x for k,x in enumerate(nums) if k not in (i,j)]
+            made = [a+b, a*b]
+            if fractions or a>=b: made.append(a-b)
+            if b and (fractions or a%b==0): made.append(Fraction(a)/b)
+            for v in made: out |= all_values(rest+[v], fractions)
+    return out
+
+def ast_value(text):
+    "Value and numbers of `text` read by Python's own grammar, over fractions"
+    ops,used = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__},[]
+    def go(n):
+        if isinstance(n, ast.BinOp): return ops[type(n.op)](go(n.left), go(n.right))
+        assert isinstance(n, ast.Constant) and type(n.value) is int
+        used.append(n.value)
+        return Fraction(n.value)
+    return go(ast.parse(text.strip(), mode='eval').body),used
+
+def tagged(text): return f'<answer>{text}</answer>'
+
+# ---- problems
+
+def test_key_ignores_order_and_types_are_exact():
+    np = pytest.importorskip('numpy')
+    p = Problem(np.array([5,3,4]), np.int64(17))
+    assert p==Problem((5,3,4), 17) and p.key==Problem((3,4,5), 17).key==((3,4,5),17)
+    assert split_of(p)==split_of(Problem((3,4,5), 17)) and type(p.numbers[0]) is int
+    for bad in ((3,4.0), (3,'4'), (3,None)):
+        with pytest.raises(TypeError): Problem(bad, 7)
+
+@pytest.mark.parametrize('space', [{}, SMALL, MICRO, dict(split='eval', **SMALL), dict(n_numbers=(2,5), weights=(.9,.1), **SMALL)])
+def test_prefix_repeats_and_solvability(space):
+    long = sample_problems(300, 7, **space)
+    assert sample_problems(300, 7, **space)==long
+    for n in (0,1,17,299): assert sample_problems(n, 7, **space)==long[:n]
+    assert len({p.key for p in long})==300
+    s = Space(**space)
+    for p in long:
+        assert len(p.numbers) in s.n_numbers and s.min_target<=p.target<=s.max_target
+        assert all(s.min_number<=x<=s.max_number for x in p.numbers)
+    for p in long[:60]:
+        if len(p.numbers)<5: assert p.target in all_values(list(p.numbers))
+
+def test_prefix_holds_to_the_last_problem():
+    "the list of leftovers at the end of a small space may not change what came before"
+    full = sample_problems(1682, 0, **MICRO)
+    for n in (1500,1650,1675,1681): assert sample_problems(n, 0, **MICRO)==full[:n]
+    assert {p.key for p in full}=={p.key for p in all_problems(Space(**MICRO))}
+
+def test_the_whole_micro_space_matches_brute_force():
+    want = {(c,int(v)) for c in combinations_with_replacement(range(1,13), 3) for v in all_values(list(c)) if 10<=v<=30}
+    assert {p.key for p in all_problems(Space(**MICRO))}==want and len(want)==1682
+
+def test_golden():
+    "these may never change: published data sets and splits depend on them"
+    assert [(p.numbers,p.target) for p in sample_problems(3, 0)]==[((42,26,51,41),78), ((28,75,62,25),37), ((43,61,91,96),99)]
+    assert [split_of(Problem((3,4,5), t)) for t in range(10,18)]==['prime', 'prime', 'train', 'train', 'train', 'prime', 'eval', 'train']
+
+def test_same_in_every_process():
+    code = 'from stars.countdown import *; print([(p.numbers,p.target,split_of(p),solve(p.numbers,p.target)) for p in sample_problems(40,11,split="train")])'
+    run = lambda s: subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED':s}, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout
+    assert run('1')==run('2')!=''
+
+def test_global_random_is_neither_used_nor_touched():
+    random.seed(1); a = random.getstate(); sample_problems(20, 3); score(tagged('1+2'), (1,2), 3)
+    assert random.getstate()==a
+
+def test_weights_and_targets_are_what_was_asked_for():
+    ps = sample_problems(2000, 5, n_numbers=(3,4), weights=(.8,.2), max_number=30, min_target=10, max_target=29)
+    assert abs(sum(len(p.numbers)==3 for p in ps)/2000-.8)<.04
+    assert all(abs(sum(p.target==t for p in ps)/2000-.05)<.02 for t in range(10,30))
+    assert all(len(p.numbers)==4 for p in sample_problems(30, 1, weights=(0,1)))
+
+def test_exclude():
+    first = sample_problems(40, 2, **SMALL)
+    out = [first[0], first[1].key, first[2].numbers[::-1]]
+    keys = {p.key for p in sample_problems(400, 2, exclude=out, **SMALL)}
+    assert not keys&{first[0].key, first[1].key} and first[2].key[0] not in {k[0] for k in keys}
+
+@pytest.mark.parametrize('bad,word', [
+    (dict(min_target=9, max_target=5), 'min_target=9'), (dict(min_number=9, max_number=5), 'min_number=9'), (dict(min_number=0), 'min_number=0'),
+    (dict(n_numbers=()), r'n_numbers=\(\)'), (dict(n_numbers=(3,40)), '40'), (dict(n_numbers=None), 'None'), (dict(n_numbers='34'), 'n_numbers'),
+    (dict(weights=(1,)), 'weights'), (dict(weights=(0,0)), 'weights'), (dict(weights=(1,-1)), 'weights'), (dict(weights=(1,float('nan'))), 'nan'),
+    (dict(weights=('a','b')), 'weights'), (dict(split='test'), 'prime, train, eval'), (dict(max_target=None), 'max_target=None'),
+    (dict(max_number=2.5), '2.5'), (dict(exclude=[7]), 'exclude: 7'), (dict(exclude=['abc']), 'exclude')])
+def test_bad_parameters(bad, word):
+    with pytest.raises(ValueError, match=word): sample_problems(3, 0, **bad)
+
+def test_bad_n_and_seed_and_unknown_names():
+    for n in (-1,2.5,'3'):
+        with pytest.raises(ValueError, match='n='): sample_problems(n, 0)
+    with pytest.raises(ValueError, match='seed'): sample_problems(3, 'x')
+    with pytest.raises(TypeError, match='max_targets'): sample_problems(3, 0, max_targets=9)
+
+@pytest.mark.parametrize('space,word', [(MICRO, 'only 1682'), (dict(n_numbers=2, max_number=2, min_target=90), 'only 0'),
+                                        (dict(n_numbers=3, max_number=99, min_target=970300, max_target=990000), 'only 0')])
+def test_an_exhausted_space_says_so_soon(space, word):
+    t = time.perf_counter()
+    with pytest.raises(ValueError, match=word): sample_problems(5000, 0, **space)
+    assert time.perf_counter()-t < 20
+
+# ---- solver
+
+def test_solver_matches_brute_force():
+    rng = random.Random(0)
+    for _ in range(150):
+        k,t = rng.choice((2,3,3,4)),rng.randint(0,60)
+        nums = [rng.randint(1,14) for _ in range(k)]
+        s = solve(nums, t)
+        assert (s is not None)==solvable(nums, t)==(t in all_values(nums)), (nums,t,s)
+        if s: assert score(tagged(s), nums, t)==1
+    assert solve((1,2,3), -4) is None and solve((1,2), -1) is None and not solvable((), 3) and solve((), 3) is None
+    assert solve((7,), 7)=='7' and solve((7,), 8) is None
+
+def test_solver_over_fractions():
+    rng = random.Random(1)
+    for _ in range(25):
+        nums = [rng.randint(1,9) for _ in range(rng.choice((3,3,4)))]
+        reach = all_values([Fraction(x) for x in nums], fractions=True)
+        for t in rng.sample(range(-5,40), 4):
+            s = solve(nums, t, fractions=True)
+            assert (s is not None)==(t in reach)==solvable(nums, t, fractions=True), (nums,t,s)
+            if s: assert score(tagged(s), nums, t)==1
+    assert solve((8,8,3,3), 24) is None and parse_expression(solve((8,8,3,3), 24, fractions=True))[0]==24
+
+def test_zeros_on_the_way():
+    for nums in ((5,5,7),(5,5,7,9),(2,2,3,3)):
+        s = solve(nums, 0)
+        assert score(tagged(s), nums, 0)==1, s
+
+# ---- splits
+
+def test_splits_never_meet():
+    "1e5 problems from many seeds and generators: one split each, in the promised shares"
+    home,n = {},0
+    def add(p, split):
+        nonlocal n
+        n += 1
+        assert home.setdefault(p.key, split)==split
+    for seed in range(3):
+        for split in SPLITS:
+            for space in (dict(n_numbers=3, max_number=40, max_target=30), SMALL):
+                for p in sample_problems(1500, seed, split=split, **space): add(p, split)
+    for p in all_problems(Space(n_numbers=(3,4), max_number=14, min_target=1, max_target=60)): add(p, split_of(p))
+    for p in sample_problems(4000, 9, **SMALL): add(p, split_of(p))
+    assert n>=100_000
+    free = [split_of(Problem((a,b,c), 24)) for a in range(1,31) for b in range(1,31) for c in range(b,31)]
+    for s,share in SPLITS.items(): assert abs(free.count(s)/len(free)-share)<.02
+
+# ---- prompts
+
+class Chat:
+    "Stands for a Hugging Face tokenizer"
+    def apply_chat_template(self, msgs, tokenize, add_generation_prompt):
+        assert tokenize is False and add_generation_prompt is True
+        return ''.join(f'<|{m["role"]}|>{m["content"]}' for m in msgs) + '<|assistant|>'
+
+def test_prompts(tmp_path):
+    p = Problem((5,3,4), 17)
+    assert make_prompt(p)==make_prompt(p, 'micro')=='using 5 , 3 , 4 make 17 : <think>'
+    assert make_prompt(p, 'base').endswith('<think>') and '5, 3, 4' in make_prompt(p, 'base') and '{' not in make_prompt(p, 'base')
+    chat = make_prompt(p, 'chat', Chat())
+    assert chat.startswith('<|user|>') and chat.endswith('<|assistant|><think>') and 'exactly 17' in chat
+    for t in TEMPLATES: assert [m['role'] for m in messages(p, t)]==['user']
+    f = tmp_path/'own.txt'; f.write_text('{"q": "{numbers} -> {target}"} <think>')
+    assert make_prompt(p, f)==make_prompt(p, str(f))=='{"q": "5, 3, 4 -> 17"} <think>'
+
+def test_bad_prompts(tmp_path):
+    p = Problem((5,3,4), 17)
+    with pytest.raises(ValueError, match='tokenizer'): make_prompt(p, 'chat')
+    with pytest.raises(ValueError, match='micro, base, chat'): make_prompt(p, 'nope')
+    f = tmp_path/'own.txt'; f.write_text('make {target}')
+    with pytest.raises(ValueError, match=r'own.txt: \{numbers\} is missing'): make_prompt(p, f)
+
+# ---- verifier
+
+TRICKS = ['2**3', '7//2*3', '3.4*10', '5--2', '5+-2', '-3*2', '+5', '5-(-2)', '9**9**9', '1_0', '1e3', '0x1F', '007', '1 2', '2(3)', '(2)(3)', '()', '(',
+          ')', ')(', '3)', '(3', '3+', '*3', '3 4 +', '5/0', '1/(2-2)', '٣+٤', '3+४', '²', '１+２', '__import__("os")', 'True', 'a', 'None',
+          '[3]', '3,4', '3;4', '3<4', '3==3', '3=3=3', '=3', '3=', '3 = three', '3 = 3.0', '3 % 2', '3 & 1', '~3', '3\x00', '\ud800', '#', '3#', '1j', '∞', '']
+
+@pytest.mark.parametrize('trick', TRICKS)
+def test_tricks_are_not_expressions(trick):
+    with pytest.raises(ValueError): parse_answer(trick)
+
+@pytest.mark.parametrize('text,numbers,target', [
+    ('2**3', (2,3), 8), ('7//2*3', (7,2,3), 9), ('3.4*10', (3,4,10), 34), ('5--2', (5,2), 7), ('34', (3,4), 34), ('-2+5', (2,5), 3), ('3+4', (3,4,5), 7),
+    ('3+4+4', (3,4), 11), ('3+4+0', (3,4), 7), ('3+4*1', (3,4), 7), ('10/3*3', (10,3), 10), ('(3+4) = 8', (3,4), 8), ('(3+4) = 8', (3,4), 7),
+    ('3+4 = 7 = 7', (3,4), 7), ('7', (3,4), 7), ('3+4; 7', (3,4), 7), ('1/3', (1,3), 0)])
+def test_wrong_answers_get_the_format_score(text, numbers, target):
+    assert score(tagged(text), numbers, target)==.1
+    assert score(tagged(text), numbers, target, format_score=0)==0 and score(tagged(text), numbers, target, paper=True)==.1
+    assert score(text, numbers, target)==0
+
+@pytest.mark.parametrize('text', ['(3+4)*2', ' ( 3 + 4 ) * 2 ', '(3+4)*2 = 14', '(3 + 4) × 2', '\n(3+4)*2\n', '((3+4))*(2)', '2*(4+3)=14', '(3 \uff0b 4) · 2', '(4+3)*2'])
+def test_right_answers(text):
+    for response in (tagged(text), f'I add… </think>\n{tagged(text)}', tagged('1+1')+' no '+tagged(text)+' <answer>', f'<answer>{tagged(text)}</answer>'):
+        assert score(response, (2,3,4), 14)==score(response, [4,3,2], 14)==1
+
+def test_nothing_hides_behind_spaces():
+    for n in (1,50,190,300,500,MB): assert score(tagged('3+4'+' '*n+'x'), (3,4), 7)==.1
+
+def test_values_are_exact():
+    assert score(tagged('8 / (3 − 8÷3)'), (3,3,8,8), 24)==1
+    assert score(tagged('1/3*3*1000000000000'), (1,3,3,10**12), 10**12)==.1 # 13 digits is beyond the bound
+    assert score(tagged('100000000000/3*3'), (10**11,3,3), 10**11)==1
+    assert parse_answer('3 - 5 = -2')==(-2,[3,5])
+
+def test_paper_mode_only_differs_in_layout():
+    ok = tagged('(3+4)*2')
+    assert [score(r, (2,3,4), 14, paper=True) for r in (ok, 'so\n'+ok, ok+'\n', ok+'\nbye', tagged('(3+4)*2 = 14'), tagged('(3+4)×2'), '<answer>(3+4)\n*2</answer>')]==[1,1,0,0,.1,.1,0]
+
+def test_answer_of():
+    for text,want in (('', None), ('<answer>', None), ('</answer>', None), ('</answer><answer>', None), ('<answer></answer>', ''), ('<answer>1', None),
+                      ('<answer>1</answer><answer>2', '1'), ('<answer>1</answer> 2</answer>', '1'), ('<answer>1<answer>2</answer>', '2'),
+                      ('<ANSWER>1</ANSWER>', None), ('a<answer> 1\n</answer>b', '1')): assert answer_of(text)==want, text
+
+NUM = st.integers(0,120)
+@st.composite
+def expressions(draw, depth=4):
+    if depth==0 or draw(st.integers(0,3))==0: return str(draw(NUM))
+    s = f'{draw(expressions(depth-1))}{draw(st.sampled_from([" + ","-","*"," / "]))}{draw(expressions(depth-1))}'
+    return f'({s})' if draw(st.booleans()) else s
+
+FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+
+@settings(max_examples=600, **FUZZ)
+@given(expressions(), st.integers(-3,200))
+def test_agrees_with_pythons_grammar(text, target):
+    if len(text)>MAX_CHARS: return
+    try: value,used = ast_value(text)
+    except ZeroDivisionError: value,used = None,[1]
+    try: assert parse_expression(text)==(value,used)
+    except ValueError: assert value is None or text.count('(')>MAX_DEPTH or len(text)>MAX_CHARS or sum(c in '+-*/()' for c in text)+len(used)>64
+    if value is not None and value.denominator==1 and len(used)<12 and text.count('(')<10:
+        assert score(tagged(text), used, int(value))==1 and score(tagged(text), used, int(value)+1)==.1
+        assert score(tagged(text), used+[1], int(value))==.1
+        assert score(tagged(text), used, target)==(1 if value==target else .1)
+
+PIECES = ['<answer>','</answer>','<think>','</think>','<','>','/','answer','+','-','*','/','//','**','(',')','=','×','÷','−','.',' ','\n','\t','\x00','0','1','3','4','12',
+          '99999999999999','٣','²','½','\ud800','e','_','3+4','(3+4)','<answer>3+4</answer>','=7','']
+NEAR = st.lists(st.sampled_from(PIECES), max_size=25).map(''.join)
+VERDICTS = []
+
+@settings(max_examples=250, **FUZZ)
+@given(st.lists(st.one_of(NEAR, NEAR.map(tagged), st.text(max_size=40), st.text(max_size=20).map(tagged)), min_size=44, max_size=50))
+def test_never_raises_never_slow(texts):
+    "each example is a batch of texts, so that all of them together are more than 10,000"
+    for text in texts:
+        t = time.process_time()
+        for paper in (False,True):
+            s = score(text, (3,4), 7, paper=paper)
+            assert s in (0,.1,1)
+            if s==1: # a correct answer is one to Python too, once the signs are plain
+                a = answer_of(text).translate(str.maketrans('×÷−','*/-')).split('=')[0]
+                assert ast_value(' '.join(a.split())) in [(7,[3,4]),(7,[4,3])]
+        assert time.process_time()-t<.2
+        VERDICTS.append(s)
+
+def test_the_fuzz_saw_enough():
+    if VERDICTS: assert len(VERDICTS)>=10_000 and {0,.1,1}<=set(VERDICTS)
+
+MB = 1_000_000
+@pytest.mark.parametrize('name,text', [
+    ('parens', '('*MB), ('parens in a tag', tagged('('*MB)), ('closed', tagged('('*MB+'1'+')'*MB)), ('nested 150', tagged('('*90+'1'+')'*90)), ('power', tagged('9**9**9')),
+    ('digits', tagged('9'*MB)), ('sum', tagged('1+'*MB+'1')), ('opens', '<answer>'*MB), ('closes', '</answer>'*MB), ('pairs', tagged('')*MB), ('opens, one close', '<answer>'*MB+'</answer>'),
+    ('nested tags', '<answer>'*MB+'1'+'</answer>'*MB), ('almost', '<answe'*MB), ('spaces', tagged(' '*MB)), ('result', tagged('1='+'9'*MB)), ('result spaces', tagged('1='+' '*MB+'x')),
+    ('equals', tagged('='*MB)), ('unicode digits', tagged('٣'*MB)), ('minus', tagged('−'*MB)), ('words after spaces', tagged('3+4'+' '*MB+'x')), ('lines', '\n'*MB), ('nulls', '\0'*MB)])
+def test_pathological(name, text):
+    t = time.process_time()
+    assert score(text, (3,4), 7) in (0,.1) and score(text, (3,4), 7, paper=True) in (0,.1)
+    assert time.process_time()-t < max(len(text)/1000*.001, .01) # the promise: no input slower than 1 ms per KB
+
+def test_deep_inside_a_deep_stack():
+    "a recursion limit that is nearly used up must not turn an answer into an exception"
+    def down(n): return score(tagged('('*MAX_DEPTH+'3'+')'*MAX_DEPTH+'+4'), (3,4), 7) if n==0 else down(n-1)
+    assert down(500)==1
+
+# ---- parquet
+
+def test_round_trip(tmp_path):
+    for split in (*SPLITS,None):
+        ps = sample_problems(30, 1, split=split)
+        assert from_parquet(to_parquet(ps, tmp_path/'deep'/f'{split}.parquet', split))==ps
+    assert from_parquet(to_parquet([], tmp_path/'none.parquet'))==[]
+    assert not [f for f in tmp_path.rglob('*') if 'tmp' in f.name]
+
+def test_schema_is_verls(tmp_path):
+    p = sample_problems(1, 1, split='train')[0]
+    row, = pq.read_table(to_parquet([p], tmp_path/'a.parquet', 'train', template='chat')).to_pylist()
+    assert row==dict(data_source='countdown', prompt=messages(p, 'chat'), ability='math', extra_info=dict(split='train', index=0),
+                     reward_model=dict(style='rule', ground_truth=dict(target=p.target, numbers=list(p.numbers))))
+
+def test_a_leaking_split_is_refused_and_nothing_is_written(tmp_path):
+    ps = sample_problems(5, 1, split='eval')
+    with pytest.raises(ValueError, match="problem 0.*'eval', not 'train'"): to_parquet(ps, tmp_path/'a.parquet', 'train')
+    to_parquet(ps, tmp_path/'test.parquet', 'test')
+    assert os.listdir(tmp_path)==['test.parquet']
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    f,ps = tmp_path/'a.parquet',sample_problems(5, 1)
+    to_parquet(ps, f)
+    def broken(table, path): Path(path).write_bytes(b'half'); raise OSError('disk full')
+    monkeypatch.setattr(pq, 'write_table', broken)
+    with pytest.raises(OSError): to_parquet(sample_problems(5, 2), f)
+    monkeypatch.undo()
+    assert from_parquet(f)==ps and os.listdir(tmp_path)==['a.parquet']
+
+def rows(n=3): return [dict(prompt=[dict(role='user', content='q')], reward_model=dict(style='rule', ground_truth=dict(target=7, numbers=[3,4]))) for _ in range(n)]
+def truth(r, **kw): r['reward_model']['ground_truth'].update(kw)
+def nulled(r, k): r[k] = None
+
+@pytest.mark.parametrize('spoil,word', [
+    (lambda r: truth(r, numbers=None), 'row 1, column reward_model.ground_truth.numbers: missing or null'),
+    (lambda r: truth(r, numbers=[3,None]), 'row 1, column reward_model.ground_truth.numbers: None is not a whole'),
+    (lambda r: truth(r, numbers=[]), r'row 1, column reward_model.ground_truth.numbers: \[\] is not a list'),
+    (lambda r: truth(r, numbers=[3,-4]), 'row 1, column reward_model.ground_truth.numbers: -4 is below 1'),
+    (lambda r: truth(r, target=None), 'row 1, column reward_model.ground_truth.target: missing or null'),
+    (lambda r: nulled(r['reward_model'], 'ground_truth'), 'row 1, column reward_model.ground_truth: missing'),
+    (lambda r: nulled(r, 'reward_model'), 'row 1, column reward_model: missing'), (lambda r: nulled(r, 'prompt'), 'row 1, column prompt: missing'),
+    (lambda r: nulled(r['prompt'][0], 'role'), 'row 1, column prompt')])
+def test_malformed_row(tmp_path, spoil, word):
+    rs = rows(); spoil(rs[1])
+    pq.write_table(pa.Table.from_pylist(rs), tmp_path/'a.parquet')
+    with pytest.raises(ValueError, match=word): from_parquet(tmp_path/'a.parquet')
+
+@pytest.mark.parametrize('rs,word', [
+    ([dict(target=7, numbers=['3','4'])], "row 0, column numbers: '3' is not a whole"), ([dict(target='7', numbers=[3,4])], "row 0, column target: '7'"),
+    ([dict(target=7.0, numbers=[3,4])], 'row 0, column target: 7.0'), ([dict(target=7, numbers='3 4')], "column numbers: '3 4' is not a list"),
+    ([dict(target=7)], 'column prompt, reward_model is missing'), ([dict(numbers=[3,4])], 'column target is missing'),
+    ([dict(prompt='q', reward_model='r')], 'row 0, column prompt'), ([dict(reward_model=dict(ground_truth='x'))], 'column prompt is missing'),
+    ([dict(prompt=[dict(role='user', content='q')], reward_model='r')], 'row 0, column reward_model.ground_truth')])
+def test_malformed_columns(tmp_path, rs, word):
+    pq.write_table(pa.Table.from_pylist(rs), tmp_path/'a.parquet')
+    with pytest.raises(ValueError, match=word): from_parquet(tmp_path/'a.parquet')
+
+def test_other_files(tmp_path):
+    pq.write_table(pa.Table.from_pylist([dict(target=7, nums=[3,4])]), tmp_path/'hub.parquet')
+    assert from_parquet(tmp_path/'hub.parquet')==problems_from_rows([dict(target=7, numbers=[3,4])])==[Problem((3,4), 7)]
+    for content in (b'', b'not parquet', b'PAR1 truncated PAR1'):
+        (tmp_path/'x.parquet').write_bytes(content)
+        with pytest.raises(ValueError, match='x.parquet is not a complete parquet file'): from_parquet(tmp_path/'x.parquet')
+    with pytest.raises(FileNotFoundError): from_parquet(tmp_path/'absent.parquet')
