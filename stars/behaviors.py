@@ -43,7 +43,7 @@ PHRASES = dict(
         rf"\b(?:let me|let's|let us|{_I}(?:'ll| will| can| should)?|to|and|now) (?:quickly )?(?:check|confirm)\b",
         r"\bcheck(?:ing)?\s*[:,(]",
         r"\d\)?,? (?:is|does|was|are)(?: not|n't)(?: quite| equal(?: to)?| match| the same as)*,? (?:the |our )?(?:target|goal|answer|\d)",
-        r"(?:≠|!=|=/=)\s*\d", r"\bnot equal to\b",
+        r"(?:≠|!=|=/=)\s*\d", r"\bnot equal to\b", r"\b(?:doesn't|does not|don't|didn't) (?:equal|match|give|reach|hit|make)\b",
         r",? (?:and )?not (?:quite )?(?:the (?:target|goal)|what (?:i|we) (?:need|want)|\d+\b)",
         r"\b(?:too|still too|a bit) (?:high|low|big|small|large|much|little|far)\b",
         r"\b\d+ (?:is|was) (?:\d+ )?(?:less|more|greater|higher|lower|smaller|larger|bigger|short|over|above|below|off)\b",
@@ -99,7 +99,8 @@ def phrase_clauses(
     return [(a, b) for a, b in clauses(text) if any(a <= h < b for h in hits)] if hits else []
 
 # %% ../nbs/01_behaviors.ipynb #c011
-_EQUATION = re.compile(r"((?:[\d(][\d\s()]*[-+*/×÷−x]\s*)+[\d\s()]*\d[\s)]*)=\s*(\d{1,9})(?!\d)")
+_RIGHT = re.compile(r"=[ \t]*(\d{1,9})(?!\d)")
+_LEFT = re.compile(r"[ (]*(?<!\d)\d{1,9}[ )]*(?:[-+*/×÷−x][ (]*\d{1,9}[ )]*)+$") # searched in the 120 characters before a `=`: linear in any text
 _INT = re.compile(r"\d{1,9}")
 
 @dataclass(frozen=True)
@@ -114,7 +115,12 @@ def equations(
     text:str, # any text
 )->list[Equation]: # in order
     "Every `a op b [op c …] = v` over integers"
-    return [Equation(m.start(), m.end(), tuple(map(int, _INT.findall(m[1]))), int(m[2])) for m in _EQUATION.finditer(text)]
+    found = []
+    for m in _RIGHT.finditer(text):
+        at = max(0, m.start() - 120)
+        left = _LEFT.search(text[at:m.start()])
+        if left: found.append(Equation(at + left.start(), m.end(), tuple(map(int, _INT.findall(left[0]))), int(m[1])))
+    return found
 
 def restarts(
     eqs:list[Equation],      # equations of one completion, in order

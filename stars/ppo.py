@@ -308,6 +308,7 @@ def ppo(
     engine:Engine|None=None,           # sampler (default: the model itself)
     reference:Callable[[], PreTrainedModel]|None=None, # makes the frozen initial policy; needed when kl_coef > 0
     reward:Callable[[str, Problem], float]|None=None,  # response, problem → score (default: the verifier)
+    progress:bool=True,                # show a progress bar
 )->Path: # `out`
     "PPO on Countdown; goes on from `out` if it was interrupted"
     cfg.validate()
@@ -326,7 +327,7 @@ def ppo(
     elif not (out/"step-0000").exists(): save_checkpoint(policy, tokenizer, out/"step-0000")
     log = Log(out/"metrics.jsonl", done)
     engine.sync(policy)
-    bar = tqdm(total=cfg.steps, initial=done, desc="ppo", disable=None)
+    bar = tqdm(total=cfg.steps, initial=done, desc="ppo", disable=not progress)
     for step in range(done, cfg.steps):
         clock = [time.perf_counter()]
         tick = lambda: clock.append(time.perf_counter())

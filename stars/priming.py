@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXES', 'CONTROLS', 'PHRASES', 'SCHEMA', 'Step', 'Attempt', 'combine', 'combine_backward', 'Trace', 'write_trace',
-           'priming_rows', 'shown_habits', 'empty_cot', 'dots', 'control_rows', 'corpus_rows', 'write_rows',
+           'reorder', 'priming_rows', 'shown_habits', 'empty_cot', 'dots', 'control_rows', 'corpus_rows', 'write_rows',
            'read_rows']
 
 # %% ../nbs/03_priming.ipynb #c002
@@ -177,6 +177,15 @@ SCHEMA = pa.schema([("query", pa.string()), ("completion", pa.string()), ("numbe
 
 def _shuffled(problem:Problem, rng:random.Random)->Problem:
     return Problem(tuple(rng.sample(problem.numbers, len(problem.numbers))), problem.target)
+
+def reorder(
+    problems:Sequence[Problem], # to repeat
+    n:int,                      # problems wanted
+    seed:int,                   # of the orders
+)->list[Problem]: # the problems, then the same again with their numbers in other orders
+    "Repeat problems with their numbers shuffled"
+    return [p if i < len(problems) else _shuffled(p, random.Random(f"{seed}/order/{i}"))
+            for i in range(n) for p in [problems[i % len(problems)]]]
 
 def priming_rows(
     mix:str,                        # one of `MIXES`

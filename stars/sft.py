@@ -173,6 +173,7 @@ def sft(
     out:str|Path,                      # folder for `model/`, `metrics.jsonl` and, while running, `state.safetensors`
     cfg:SFTConfig=SFTConfig(),         # how
     val_rows:Sequence[dict]=(),        # held out: validation loss after every epoch
+    progress:bool=True,                # show a progress bar
 )->Path: # the saved checkpoint, out/model
     "Fine-tune on completions; goes on from `out` if it was interrupted"
     cfg.validate()
@@ -185,7 +186,7 @@ def sft(
     total, done, state = per_epoch * cfg.epochs, 0, out/"state.safetensors"
     if state.exists(): done = load_state(state, dict(model=model), dict(opt=opt))["step"]
     log = Log(out/"metrics.jsonl", done)
-    bar = tqdm(total=total, initial=done, desc="sft", disable=None)
+    bar = tqdm(total=total, initial=done, desc="sft", disable=not progress)
     model.train()
     for epoch in range(done // per_epoch, cfg.epochs):
         order = batches(lengths, cfg.batch_size, random.Random(f"{cfg.seed}/{epoch}"))

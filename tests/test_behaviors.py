@@ -1,0 +1,98 @@
+"The detectors on text that the teacher did not write, and the teacher against the detectors"
+import random
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from stars.behaviors import HABIT_NAMES, clauses, count_behaviors, equations, highlight, restarts
+from stars.countdown import sample_problems
+from stars.priming import MIXES, priming_rows, shown_habits
+
+# prose in the voice of large models: text, numbers, target, habits that must be found, habits that must not
+PROSE = [
+    ("Hmm, that's 14, too high. Let me try 5 * 3 = 15 instead.", (3, 5, 9), 24, {"verification", "backtracking"}, {"backward"}),
+    ("Working backwards from 24, I could use 24 / 3 = 8.", (3, 5, 9), 24, {"backward"}, {"backtracking"}),
+    ("Okay, so 25 - 6 = 19. That doesn't equal 24. Another approach: 25 + 6 = 31.", (25, 6, 7), 24, {"verification", "backtracking"}, set()),
+    ("First, I'll get 20 by multiplying 4 and 5. Then I can add 3.", (3, 4, 5), 23, {"subgoal"}, {"backtracking", "verification"}),
+    ("Let me verify: (4 * 5) + 3 = 23. Yes, this equals 23!", (3, 4, 5), 23, {"verification"}, {"backtracking"}),
+    ("Wait, I already used the 5. Let's start over.", (3, 4, 5), 23, {"backtracking"}, {"verification"}),
+    ("To reach 23, I need 20 and 3. If I can make 20 from 4 and 5, I'm done.", (3, 4, 5), 23, {"backward", "subgoal"}, {"backtracking"}),
+    ("4 + 5 = 9, 9 * 3 = 27. That is 4 more than the target... 27 is too big.", (3, 4, 5), 23, {"verification"}, {"subgoal"}),
+    ("5 * 4 = 20\n20 - 3 = 17 (not 23)\n5 * 4 = 20\n20 + 3 = 23 ✓", (3, 4, 5), 23, {"verification", "backtracking"}, {"backward"}),
+    ("What about 12 * 2? Starting from the target, 24 = 12 * 2.", (12, 2, 1), 24, {"backward"}, set()),
+    ("We can break this down into smaller steps. Step 1: make 6.", (1, 2, 3), 6, {"subgoal"}, {"backtracking", "verification"}),
+    ("This approach doesn't work, so let me try a different combination.", (1, 2, 3), 6, {"backtracking"}, {"subgoal", "backward"}),
+    ("Alternatively, 8 - 2 = 6.", (8, 2, 4), 24, {"backtracking"}, {"verification"}),
+    ("8 * 3 = 24, which matches the target.", (8, 3), 24, {"verification"}, {"backtracking", "subgoal", "backward"}),
+]
+PLAIN = [ # nothing to find
+    ("Using the numbers 19, 36, 55, 7, create an equation that equals 65. You can use basic operations.", (19, 36, 55, 7), 65),
+    ("The answer is (3 + 4) * 5.", (3, 4, 5), 35),
+    ("3 + 4 = 7, 7 * 5 = 35.", (3, 4, 5), 35),
+    ("3 * 4 = 12, 5 - 2 = 3, 12 + 3 = 15. (3 * 4) + (5 - 2) = 15", (2, 3, 4, 5), 15),
+    ("", (1, 2), 3),
+    ("<answer>(3 + 4) * 5, too high, try again</answer>", (3, 4, 5), 35),
+]
+
+
+@pytest.mark.parametrize("text,numbers,target,present,absent", PROSE)
+def test_prose_of_large_models(text, numbers, target, present, absent):
+    counts = count_behaviors(text, numbers, target)
+    assert {h for h in present if counts[h] == 0} == set(), counts
+    assert {h for h in absent if counts[h] > 0} == set(), counts
+
+
+@pytest.mark.parametrize("text,numbers,target", PLAIN)
+def test_plain_text_shows_nothing(text, numbers, target):
+    assert not any(count_behaviors(text, numbers, target).values())
+
+
+def test_each_wordless_restart_counts_once():
+    text = "3 * 4 = 12, 12 + 5 = 17, 3 + 4 = 7, 7 * 5 = 35, 5 - 4 = 1, 1 * 3 = 3"
+    assert count_behaviors(text, (3, 4, 5), 24)["backtracking"] == 2
+    announced = text.replace(", 3 + 4", ". Let me try something else: 3 + 4")
+    assert count_behaviors(announced, (3, 4, 5), 24)["backtracking"] == 2
+
+
+def test_repeated_numbers_are_a_multiset():
+    eqs = equations("3 + 3 = 6, 6 * 4 = 24")
+    assert restarts(eqs, (3, 3, 4), 24) == []
+    assert restarts(equations("3 + 4 = 7, 3 * 7 = 21"), (3, 3, 4), 24) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*"0123456789+-*/=(). \n,;!?<>é−", "too high ", "try again ", "check: ", "<answer>", "</answer>", "first get "]) | st.text(max_size=5), max_size=200))
+def test_any_text_counts_without_error(parts):
+    text = "".join(parts)
+    counts = count_behaviors(text, (3, 4, 5), 24)
+    assert set(counts) == set(HABIT_NAMES) and all(isinstance(v, int) and v >= 0 for v in counts.values())
+    spans = clauses(text)
+    assert all(a < b for a, b in spans) and all(b <= c for (_, b), (c, _) in zip(spans, spans[1:]))
+    highlight(text)
+
+
+@pytest.mark.parametrize("text", ["1 + " * 100_000, "((((" * 50_000, "3 4 5 6 " * 50_000, "9" * 200_000, "too " * 100_000, "3 + 4 = " * 50_000])
+def test_long_text_is_read_in_linear_time(text):
+    import time
+    def seconds(t):
+        start = time.perf_counter()
+        count_behaviors(t, (3, 4, 5), 24)
+        return time.perf_counter() - start
+    assert seconds(text[:len(text)//16]) < 2 and seconds(text) < 30 # linear: well under a second; quadratic: minutes, so the slice fails first
+
+
+@pytest.mark.parametrize("world", [dict(n_numbers=(3,), min_number=1, max_number=12, min_target=10, max_target=30),
+                                   dict(n_numbers=(3, 4), min_number=1, max_number=24, min_target=10, max_target=25)])
+@pytest.mark.parametrize("mix", MIXES)
+def test_teacher_shows_what_its_mix_says(mix, world):
+    problems = sample_problems(150, seed=3, split="prime", **world)
+    shown = shown_habits(list(priming_rows(mix, problems, 800, seed=5)))
+    for habit in HABIT_NAMES:
+        assert shown[habit] >= .95 if habit in MIXES[mix] else shown[habit] <= .01, (mix, shown)
+
+
+def test_teacher_can_be_as_fallible_as_claude():
+    problems = sample_problems(150, seed=3, split="prime", n_numbers=(3,), min_number=1, max_number=12, min_target=10, max_target=30)
+    share = lambda **kw: sum(r["score"] == 1 for r in priming_rows("backtracking_verification", problems, 600, seed=1, **kw)) / 600
+    assert share(slip=.3) < share(slip=0.) < share(slip=0., insight=.2)
+    assert .28 <= share(insight=.03) <= .44

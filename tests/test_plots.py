@@ -1,0 +1,235 @@
+"Plots: intervals against independent formulas, titles that follow the data, labels that do not collide, files that do not change"
+import hashlib,json,math
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("agg")
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
+from hypothesis import given,settings,strategies as st
+from matplotlib.colors import to_rgb
+from stars.behaviors import HABITS
+from stars.plots import (CONDITIONS,controls,dynamics,figure_text,interval,interval_note,priming,published,save_figure,spread,
+                         summary_table,wilson)
+
+FIGURES = (controls, priming, dynamics)
+CONTROLS = ("base", "empty_cot", "dots", "incorrect_only", "backtracking_verification")
+MIXES = ("all_strategies", "only_backtracking", "backtracking_verification", "backtracking_subgoal", "backtracking_backward")
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+def table(last, first=.1, seeds=(0,), models=("plain",), n=300, steps=(0, 10, 20), jitter=0., rater="rules"):
+    "Results that go from `first` to the given value per condition, counts following accuracy"
+    rows = []
+    for m in models:
+        for c,b in last.items():
+            for s in seeds:
+                for t in steps:
+                    acc = first + (b-first) * (t/steps[-1] if steps[-1] else 1) + jitter*(s - np.mean(seeds))
+                    rows.append({"model": m, "condition": c, "seed": s, "step": t, "rater": rater, "accuracy": acc, "n": n, "response_length": 100*acc}
+                                | {f"avg_{h.column}": (i+1)*acc for i,h in enumerate(HABITS)} | {f"total_{h.column}": n*(i+1)*acc for i,h in enumerate(HABITS)})
+    return pd.DataFrame(rows)
+
+# ---- intervals
+
+@given(n=st.integers(1, 5000), share=st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_wilson_ends_solve_the_score_equation(n, share):
+    "The ends are the proportions p whose distance to k/n is 1.96 of *their own* standard errors"
+    k = round(share*n)
+    lo,hi = wilson(k, n)
+    assert 0 <= lo <= k/n <= hi <= 1
+    for p in (lo, hi): assert abs(k/n - p) == pytest.approx(1.96*math.sqrt(max(p*(1-p), 0)/n), abs=1e-6)
+
+def test_wilson_known_values():
+    "statsmodels' proportion_confint(k, n, method='wilson') to four digits"
+    assert wilson(15, 50) == pytest.approx((.1910, .4375), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0, .2775), abs=1e-4)
+    for k,n in ((-1, 10), (11, 10), (0, 0)):
+        with pytest.raises(ValueError): wilson(k, n)
+
+def test_one_seed_is_wilson():
+    a = interval(table(dict(base=.4), n=50)).iloc[-1]
+    assert (a.lo, a.hi) == pytest.approx(wilson(20, 50)) and a.kind == "wilson"
+    assert interval_note(interval(table(dict(base=.4), n=50))) == "shaded: 95 % Wilson interval over 50 completions, 1 seed"
+
+def test_several_seeds_are_bootstrapped():
+    r = table(dict(base=.4, dots=.5), seeds=(0, 1, 2, 3, 4), jitter=.02)
+    a,b = interval(r),interval(r.sample(frac=1, random_state=3))
+    pd.testing.assert_frame_equal(a, b)
+    assert set(a.kind) == {"bootstrap"} and set(a.seeds) == {5}
+    assert ((a.lo < a.value) & (a.value < a.hi)).all()
+    assert not a.equals(interval(r, seed=1))
+    se = np.std([-.04, -.02, 0, .02, .04]) / 5**.5 # of a mean of five draws
+    assert np.allclose((a.hi - a.lo)/2, 1.96*se, rtol=.15)
+    assert "5 seeds of 300 completions" in interval_note(a)
+
+def test_no_interval_is_invented():
+    a = interval(table(dict(base=.4)), "response_length")
+    assert a.lo.isna().all() and interval_note(a).startswith("no interval")
+
+def test_raters_are_not_mixed():
+    r = table(dict(base=.4))
+    both = pd.concat([r, r.assign(rater="judge", avg_backtracking=9.)])
+    pd.testing.assert_frame_equal(interval(both), interval(r))
+    with pytest.raises(ValueError, match="name one rater"): dynamics(both)
+    assert interval(both, "avg_backtracking", rater="judge").value.eq(9).all()
+    assert "Counted by: judge" in figure_text(dynamics(both, rater="judge"), "caption")
+    with pytest.raises(ValueError, match="empty"): interval(both, rater="nobody")
+
+# ---- titles
+
+title = lambda fig: figure_text(fig, "title")
+
+def test_controls_title_follows_the_data():
+    there = title(controls(table(dict(base=.3, empty_cot=.32, incorrect_only=.58, backtracking_verification=.61))))
+    assert there == "Primed with backtracking + verification: .10 → .61, above base (.30) and empty CoT (.32); level with incorrect only (.58)"
+    assert title(controls(table(dict(base=.3, backtracking_verification=.31)))) == "Primed with backtracking + verification: .10 → .31, level with base (.30)"
+    assert title(controls(table(dict(base=.6, backtracking_verification=.3)))) == "Primed with backtracking + verification: .10 → .30, below base (.60)"
+
+def test_fewer_completions_take_the_claim_back():
+    last = dict(base=.3, backtracking_verification=.45)
+    assert "above base" in title(controls(table(last, n=1000))) and "level with base" in title(controls(table(last, n=50)))
+
+def test_priming_title_follows_the_data():
+    base = dict(base=.3)
+    assert title(priming(table(base | dict.fromkeys(MIXES, .5)))).startswith("All 5 mixes end above base (.30)")
+    assert title(priming(table(base | dict.fromkeys(MIXES, .3)))).startswith("All 5 mixes end level with base (.30)")
+    assert title(priming(table(base | dict.fromkeys(MIXES, .1)))).startswith("All 5 mixes end below base (.30)")
+    some = title(priming(table(base | dict(zip(MIXES, (.5, .3, .3, .1, .1)), negative_control=.5))))
+    assert some == "Of 5 mixes, 1 ends above, 2 end level with and 2 end below base (.30); 0 of 5 above negative control (.50); highest all strategies, .10 → .50"
+
+def test_dynamics_title_states_counts():
+    up,down = (title(dynamics(table(dict(base=.1, backtracking_verification=b), first=.4))) for b in (.9, 0.))
+    assert "backtracking 0.8 → 1.8 (base 0.8 → 0.2)" in up and "backtracking 0.8 → 0.0" in down
+
+def test_one_title_per_model():
+    r = pd.concat([table(dict(base=.3, backtracking_verification=.6), models=("plain",)), table(dict(base=.6, backtracking_verification=.6), models=("rich",))])
+    one,two = title(controls(r)).split("\n")
+    assert one.startswith("plain – ") and "above base" in one and two.startswith("rich – ") and "level with base" in two
+
+def test_caption_says_what_it_is():
+    r = table(dict(base=.3, backtracking_verification=.6), n=336)
+    c = figure_text(controls(r, preset="cpu", note="Mind this."), "caption")
+    for part in ("Preset cpu", "model plain", "seed 0", "95 % Wilson interval over 336 completions, 1 seed", "Mind this."): assert part in c
+    assert "base on plain to step 10" in figure_text(controls(r[(r.condition != "base") | (r.step < 20)]), "caption")
+
+# ---- input
+
+def test_unknown_condition_and_missing_columns():
+    r = table(dict(base=.3))
+    for plot in FIGURES:
+        with pytest.raises(ValueError, match="condition 'bases' is unknown; choose from base, "): plot(r.assign(condition="bases"))
+        with pytest.raises(ValueError, match="lack the columns rater"): plot(r.drop(columns="rater"))
+        with pytest.raises(ValueError, match="empty"): plot(r[:0])
+
+@pytest.mark.parametrize("plot", FIGURES)
+def test_degenerate_tables_draw(plot):
+    for r in (table(dict(base=.3), steps=(0,)), table(dict(base=0., dots=0.), first=0.), table(dict(base=1.), first=1.), table(dict(human_cot=.5))): plot(r).canvas.draw()
+
+# ---- looks
+
+@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(.1, 20)), min_size=1, max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_spread_leaves_no_overlap(labels):
+    y,size = map(np.array, zip(*labels))
+    for lo,hi in ((-np.inf, np.inf), (-50, 300)):
+        p = spread(y, size, lo, hi)
+        for i,j in combinations(range(len(y)), 2): assert abs(p[i] - p[j]) >= (size[i]+size[j])/2 - 1e-9
+        assert (p - size/2 >= lo - 1e-9).all() and (p + size/2 <= hi + 1e-9).all()
+        assert all(p[i] < p[j] for i,j in combinations(np.argsort(y, kind="stable"), 2))
+
+def test_spread_moves_only_what_it_must():
+    assert np.allclose(spread([1, 5, 9], [2, 2, 2]), [1, 5, 9])
+    assert np.allclose(spread([5, 5], [2, 2]), [4, 6])
+
+@pytest.mark.parametrize("plot,last", [(controls, dict.fromkeys(CONTROLS, .5)), (controls, dict.fromkeys(CONTROLS, 0.)), (priming, dict.fromkeys(("base", "negative_control", *MIXES), .5)),
+                                       (priming, dict.fromkeys(("base", "negative_control", *MIXES), .02)), (dynamics, dict.fromkeys(CONTROLS, .5)),
+                                       (dynamics, dict.fromkeys(("base", "negative_control", *MIXES), .0))])
+@pytest.mark.parametrize("models", [("plain",), ("plain", "rich")])
+def test_text_neither_overlaps_nor_leaves_the_figure(plot, last, models):
+    fig = plot(table(last, models=models), preset="cpu")
+    fig.canvas.draw()
+    draw = fig.canvas.get_renderer()
+    named = [t for ax in fig.axes for t in (*ax.texts, ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label)] + fig.texts
+    boxes = {t: matplotlib.text.Text.get_window_extent(t, draw) for t in named if t.get_text()}
+    for t,b in boxes.items(): assert b.x0 >= 0 and b.y0 >= 0 and b.x1 <= fig.bbox.x1 and b.y1 <= fig.bbox.y1, (t.get_text(), b)
+    for (s,a),(t,b) in combinations(boxes.items(), 2):
+        inside = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(inside) < 1, (s.get_text(), t.get_text(), inside)
+
+def _lab(rgb):
+    xyz = np.array([[.4124,.3576,.1805],[.2126,.7152,.0722],[.0193,.1192,.9505]]) @ np.clip(rgb, 0, 1) / (.9505, 1, 1.089)
+    f = np.where(xyz > .008856, np.cbrt(xyz), 7.787*xyz + 16/116)
+    return np.array([116*f[1]-16, 500*(f[0]-f[1]), 200*(f[1]-f[2])])
+
+@pytest.mark.parametrize("kind,matrix", dict( # Machado et al. 2009, full severity, linear RGB
+    none=np.eye(3),
+    protan=[[.152286,1.052583,-.204868],[.114503,.786281,.099216],[-.003882,-.048116,1.051998]],
+    deutan=[[.367322,.860646,-.227968],[.280085,.672501,.047413],[-.011820,.042940,.968881]],
+    tritan=[[1.255528,-.076749,-.178779],[-.078411,.930809,.147602],[.004733,.691367,.303900]]).items())
+def test_colours_stay_apart_for_every_eye(kind, matrix):
+    linear = lambda c: np.where((v := np.array(to_rgb(c))) <= .04045, v/12.92, ((v+.055)/1.055)**2.4)
+    seen = {c: _lab(np.array(matrix) @ linear(colour)) for c,(_,colour) in CONDITIONS.items()}
+    for together in (CONTROLS, ("base", "negative_control", *MIXES), ("base", "curated", "negated")):
+        for a,b in combinations(together, 2): assert np.linalg.norm(seen[a] - seen[b]) > 18, (kind, a, b)
+
+def test_a_condition_keeps_its_colour():
+    r = table(dict.fromkeys(("base", "backtracking_verification"), .5))
+    for plot in FIGURES:
+        for ax in plot(r).axes: assert {CONDITIONS[c][1] for c in ("base", "backtracking_verification")} <= {l.get_color() for l in ax.lines}
+
+# ---- files and tables
+
+@pytest.mark.parametrize("plot", FIGURES)
+def test_files_are_complete_and_reproducible(plot, tmp_path):
+    r = table(dict(base=.3, backtracking_verification=.6))
+    def files(sub):
+        paths = save_figure(plot(r, preset="cpu"), "fig", r, tmp_path/sub/"deep", dict(seeds=[0]))
+        assert sorted(p.name for p in (tmp_path/sub/"deep").iterdir()) == ["fig.csv", "fig.json", "fig.png", "fig.svg"]
+        return {k: p.read_bytes() for k,p in paths.items()}
+    a,b = files("a"),files("b")
+    assert a == b == files("a")
+    about = json.loads(a["json"])
+    assert about["csv_sha256"] == hashlib.sha256(a["csv"]).hexdigest() and about["columns"] == list(r.columns)
+    assert about["figure"] == "fig" and about["seeds"] == [0] and "backtracking" in about["title"] and "Preset cpu" in about["caption"]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"a"/"deep"/"fig.csv"), r)
+    assert a["png"].startswith(b"\x89PNG") and b"<dc:date>" not in a["svg"]
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    r = table(dict(base=.3, backtracking_verification=.6))
+    old = save_figure(controls(r), "fig", r, tmp_path)["png"].read_bytes()
+    def broken(*a): raise OSError("disk full")
+    monkeypatch.setattr("stars.plots.os.replace", broken)
+    with pytest.raises(OSError): save_figure(controls(r, preset="other"), "fig", r, tmp_path)
+    assert (tmp_path/"fig.png").read_bytes() == old and not list(tmp_path.glob(".*"))
+
+def test_summary_table():
+    r = table(dict(base=.3, backtracking_verification=.6), seeds=(0, 1, 2), jitter=.01, models=("plain", "rich"))
+    t = summary_table(r)
+    assert list(t.index) == [(m, c) for m in ("plain", "rich") for c in ("base", "backtracking_verification")]
+    row = t.loc[("rich", "backtracking_verification")]
+    assert (row.step_first, row.step_last, row.seeds, row.interval) == (0, 20, 3, "bootstrap")
+    assert row.accuracy_first == pytest.approx(.1) and row.accuracy_last_lo < row.accuracy_last < row.accuracy_last_hi
+    assert row.response_length_last == pytest.approx(60) and row.avg_backtracking_last == pytest.approx(1.2)
+
+# ---- published results, where the files are at hand
+
+PUBLISHED = Path(__file__).resolve().parents[2]/"shared"/"upstream_results"
+LAST = dict(llama=dict(base=.338, all_strategies=.736, backtracking_backward=.773, only_backtracking=.769, backtracking_verification=.774, backtracking_subgoal=.706,
+                       incorrect_only=.735, empty_cot=.410, dots=.381, human_cot=.563, curated=.489, negated=.368, base_70b=.220),
+            qwen=dict(base=.535, all_strategies=.773, backtracking_backward=.757, only_backtracking=.728, backtracking_verification=.723, backtracking_subgoal=.716,
+                      incorrect_only=.746, empty_cot=.405, dots=.327, human_cot=.556))
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published CSVs are not part of this repository")
+@pytest.mark.parametrize("model", LAST)
+def test_published_results_read_as_printed(model):
+    r = published(PUBLISHED/f"{model}_results.csv", model)
+    assert not r.duplicated(["condition", "step"]).any()
+    last = summary_table(r).accuracy_last.droplevel("model")
+    assert set(last.index) == set(LAST[model])
+    for c,v in LAST[model].items(): assert last[c] == pytest.approx(v, abs=6e-4), c
+    for plot in FIGURES: assert model in figure_text(plot(r[r.condition.isin([*CONTROLS, *MIXES])]), "caption")
