@@ -8,6 +8,7 @@ __all__ = ['HABITS', 'HABIT_NAMES', 'PHRASES', 'COLORS', 'Habit', 'clauses', 'ph
 
 # %% ../nbs/01_behaviors.ipynb #c002
 import re
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def phrase_clauses(
 )->list[tuple[int, int]]: # clauses in which a phrase of the habit stands
     "Clauses that show a habit by their wording"
     hits = [m.start() for m in _PHRASE[habit].finditer(text)]
-    return [(a, b) for a, b in clauses(text) if any(a <= h < b for h in hits)] if hits else []
+    return [(a, b) for a, b in clauses(text) if bisect_left(hits, a) < bisect_left(hits, b)] if hits else []
 
 # %% ../nbs/01_behaviors.ipynb #c011
 _RIGHT = re.compile(r"=[ \t]*(\d{1,9})(?!\d)")
@@ -155,7 +156,7 @@ def count_behaviors(
     if numbers is None: return counts
     eqs = equations(text)
     said = [m.start() for m in _PHRASE["backtracking"].finditer(text)]
-    counts["backtracking"] += sum(not any(eqs[i-1].end <= p <= eqs[i].start for p in said)
+    counts["backtracking"] += sum(bisect_left(said, eqs[i-1].end) == bisect_left(said, eqs[i].start)
                                   for i in restarts(eqs, tuple(numbers), target))
     if target is not None and target not in numbers:
         reached = next((e.end for e in eqs if e.value == target), len(text))

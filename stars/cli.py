@@ -81,8 +81,8 @@ def run_figure(
     notebook, cfg = ex.figure_notebook(name), ex.preset(preset, **set_)
     p = dict(preset=preset, runs=str(runs), figures=str(figures), overrides=dict(set_)) | parameters
     ex.check_parameters(notebook, p)
-    conditions, models, seeds = (p.get(k, v) for k, v in ex.notebook_defaults(notebook, "conditions", "models", "seeds").items())
-    ex.results(cfg, models, conditions, seeds, runs) # here rather than in the kernel: progress is seen, Ctrl-C is clean
+    what = {k: p.get(k, v) for k, v in ex.notebook_defaults(notebook, "models", "conditions", "seeds").items()}
+    ex.results(cfg, runs=runs, **what) # here rather than in the kernel: progress is seen, Ctrl-C is clean
     return ex.run_notebook(notebook, runs/preset/"notebooks"/f"{name}.ipynb", **p)
 
 def figure(name:tyro.conf.Positional[str], preset:str="cpu", runs:Path=Path("runs"), figures:Path=Path("figures"),
@@ -101,7 +101,7 @@ def reproduce(preset:str="cpu", runs:Path=Path("runs"), figures:Path=Path("figur
     """The preset's figures, from nothing. Killed and started again, it goes on where it stopped.
 
     Args:
-        preset: smoke (a minute) or cpu (the paper's central claim on two cores)
+        preset: smoke (a few minutes) or cpu (the paper's central claim on two cores)
         runs: folder of the run store
         figures: folder for the pictures
     """

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SPECIAL', 'BASES', 'micro_words', 'micro_tokenizer', 'check_spells', 'micro_model', 'n_params', 'attention',
-           'fast_cpu_math', 'base_path', 'load_tokenizer', 'load_model', 'save_checkpoint', 'Critic', 'token_logprobs',
-           'save_state', 'load_state']
+           'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'load_model', 'save_checkpoint', 'Critic',
+           'token_logprobs', 'save_state', 'load_state']
 
 # %% ../nbs/04_models.ipynb #c002
 import copy
@@ -13,7 +13,9 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -89,18 +91,27 @@ def n_params(model:nn.Module)->int:
 def attention(
     device:str|torch.device, # where the model will run
     micro:bool=False,        # is it a micro model?
+    dtype:torch.dtype=torch.float32, # its weights; flash-attn wants 16 bits
 )->str: # value for `attn_implementation`
     "The fastest attention that this machine has for a model"
     if torch.device(device).type == "cuda":
-        return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+        half = dtype in (torch.float16, torch.bfloat16)
+        return "flash_attention_2" if half and importlib.util.find_spec("flash_attn") else "sdpa"
     return "eager" if micro else "sdpa"
 
 def fast_cpu_math(
     threads:int|None=None, # CPU threads for this process; None leaves the setting alone
 ):
-    "Use oneDNN for fp32 matrix products on the CPU, and a set number of threads"
+    "Let oneDNN take fp32 matrix products on the CPU (it may use bf16 units where there are any), and set the number of threads"
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     if threads: torch.set_num_threads(threads)
+
+@contextmanager
+def small_products():
+    "Use the default BLAS for many small matrix products, whatever `fast_cpu_math` chose"
+    was, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "ieee"
+    try: yield
+    finally: torch.backends.mkldnn.matmul.fp32_precision = was
 
 # %% ../nbs/04_models.ipynb #c013
 BASES = ("plain", "rich")
@@ -134,7 +145,7 @@ def load_model(
     where = _where(name)
     small = (Path(where)/"model.safetensors").is_file() and (Path(where)/"model.safetensors").stat().st_size < 50e6
     model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                 attn_implementation=attention(device, micro=small))
+                                                 attn_implementation=attention(device, small, dtype))
     return model.to(device).eval()
 
 def save_checkpoint(
@@ -143,11 +154,15 @@ def save_checkpoint(
     path:str|Path,                     # folder
     dtype:torch.dtype|None=None,       # e.g. torch.bfloat16 to halve it
 )->Path: # the same folder
-    "Save a transformers checkpoint"
+    "Save a transformers checkpoint; the folder appears complete or not at all"
+    path, tmp = Path(path), Path(f"{path}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
     model = model if dtype is None else copy.deepcopy(model).to(dtype)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return Path(path)
+    model.save_pretrained(tmp)
+    tokenizer.save_pretrained(tmp)
+    shutil.rmtree(path, ignore_errors=True)
+    tmp.rename(path)
+    return path
 
 # %% ../nbs/04_models.ipynb #c016
 class Critic(nn.Module):
@@ -175,8 +190,8 @@ def token_logprobs(
     entropy:bool=False,    # also return the entropy of each distribution
 )->Tensor|tuple[Tensor, Tensor]: # log p(ids[:, t] | ids[:, :t]) for t > skip, in nats [batch, time-1-skip]
     "Log-probabilities of the tokens of a batch"
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, skip:-1]
-    logp = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(-1)
+    logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - skip).logits[:, :-1]
+    logp = (logits.float() / temperature).log_softmax(-1)
     taken = logp.gather(-1, ids[:, skip+1:, None]).squeeze(-1)
     return (taken, -(logp.exp() * logp).sum(-1)) if entropy else taken
 

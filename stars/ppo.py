@@ -8,11 +8,12 @@ __all__ = ['AGGREGATES', 'ESTIMATORS', 'gae', 'masked_mean', 'whiten', 'group_ad
            'token_rewards', 'PPOConfig', 'prompt_order', 'update', 'rollout_metrics', 'ppo']
 
 # %% ../nbs/07_ppo.ipynb #c002
+import json
 import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from .behaviors import HABITS, count_behaviors
 from .countdown import Problem, make_prompt, score
 from .models import Critic, load_state, save_checkpoint, save_state, token_logprobs
 from .rollouts import Engine, Rollout, TransformersEngine, probe
-from .sft import Log, micro_batches, pad, read_log
+from .sft import Log, micro_batches, pad, read_log, resumed
 
 # %% ../nbs/07_ppo.ipynb #c005
 def gae(
@@ -218,7 +219,7 @@ class PPOConfig:
     max_grad_norm:float=1.        # clipping of both gradients
     weight_decay:float=0.         # AdamW
     format_score:float=.1         # reward of a complete answer that is wrong
-    mask_truncated:bool=False     # leave responses cut at max_tokens out of the loss (they score 0 otherwise)
+    mask_truncated:bool=False     # leave responses cut at max_tokens out of the loss (otherwise they earn what the verifier gives them)
     seed:int=0                    # prompt order and draws
     save_every:int=10             # steps between checkpoints, which are also where a killed run resumes
 
@@ -230,6 +231,10 @@ class PPOConfig:
             if getattr(self, f) not in ok: raise ValueError(f"{f}={getattr(self, f)!r} is unknown; choose one of {', '.join(ok)}")
         if self.prompts * self.samples % self.minibatch:
             raise ValueError(f"minibatch={self.minibatch} does not divide the {self.prompts * self.samples} rollouts of a step (prompts × samples)")
+        if self.estimator == "group" and self.kl_coef and self.kl_in == "reward":
+            raise ValueError("estimator='group' would scale the KL penalty of a group that agrees to the size of a reward; set kl_in='loss' or kl_coef=0")
+        for f in ("lr", "critic_lr"):
+            if not 0 < getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)} must lie between 0 and 1")
         if self.estimator == "group" and self.samples < 2: raise ValueError("estimator='group' needs samples of at least 2")
         if self.temperature <= 0: raise ValueError(f"temperature={self.temperature} must be above 0 to explore")
 
@@ -323,8 +328,10 @@ def ppo(
     modules = dict(policy=policy) | (dict(critic=critic) if critic else {})
     optimizers = {k: torch.optim.AdamW(m.parameters(), lr=0., weight_decay=cfg.weight_decay) for k, m in modules.items()}
     state, done = out/"state.safetensors", 0
-    if state.exists(): done = load_state(state, modules, {f"{k}_opt": o for k, o in optimizers.items()})["step"]
-    elif not (out/"step-0000").exists(): save_checkpoint(policy, tokenizer, out/"step-0000")
+    opts = {f"{k}_opt": o for k, o in optimizers.items()}
+    made_by = json.loads(json.dumps(dict(config=asdict(cfg), problems=len(problems), prompts=sum(map(len, prompt_ids)))))
+    if state.exists(): done = resumed(load_state(state, modules, opts), made_by, out)
+    else: save_checkpoint(policy, tokenizer, out/"step-0000")
     log = Log(out/"metrics.jsonl", done)
     engine.sync(policy)
     bar = tqdm(total=cfg.steps, initial=done, desc="ppo", disable=not progress)
@@ -339,10 +346,10 @@ def ppo(
         # score
         texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
         scores = [reward(x, p) for x, p in zip(texts, batch_problems)]
-        row = dict(step=step + 1, **rollout_metrics(rollouts, batch_problems, texts, scores), rollout_gap=probe(policy, rollouts[:4], cfg.temperature))
+        row = dict(step=step + 1, **rollout_metrics(rollouts, batch_problems, texts, scores), rollout_gap=probe(policy, rollouts[::max(1, len(rollouts) // 4)], cfg.temperature))
         tick()
         # value
-        batch, s = collate(rollouts, device), torch.tensor(scores, device=device)
+        batch, s = collate(rollouts, device), torch.tensor(scores, dtype=torch.float32, device=device)
         if cfg.mask_truncated: batch.mask *= torch.tensor([[float(r.finished)] for r in rollouts], device=device)
         rewards, ref_logp = token_rewards(s, batch.mask) * batch.mask, None
         if ref is not None:
@@ -371,6 +378,6 @@ def ppo(
         bar.set_postfix(acc=f"{row['accuracy']:.2f}", len=f"{row['response_tokens']:.0f}"); bar.update()
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(policy, tokenizer, out/f"step-{step + 1:04d}")
-            save_state(state, modules, {f"{k}_opt": o for k, o in optimizers.items()}, dict(step=step + 1))
+            save_state(state, modules, opts, dict(step=step + 1, made_by=made_by))
     bar.close()
     return out

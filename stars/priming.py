@@ -9,6 +9,7 @@ __all__ = ['MIXES', 'CONTROLS', 'PHRASES', 'SCHEMA', 'Step', 'Attempt', 'combine
 
 # %% ../nbs/03_priming.ipynb #c002
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,8 @@ PHRASES = dict(
               "Backwards from {t}: {step}, so look for {need}."),
 )
 
+_WORD = re.compile(r"\w+|[^\w\s]")
+
 @dataclass(frozen=True)
 class Trace:
     "What a teacher wrote for one problem"
@@ -139,14 +142,18 @@ def write_trace(
     mix:str,             # one of `MIXES`
     rng:random.Random,   # source of choices
     attempts:int=5,      # attempts before giving up (1 where the mix does not backtrack)
+    patience:int|None=None, # if given, each trace draws its own number of attempts, from this to `attempts`
     slip:float=.02,      # probability that a failing attempt is written carelessly
     insight:float=0.,    # probability that an attempt is the solver's
     top:int=199,         # largest value written down
+    budget:int|None=None,# words and symbols a trace may take; an attempt that would likely exceed it is not begun
 )->Trace: # a trace that shows exactly the habits of the mix
     "Search aloud for a solution, voicing the habits of a mix"
     habits, t, said, seen = MIXES[mix], problem.target, [], set()
     say = lambda kind, **kw: said.append(rng.choice(PHRASES[kind]).format(t=t, **kw))
-    for i in range(attempts if "backtracking" in habits else 1):
+    tries = 1 if "backtracking" not in habits else attempts if patience is None else rng.randint(min(patience, attempts), attempts)
+    for i in range(tries):
+        if i and budget and len(_WORD.findall(" ".join(said))) * (i + 1) > budget * i: break
         if i: say("backtracking")
         voiced = lambda h: h in habits and (i == 0 or len(habits) < 3 or rng.random() < .5)
         for _ in range(20): # a searcher does not repeat itself while there is something new to try

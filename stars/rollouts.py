@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .models import token_logprobs
+from .models import small_products, token_logprobs
 from .sft import pad
 
 # %% ../nbs/05_rollouts.ipynb #c005
@@ -94,6 +94,7 @@ class TransformersEngine:
         if model is not self.model: self.model.load_state_dict(model.state_dict())
 
     @torch.inference_mode()
+    @small_products()
     def generate(self,
         prompts:Sequence[Sequence[int]],  # token ids
         max_tokens:int,                   # longest response
