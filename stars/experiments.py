@@ -100,7 +100,7 @@ class Config:
     ppo_prompts:int=128               # prompts per step
     ppo_samples:int=1                 # rollouts per prompt
     ppo_minibatch:int=64              # rollouts per optimiser step
-    ppo_micro_tokens:int=8_192        # padded tokens per forward pass
+    ppo_micro_tokens:int=2_048        # padded tokens per forward pass (small pieces stay in the cache of a CPU)
     ppo_max_tokens:int=160            # longest response
     ppo_lr:float=2e-4                 # actor
     ppo_critic_lr:float=6e-4          # critic

@@ -117,7 +117,8 @@ def test_killed_at_any_stage_and_resumed(tmp_path):
         else: assert untimed(whole/p) == untimed(killed/p), p
 
 
-def test_workers_end_with_their_parent(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path, how):
     code = f"""
 from stars import experiments as ex
 if __name__ == "__main__": ex.results(ex.preset("smoke", ppo_steps=500, **{TINY_SET}), ["plain"], ["base", "negative_control"], [0], "runs", workers=2)
@@ -128,8 +129,8 @@ if __name__ == "__main__": ex.results(ex.preset("smoke", ppo_steps=500, **{TINY_
         wait_for(lambda: lines(tmp_path, "runs/**/ppo-*/metrics.jsonl") > 0)
         children = psutil.Process(p.pid).children(recursive=True)
         assert len(children) >= 2
-    finally: p.kill()
-    p.wait()
+    finally: p.send_signal(how)
+    p.wait(timeout=20)
     _, alive = psutil.wait_procs(children, timeout=15)
     assert not alive
 
