@@ -80,9 +80,9 @@ class Config:
     # prime: the teacher
     prime_rows:int=8_000              # traces
     prime_val:int=200                 # further traces, held out
-    prime_attempts:int=6              # most attempts per trace
-    prime_patience:int=2              # fewest attempts before a trace gives up
-    prime_budget:int=136              # words and symbols per trace, so that it fits into a response
+    prime_attempts:int=5              # most attempts per trace
+    prime_patience:int=5              # fewest attempts before a trace gives up
+    prime_budget:int=122              # words and symbols per trace, so that it fits into a response
     prime_slip:float=.02              # probability that a failing attempt is written carelessly
     prime_insight:float=0.            # probability that an attempt is the solver's
     prime_top:int=60                  # largest value the teacher writes down: nobody sensible multiplies past twice the largest target
@@ -96,12 +96,12 @@ class Config:
     sft_max_length:int=512            # tokens per example
     sft_bf16:bool=True                # autocast to bfloat16
     # ppo
-    ppo_steps:int=80
+    ppo_steps:int=100
     ppo_prompts:int=128               # prompts per step
     ppo_samples:int=1                 # rollouts per prompt
     ppo_minibatch:int=64              # rollouts per optimiser step
     ppo_micro_tokens:int=2_048        # padded tokens per forward pass (small pieces stay in the cache of a CPU)
-    ppo_max_tokens:int=160            # longest response
+    ppo_max_tokens:int=144            # longest response
     ppo_lr:float=2e-4                 # actor
     ppo_critic_lr:float=6e-4          # critic
     ppo_estimator:str="gae"           # or "group", which needs ppo_samples ≥ 2
@@ -174,7 +174,7 @@ class Config:
 PRESETS = dict(
     cpu=Config("cpu"),
     smoke=Config("smoke", data_prime=60, data_train=100, data_eval=20, data_rows=100, base_docs=1_500, base_val=100, base_epochs=1, base_batch=64, base_hidden=32,
-                 base_layers=2, base_heads=2, base_ffn=64, prime_rows=300, prime_val=30, prime_attempts=2, prime_budget=50, sft_epochs=1, sft_lr=3e-3, ppo_steps=4, ppo_prompts=16, ppo_minibatch=8,
+                 base_layers=2, base_heads=2, base_ffn=64, prime_rows=300, prime_val=30, prime_attempts=2, prime_patience=2, prime_budget=50, sft_epochs=1, sft_lr=3e-3, ppo_steps=4, ppo_prompts=16, ppo_minibatch=8,
                  ppo_max_tokens=60, ppo_save_every=2, figures=("fig_controls", "fig_priming", "fig_dynamics")),
 )
 
