@@ -102,8 +102,8 @@ class Config:
     ppo_minibatch:int=64              # rollouts per optimiser step
     ppo_micro_tokens:int=2_048        # padded tokens per forward pass (small pieces stay in the cache of a CPU)
     ppo_max_tokens:int=144            # longest response
-    ppo_lr:float=2e-4                 # actor
-    ppo_critic_lr:float=6e-4          # critic
+    ppo_lr:float=1e-4                 # actor
+    ppo_critic_lr:float=3e-4          # critic
     ppo_estimator:str="gae"           # or "group", which needs ppo_samples ≥ 2
     ppo_kl_coef:float=.001            # KL to the initial policy
     ppo_kl_in:str="reward"            # k1 in the "reward", or k3 in the "loss"
