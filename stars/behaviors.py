@@ -15,7 +15,7 @@ from dataclasses import dataclass
 # %% ../nbs/01_behaviors.ipynb #c004
 @dataclass(frozen=True)
 class Habit:
-    "One cognitive behaviour of the paper (section 3.1)"
+    "One cognitive behaviour of the paper"
     name:str                  # key used in counts and completions
     column:str                # suffix of the `avg_` and `total_` columns of the results table
     meaning:str               # what counts as one occurrence

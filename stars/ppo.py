@@ -195,7 +195,7 @@ ESTIMATORS = ("gae", "group")
 
 @dataclass(frozen=True)
 class PPOConfig:
-    "How to run PPO; the defaults are the paper's (section 4.1, upstream's scripts)"
+    "How to run PPO; the defaults follow the paper's released scripts"
     steps:int=250                 # updates of the policy's sampler
     prompts:int=256               # prompts per step
     samples:int=4                 # rollouts per prompt

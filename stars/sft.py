@@ -138,7 +138,7 @@ def read_log(
 # %% ../nbs/06_sft.ipynb #c015
 @dataclass(frozen=True)
 class SFTConfig:
-    "How to fine-tune; the defaults are the paper's (section 4.1, upstream's scripts)"
+    "How to fine-tune; the defaults follow the paper's released scripts"
     epochs:int=5                # passes over the examples
     batch_size:int=64           # examples per update
     micro_tokens:int=16_384     # padded tokens per forward pass
