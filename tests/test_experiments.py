@@ -21,9 +21,9 @@ TINY = ["--preset", "smoke", "--set", "base_docs=300", "prime_rows=120", "data_e
 TINY_SET = dict(base_docs=300, prime_rows=120, data_eval=10)
 
 
-def stars(*args, cwd, **kw):
-    "Start the command in another process"
-    return subprocess.Popen([sys.executable, "-c", "from stars.cli import main; main()", *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+def stars(*args, cwd, out=subprocess.DEVNULL):
+    "Start the command in another process (a pipe that nobody reads would fill with progress bars and stop it)"
+    return subprocess.Popen([sys.executable, "-c", "from stars.cli import main; main()", *args], cwd=cwd, stdout=out, stderr=out, text=True)
 
 
 def wait_for(condition, seconds=120):
@@ -45,7 +45,7 @@ def untimed(path):
 def reproduced(tmp_path_factory):
     "`stars reproduce --preset smoke` in an empty folder"
     cwd = tmp_path_factory.mktemp("anywhere")
-    p = stars("reproduce", "--preset", "smoke", cwd=cwd)
+    p = stars("reproduce", "--preset", "smoke", cwd=cwd, out=subprocess.PIPE)
     out, err = p.communicate(timeout=900)
     assert p.returncode == 0, err[-3000:]
     return cwd, out
@@ -67,7 +67,7 @@ def test_reproduce_works_in_any_folder(reproduced):
 def test_nothing_is_built_twice(reproduced):
     cwd, _ = reproduced
     before = {p: p.stat().st_mtime_ns for p in (cwd/"runs").rglob("manifest.json")}
-    p = stars("figure", "fig_controls", "--preset", "smoke", cwd=cwd)
+    p = stars("figure", "fig_controls", "--preset", "smoke", cwd=cwd, out=subprocess.PIPE)
     _, err = p.communicate(timeout=300)
     assert p.returncode == 0, err[-3000:]
     assert before == {p: p.stat().st_mtime_ns for p in (cwd/"runs").rglob("manifest.json")}
