@@ -23,7 +23,8 @@ TINY_SET = dict(base_docs=300, prime_rows=120, data_eval=10)
 
 def stars(*args, cwd, out=subprocess.DEVNULL):
     "Start the command in another process (a pipe that nobody reads would fill with progress bars and stop it)"
-    return subprocess.Popen([sys.executable, "-c", "from stars.cli import main; main()", *args], cwd=cwd, stdout=out, stderr=out, text=True)
+    return subprocess.Popen([sys.executable, "-c", "from stars.cli import main; main()", *args], cwd=cwd, stdout=out, stderr=out, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}) # tiny models: a second thread only waits
 
 
 def wait_for(condition, seconds=120):
