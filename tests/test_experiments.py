@@ -121,6 +121,8 @@ def test_killed_at_any_stage_and_resumed(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_parent(tmp_path, how):
     code = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs start with SIGINT ignored
 from stars import experiments as ex
 if __name__ == "__main__": ex.results(ex.preset("smoke", ppo_steps=500, **{TINY_SET}), ["plain"], ["base", "negative_control"], [0], "runs", workers=2)
 """
