@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from stars import experiments
-from stars.countdown import sample_problems
+from stars.problems import sample_problems
 from stars.models import fast_cpu_math, load_model, load_tokenizer
 from stars.ppo import PPOConfig, ppo
 from stars.sft import read_log

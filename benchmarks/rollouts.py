@@ -14,7 +14,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from stars.countdown import make_prompt, sample_problems
+from stars.countdown import make_prompt
+from stars.problems import sample_problems
 from stars.models import fast_cpu_math, load_model, load_tokenizer, n_params
 from stars.rollouts import TransformersEngine
 

@@ -36,11 +36,13 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .behaviors import HABITS
-from .countdown import Problem, Space, from_parquet, make_prompt, messages, sample_problems, to_parquet
+from .countdown import Problem, make_prompt, messages
+from .datasets import from_parquet, to_parquet
 from .evals import complete, summarize, write_completions
 from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, load_model, load_tokenizer, micro_model,
                           micro_tokenizer, save_checkpoint)
 from .ppo import PPOConfig, ppo
+from .problems import Space, sample_problems
 from .priming import CONTROLS, MIXES, control_rows, corpus_rows, priming_rows, read_rows, reorder, shown_habits, write_rows
 from .sft import SFTConfig, sft
 
