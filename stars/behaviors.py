@@ -132,7 +132,7 @@ def find_behaviors(
     "Where a text shows which habit, and by which rule"
     rules, game = RULES if rules is None else rules, numbers is not None
     known = game and target is not None and target not in numbers
-    low = plain(text, target if known else None)
+    low = plain(text, target if game else None)
     eqs = _equations(low, target) if game else []
     ends = [m.end() for m in _CLAUSE.finditer(low)] + [len(low)]
     said = _standing(hits(low, rules, "countdown" if game else "general"), low, eqs, ends, game)
@@ -150,7 +150,7 @@ def find_behaviors(
                 break
         spans.append(Span(lo, hi, habit, name))
     if game: spans += _wordless(eqs, numbers, target, said)
-    if known: spans += _from_target(low, eqs, numbers, target, [s for s in spans if s.habit == "backward"])
+    if known: spans += _from_target(low, eqs, numbers, target, ends, [s for s in spans if s.habit == "backward"])
     return sorted(s for s in (_trimmed(text, s) for s in spans) if s.start < s.end)
 
 def _standing(found, low, eqs, ends, game):
@@ -180,12 +180,14 @@ def _wordless(eqs, numbers, target, said):
 _SPLIT = re.compile(rf"{TARGET}+ (?:=|is|equals|can be (?:seen|written|split|made) (?:as|into)|splits into|as|could be) "
                     rf"\(?((?:\d{{1,9}}[ )]{{0,9}}(?:[-+*/x]|times|plus|minus|and)[ (]{{0,9}}){{1,8}}\d{{1,9}})")
 
-def _from_target(low, eqs, numbers, target, spans):
+def _from_target(low, eqs, numbers, target, ends, spans):
     "Equations that start from the target before it is reached, or from what was derived so, and the target taken apart"
     reached = next((e.end for e in eqs if e.value == target), len(low))
-    found, forward, derived = [], set(numbers), {target}
-    def add(a, b, name):
-        if not any(s.start < b and a < s.end for s in (*spans, *found)): found.append(Span(a, b, "backward", name))
+    found, forward, derived, taken = [], set(numbers), {target}, {bisect_right(ends, s.end - 1) for s in spans}
+    def add(a, b, name): # once per clause here too
+        if (c := bisect_right(ends, a)) not in taken:
+            found.append(Span(a, b, "backward", name))
+            taken.add(c)
     for e in eqs:
         if e.start >= reached: break
         if target in e.operands or derived & set(e.operands) - forward:

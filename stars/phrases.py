@@ -68,7 +68,8 @@ RULES = (
            r"\bsame as (?:the )?{GOAL}", r"\b(?:that's|it's) (?:our|the) {T}",
            r"(?:(?<={D} )|(?<={D}, )|(?<={D}\. )|(?<=but ))(?:want|need)(?:ed)? {T}", r"\bwant {T}, not", r"\bequals (?:the|our) (?:target|goal)",
            r"\b(?:is|that's|it's|was) (?:exactly|precisely|indeed|also) {GOAL}",
-           r"(?:\b(?:this|it|that|which) |(?<={D} )|(?<={D}\) ))(?:is|equals|gives|was) (?:the|our) (?:target|goal)\b"), mode="countdown"),
+           r"(?:\b(?:this|it|that|which) |(?<={D} )|(?<={D}\) ))(?:is|equals|gives|was) (?:the|our) (?:target|goal)\b",
+           r"{T} (?:is|equals) (?:indeed |exactly )?{T}", r"\b(?:goal|target) (?:is |was |has been )?(?:reached|met|achieved|hit)\b"), mode="countdown"),
     Rule("verification", "verdict", (r"\b(?:is|are|was|that's|it's|this is|looks|look|seems?) (?:indeed|really|correct|right|wrong|incorrect|valid|invalid|"
           r"spot on|perfect|good|not right|not allowed|not valid|no good|no use|clean|true|false)\b(?! (?:to|angle|triangle|side|"
           r"hand|number|now))", r"\b{NOT} (?:allowed|valid|permitted|right|correct|look right)\b",
@@ -124,10 +125,12 @@ RULES = (
           r"begin|test|see|do|use|consider|look at)\b", r"\bif (?:i|we) (?:instead|add|subtract|multiply|divide)\b"), mode="countdown", after="verdict"),
     Rule("backtracking", "bring in", (r"\b(?:let me|let's|i'll|we'll|maybe|perhaps) (?:have to )?(?:bring|swap|mix|change|rearrange|reorder|reverse|switch|"
           r"shuffle|flip)\b", r"\bperhaps a\b"), mode="countdown"),
-    Rule("subgoal", "need a number", (r"\b(?:need|needs|want|wants|wanted|wanting|(?:look|hunt|search|shoot|go|try)(?:ing)? for|aim(?:ing)? (?:for|at)|chase|"
-          r"(?:i'm|we're|am|are) after|becomes?|into) (?:a |an |another |only |just |the |about |exactly |some |second |extra |"
-          r"value |number |result |product |sum |total |of |near |around |close |to |bit |under |over )*{N}(?! ?[-+*/=x])(?! more|"
-          r" before)",), mode="countdown"),
+    Rule("subgoal", "need a number", (r"(?<!so )(?<!so i )(?<!so we )(?<!so i'd )(?<!so we'd )\b(?:need|needs|want|wants|wanted|wanting|(?:look|hunt|search|"
+          r"shoot|go|try)(?:ing)? for|aim(?:ing)? (?:for|at)|chase|(?:i'm|we're|am|are) after|becomes?|into) (?:a |an |another |"
+          r"only |just |the |about |exactly |some |second |extra |value |number |result |product |sum |total |of |near |around |"
+          r"close |to |bit |under |over )*{N}(?! ?[-+*/=x])(?! more| before)",
+           r"\bso (?:i|we|now)?(?:'d| would)? ?(?:just |only |now |still )*(?:need|want|look for|aim for) (?:a |an |another |"
+          r"exactly )?{N} (?:from|out of|using|with|by|among)\b"), mode="countdown"),
     Rule("subgoal", "want to make", (r"\b(?:need|needs|want|wants|like|love|try|trying|aim|aiming|goal|plan|idea|job|task|trick|hope|hoping|reduces|left|"
           r"have|has|must|should|could|can|would|better|if|first|how|left|remains|strategy|try|i'll|we'll|you'll|let's|let me|"
           r"next|then|way|do) (?:(?!add|multipl|subtract|divid|combin)\w+ ){0,4}?(?:to )?(?:express|park|grab|{MAKE}|making|"
@@ -141,8 +144,10 @@ RULES = (
     Rule("subgoal", "turn into", (r"\b(?:turn|combine|convert|transform|build|shape|mold|bring) (?:[\w,]+ ){1,6}(?:in)?to (?:a |an |the )?{N}\b",), mode="countdown"),
     Rule("subgoal", "make it", (r"(?<![a-z'] )(?<![a-z'])(?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|need|aim|for|"
           r"goal)\b:? (?:[a-z']+ ){0,6}?{N}(?= *[:.,;]| +using| +from| with| out of| by| via| first| and| as|$)",
-           r"\b(?:first|next|then|second|and|so),? (?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|"
+           r"\b(?:first|next|then|second|and),? (?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|"
           r"need|aim|for|goal)\b:? (?:[a-z']+ ){0,6}?{N}(?= *[:.,;]| +using| +from| with| out of| by| via| first| and| as|$)",
+           r"\bso (?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|need|aim|for|"
+          r"goal)\b:? (?:[a-z']+ ){0,6}?{N}(?= +using| +from| with| out of| by| via| first| and| as)",
            r"\bstep \d+\W*(?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|need|aim|for|"
           r"goal)\b:? (?:[a-z']+ ){0,6}?{N}(?= *[:.,;]| +using| +from| with| out of| by| via| first| and| as|$)"), mode="countdown"),
     Rule("subgoal", "subgoal", (r"\bintermediate stop\b", r"\bsplit (?:the work|it|this|things) into\b",

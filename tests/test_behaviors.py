@@ -1,11 +1,15 @@
 "The detectors on text that the teacher did not write, and the teacher against the detectors"
+import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from stars.behaviors import HABIT_NAMES, clauses, count_behaviors, equations, highlight, restarts
-from stars.countdown import sample_problems
+from stars.behaviors import HABIT_NAMES, RULES, Rule, count_behaviors, equations, find_behaviors, plain, precision_recall, restarts
+from stars.phrases import _Index, _written, hits
+from stars.problems import sample_problems
 from stars.priming import MIXES, priming_rows, shown_habits
 
 # prose in the voice of large models: text, numbers, target, habits that must be found, habits that must not
@@ -55,9 +59,9 @@ def test_each_wordless_restart_counts_once():
 
 
 def test_repeated_numbers_are_a_multiset():
-    eqs = equations("3 + 3 = 6, 6 * 4 = 24")
-    assert restarts(eqs, (3, 3, 4), 24) == []
+    assert restarts(equations("3 + 3 = 6, 6 * 4 = 24"), (3, 3, 4), 24) == []
     assert restarts(equations("3 + 4 = 7, 3 * 7 = 21"), (3, 3, 4), 24) == []
+    assert restarts(equations("3 + 4 = 7, 3 * 7 = 21, 3 + 3 = 6"), (3, 3, 4), 24) == [(1, 2, 3)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -66,12 +70,18 @@ def test_any_text_counts_without_error(parts):
     text = "".join(parts)
     counts = count_behaviors(text, (3, 4, 5), 24)
     assert set(counts) == set(HABIT_NAMES) and all(isinstance(v, int) and v >= 0 for v in counts.values())
-    spans = clauses(text)
-    assert all(a < b for a, b in spans) and all(b <= c for (_, b), (c, _) in zip(spans, spans[1:]))
-    highlight(text)
+    spans = find_behaviors(text, (3, 4, 5), 24)
+    assert spans == sorted(spans) and all(0 <= s.start < s.end <= len(text) for s in spans)
+    for h in HABIT_NAMES:
+        mine = [s for s in spans if s.habit == h]
+        assert len(mine) == counts[h] and {s.habit for s in spans} <= set(HABIT_NAMES)
+    assert len(plain(text, 24)) == len(text)
+    assert all(v >= 0 for v in count_behaviors(text).values())
 
 
-@pytest.mark.parametrize("text", ["1 + " * 100_000, "((((" * 50_000, "3 4 5 6 " * 50_000, "9" * 200_000, "too " * 100_000, "3 + 4 = " * 50_000])
+@pytest.mark.parametrize("text", ["1 + " * 100_000, "((((" * 50_000, "3 4 5 6 " * 50_000, "9" * 200_000, "too " * 100_000, "3 + 4 = " * 50_000, "is not " * 100_000, "24 is 24 - " * 50_000, "(" * 300_000 + "1" + ")" * 300_000,
+                                  "\n" * 500_000, "let me " * 100_000, "3 + 4 = 7 = " * 50_000, "try 3 other " * 50_000, "need a number near " * 40_000, "<answer>" * 50_000, "\\(" * 200_000, "24" * 300_000, ") ," * 100_000,
+                                  "each number one of them is was " * 20_000, "i need a an another only just the " * 20_000, " plus 3" * 100_000, "- 3 " * 200_000])
 def test_long_text_is_read_in_linear_time(text):
     import time
     def seconds(t):
@@ -96,3 +106,56 @@ def test_teacher_can_be_as_fallible_as_claude():
     share = lambda **kw: sum(r["score"] == 1 for r in priming_rows("backtracking_verification", problems, 600, seed=1, **kw)) / 600
     assert share(slip=.3) < share(slip=0.) < share(slip=0., insight=.2)
     assert .28 <= share(insight=.03) <= .44
+
+
+DATA = Path(__file__).parent/"data"/"habits"
+
+def labelled(name): return [json.loads(line) for line in (DATA/f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+@pytest.mark.parametrize("name,least", [("varied", .9), ("natural", .9), ("heldout", .8)])
+def test_agreement_with_labels(name, least, capsys):
+    "Countdown text that the teacher did not write; nothing was ever adjusted to the held-out set"
+    table = precision_recall(labelled(name))
+    with capsys.disabled():
+        for r in table: print(f"\n{name:8} {r['habit']:13} acts P {r['precision']:.2f} R {r['recall']:.2f}  texts P {r['text_precision']:.2f} R {r['text_recall']:.2f}", end="")
+    assert {r["habit"] for r in table} == set(HABIT_NAMES)
+    for r in table: assert min(r["text_precision"], r["text_recall"]) >= least and min(r["precision"], r["recall"]) >= least - .05, r
+
+def test_agreement_on_general_prose():
+    for r in precision_recall(labelled("maths")): assert r["text_precision"] >= .85 and r["text_recall"] >= .85, r
+
+def test_the_labels_are_sound():
+    rows = [r for n in ("varied", "natural", "heldout", "maths") for r in labelled(n)]
+    assert len(rows) >= 400 and len({r["id"] for r in rows}) == len(rows) and len({r["text"] for r in rows}) == len(rows)
+    assert sum(not any(r["spans"].values()) for r in rows) >= 60 # a fair share shows nothing
+    with pytest.raises(ValueError, match="does not stand in the text"): precision_recall([dict(text="a", spans=dict(backward=["b"]))])
+
+def test_first_words_lose_nothing():
+    "the index by first words finds at least what a search at every letter finds, and nothing that is not a match"
+    texts = [plain(r["text"], r.get("target")) for n in ("varied", "natural", "heldout", "maths") for r in labelled(n)][::3]
+    for mode in ("countdown", "general"):
+        rules = [r for r in RULES if r.mode in ("both", mode)]
+        each = [(r, re.compile(_written(p), re.M)) for r in rules for p in r.patterns]
+        for text in texts:
+            slow = {(m.start(), r.name, r.habit) for r, p in each for m in p.finditer(text)}
+            fast = {(a, r.name, r.habit) for a, b, r in hits(text, RULES, mode)}
+            assert slow <= fast, slow - fast
+
+def test_a_habit_of_ones_own():
+    own = (Rule("estimation", "roughly", (r"\broughly {N}", r"\bfor sure\b")),)
+    text = "It is roughly 60, and 17 is not 24."
+    assert count_behaviors(text, (3, 4), 24, rules=own) == dict(estimation=1)
+    assert count_behaviors(text, (3, 4), 24, rules=RULES + own)["verification"] == 1
+    assert [text[s.start:s.end] for s in find_behaviors(text, (3, 4), 60, rules=own)] == [] # {N} is never the target
+    with pytest.raises(re.error): find_behaviors("x", rules=(Rule("a", "b", ("(",)),))
+
+def test_spans_say_where_and_why():
+    text = "First get 9: 4 + 5 = 9. That's too low. Let me try something else. Working backwards from 24: 24 / 3 = 8."
+    found = {s.habit: (text[s.start:s.end], s.rule) for s in find_behaviors(text, (3, 4, 5), 24)}
+    assert found["verification"] == ("That's too low.", "too much") and found["backtracking"][1] in ("try another", "next try") and found["backward"][1] == "backwards"
+    assert found["subgoal"][0].startswith("First get 9")
+
+def test_latex_unicode_and_words_are_arithmetic():
+    for text in ("\\( 3 \\times 4 = 12 \\), \\( 12 + 5 = 17 \\). \\( 3 + 4 = 7 \\), \\( 7 \\times 5 = 35 \\)", "3 × 4 = 12, 12 + 5 = 17. 3 + 4 = 7, 7 × 5 = 35",
+                 "3 times 4 is 12, 12 plus 5 is 17. 3 plus 4 is 7, 7 times 5 is 35", "Multiplying 3 by 4 gives 12, 12 + 5 = 17. Adding 3 and 4 gives 7, 7 * 5 = 35"):
+        assert count_behaviors(text, (3, 4, 5), 24)["backtracking"] == 1, text
