@@ -130,28 +130,48 @@ def find_behaviors(
     rules:Sequence[Rule]|None=None,      # default: `RULES`
 )->list[Span]: # in order; spans of one habit do not overlap, spans of two habits may
     "Where a text shows which habit, and by which rule"
-    rules, game = RULES if rules is None else rules, numbers is not None
-    known = game and target is not None and target not in numbers
-    low = plain(text, target if game else None)
-    eqs = _equations(low, target) if game else []
-    ends = [m.end() for m in _CLAUSE.finditer(low)] + [len(low)]
-    said = _standing(hits(low, rules, "countdown" if game else "general"), low, eqs, ends, game)
-    acts = {} # one act per habit and clause
-    for a, b, r in said:
-        act = acts.setdefault((r.habit, bisect_right(ends, a)), [a, b, r.name])
-        act[1] = max(act[1], b)
-    spans = []
-    for (habit, c), (a, b, name) in acts.items(): # widened to the pieces between commas
+    low, ends, said, done = _acts(text, numbers, target, rules)
+    spans = [_trimmed(text, s) for s in done]
+    for (habit, c), (a, b, name) in said.items(): # widened to the pieces between commas
         lo, hi = ends[c-1] if c else 0, max(ends[min(c, len(ends)-1)], b)
         for m in _PIECE.finditer(low, lo, hi):
             if m.end() <= a: lo = m.end()
             elif m.start() >= b:
                 hi = m.start()
                 break
-        spans.append(Span(lo, hi, habit, name))
-    if game: spans += _wordless(eqs, numbers, target, said)
-    if known: spans += _from_target(low, eqs, numbers, target, ends, [s for s in spans if s.habit == "backward"])
-    return sorted(s for s in (_trimmed(text, s) for s in spans) if s.start < s.end)
+        spans.append(_trimmed(text, Span(lo, hi, habit, name)))
+    return sorted(spans)
+
+def count_behaviors(
+    text:str,                            # a completion (the prompt left out), or any text
+    numbers:Sequence[int]|None=None,     # the problem's numbers; None: general prose
+    target:int|None=None,                # the problem's target
+    rules:Sequence[Rule]|None=None,      # default: `RULES`
+)->dict[str, int]: # count per habit of the rules
+    "How often a text shows each habit"
+    _, _, said, done = _acts(text, numbers, target, rules)
+    counts = dict.fromkeys(HABIT_NAMES if rules is None else (r.habit for r in rules), 0)
+    for habit, _ in said: counts[habit] += 1
+    for s in done: counts[s.habit] = counts.get(s.habit, 0) + 1
+    return counts
+
+def _acts(text, numbers, target, rules):
+    "Plain text, ends of its clauses, acts in words {(habit, clause): [start, end, rule]}, acts in numbers"
+    rules, game = RULES if rules is None else rules, numbers is not None
+    low = plain(text, target if game else None)
+    eqs = _equations(low, target) if game else []
+    ends = [m.end() for m in _CLAUSE.finditer(low)] + [len(low)]
+    found = _standing(hits(low, rules, "countdown" if game else "general"), low, eqs, ends, game)
+    said = {} # one act per habit and clause
+    for a, b, r in found:
+        act = said.setdefault((r.habit, bisect_right(ends, a)), [a, b, r.name])
+        if b > act[1]: act[1] = b
+    done = _wordless(eqs, numbers, target, found) if game else []
+    if game and target is not None and target not in numbers: done += _from_target(low, eqs, numbers, target, {c for h, c in said if h == "backward"}, ends)
+    if rules is not RULES: # acts in numbers belong to habits that are asked for
+        habits = {r.habit for r in rules}
+        done = [s for s in done if s.habit in habits]
+    return low, ends, said, done
 
 def _standing(found, low, eqs, ends, game):
     "The hits that stand, in order: their `after` is fulfilled, and they are no part of the task"
@@ -180,10 +200,10 @@ def _wordless(eqs, numbers, target, said):
 _SPLIT = re.compile(rf"{TARGET}+ (?:=|is|equals|can be (?:seen|written|split|made) (?:as|into)|splits into|as|could be) "
                     rf"\(?((?:\d{{1,9}}[ )]{{0,9}}(?:[-+*/x]|times|plus|minus|and)[ (]{{0,9}}){{1,8}}\d{{1,9}})")
 
-def _from_target(low, eqs, numbers, target, ends, spans):
+def _from_target(low, eqs, numbers, target, taken, ends):
     "Equations that start from the target before it is reached, or from what was derived so, and the target taken apart"
     reached = next((e.end for e in eqs if e.value == target), len(low))
-    found, forward, derived, taken = [], set(numbers), {target}, {bisect_right(ends, s.end - 1) for s in spans}
+    found, forward, derived = [], set(numbers), {target}
     def add(a, b, name): # once per clause here too
         if (c := bisect_right(ends, a)) not in taken:
             found.append(Span(a, b, "backward", name))
@@ -203,16 +223,6 @@ def _trimmed(text, s):
     while a < b and not (text[a].isalnum() or text[a] in "(<[\\✓✗✔✘❌✅≠=!"): a += 1
     while b > a and text[b-1] in " \n\t,;:": b -= 1
     return s._replace(start=a, end=b)
-
-def count_behaviors(
-    text:str,                            # a completion (the prompt left out)
-    numbers:Sequence[int]|None=None,     # the problem's numbers, when known
-    target:int|None=None,                # the problem's target, when known
-    rules:Sequence[Rule]|None=None,      # default: `RULES`
-)->dict[str, int]: # count per habit of the rules, in the order of `HABIT_NAMES`
-    "How often a text shows each habit"
-    found = Counter(s.habit for s in find_behaviors(text, numbers, target, rules))
-    return {h: found[h] for h in (HABIT_NAMES if rules is None else dict.fromkeys(r.habit for r in rules))}
 
 # %% ../nbs/01_behaviors.ipynb #c018
 def precision_recall(

@@ -9,15 +9,19 @@ __all__ = ['Set', 'STAGES', 'COMMANDS', 'overrides', 'data', 'run_figure', 'figu
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from . import experiments as ex, viewer
+from .countdown import split_of
+from .datasets import read_problems, to_parquet, write_problems
+from .problems import SPACES, Space, read_exclusions
 
 # %% ../nbs/12_cli.ipynb #c005
-Set = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE ...", help="fields of the preset to change, e.g. ppo_steps=100 n_numbers=3,4")]
+Set = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE ...", help="fields to change, e.g. ppo_steps=100 n_numbers=3,4")]
 
 def overrides(
     items:tuple[str, ...], # "field=value"
@@ -31,14 +35,56 @@ def _job(preset:str, model:str, condition:str, seed:int, runs:Path, set_:tuple[s
     ex._quiet(None)
     return ex.Job(ex.preset(preset, **overrides(set_)), model, condition, seed, str(runs))
 
-def data(preset:str="cpu", runs:Path=Path("runs"), set_:Set=()):
-    """Problems of the three splits, as verl-compatible parquet.
+def _ints(text:str)->tuple[int, ...]: return tuple(map(int, text.split(",")))
+
+def _floats(text:str)->tuple[float, ...]: return tuple(map(float, text.split(",")))
+
+def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"]="rl", train:int=327_680, eval_:Annotated[int, tyro.conf.arg(name="eval")]=1_024, prime:int=0,
+         seed:int=0, template:str="base", source:str|None=None, hub_split:str="train", exclude:Path|None=None, difficulty:bool=True, workers:int|None=None,
+         preset:str|None=None, runs:Path=Path("runs"), set_:Set=()):
+    """Countdown problems as verl-compatible parquet: OUT/train.parquet, OUT/eval.parquet, OUT/prime.parquet.
+
+    Splits never share a problem, whatever the seeds. Killed and started again, it goes on where it stopped.
 
     Args:
-        preset: smoke or cpu
+        out: folder to write to
+        space: which problems: rl (3-4 numbers 1-99, targets 10-99) or priming (numbers 1-24, targets 10-25); --set changes its fields, e.g. max_number=50 max_solutions=1
+        train: training problems
+        eval_: evaluation problems
+        prime: problems for priming
+        seed: same seed, same files
+        template: prompt: base, chat, micro, or a text file with {numbers} and {target}
+        source: take the problems from here instead: a .parquet or .jsonl file, a folder of them, or hub:organisation/name
+        hub_split: split of a data set on the Hub
+        exclude: file of number tuples, one a line, that are never drawn
+        difficulty: store the number of solutions and the chance of a blind hit
+        workers: processes (default: one per core if there is enough to do)
+        preset: build the data stage of this preset in its run store instead (smoke or cpu)
         runs: folder of the run store
     """
-    print(ex.data_stage(_job(preset, "plain", "base", 0, runs, set_)))
+    if (out is None) == (preset is None): raise ValueError("give a folder to write problems to, or --preset for those of an experiment")
+    if preset: return print(ex.data_stage(_job(preset, "plain", "base", 0, runs, set_)))
+    where, sizes = _space(space, overrides(set_), exclude), dict(train=train, eval=eval_, prime=prime)
+    if source:
+        problems, report = read_problems(source, hub_split, where if set_ or exclude else None)
+        print(report)
+        for split, n in sizes.items():
+            mine = [p for p in problems if split_of(p) == split][:n]
+            if mine: print(f"{to_parquet(mine, out/f'{split}.parquet', split, template, difficulty=difficulty)}: {len(mine):,} problems")
+        (out/"report.json").write_text(json.dumps(dict(source=report.source, read=report.read, kept=report.kept, dropped=report.dropped, examples=report.examples), indent=1) + "\n")
+        return
+    for split, n in sizes.items():
+        if n: print(f"{write_problems(out/f'{split}.parquet', n, seed, replace(where, split=split), template, difficulty=difficulty, workers=workers)}: {n:,} problems")
+
+_SPACE = dict(n_numbers=_ints, weights=_floats, min_number=int, max_number=int, min_target=int, max_target=int, min_solutions=int, max_solutions=int, min_chance=float, max_chance=float)
+
+def _space(name:str, changes:dict[str, str], exclude:Path|None)->Space:
+    "A named space with some fields changed"
+    for k, v in changes.items():
+        if k not in _SPACE: raise ValueError(f"--set {k}={v}: problems have no field {k!r}; choose from {', '.join(_SPACE)}")
+        try: changes = changes | {k: _SPACE[k](v)}
+        except ValueError: raise ValueError(f"--set {k}={v}: {v!r} is not a number, or a list of numbers such as 3,4") from None
+    return replace(SPACES[name], exclude=read_exclusions(exclude) if exclude else (), **changes)
 
 def _command(stage, text:str):
     "A subcommand for a stage of one job"

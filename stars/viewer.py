@@ -324,11 +324,11 @@ def table(
     title = Text(_visible(" · ".join(f"{k} {s[k][0]}" for k in same)))
     t = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
     def add(head, cells, **kw):
-        t.add_column(head, **kw)
+        t.add_column(head, overflow="fold", **kw)
         cols.append([Text(_visible(str(c))) for c in cells])
-    cols, number = [], dict(justify="right", no_wrap=True)
+    cols, number = [], dict(justify="right")
     for k in _keys(s):
-        if k not in same: add(k, s[k], overflow="fold", **(number if is_numeric_dtype(s[k]) else {}))
+        if k not in same: add(k, s[k], **(number if is_numeric_dtype(s[k]) else {}))
     add("n", (f"{n:,}" for n in s.n), **number)
     if "accuracy" in s:
         add("accuracy %\n(interval)", (f"{_percent(a)} ({_percent(lo)}–{_percent(hi)})" for a, lo, hi in zip(s.accuracy, s.lo, s.hi)), **number)

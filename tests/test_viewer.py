@@ -81,6 +81,9 @@ def test_html_shows_the_text_and_nothing_else(text, marks):
     assert page.text == (vw._visible(text) or "(empty)")
     assert set(page.tags) <= {"div", "mark", "br", "em"} and page.open == 0 and page.tags.count("br") == vw._visible(text).count("\n")
 
+def test_lines_are_kept_without_styles_too():
+    assert Page(highlight("a\n\n b", [Span(0, 3, "subgoal", "s")])).tags.count("br") == 2
+
 def test_markup_is_escaped_everywhere():
     evil = '<script>alert("&amp;")</script><u>unclosed <answer>1'
     spans = [Span(0, 8, '"><script>', "'\"><img src=x>")]
@@ -338,6 +341,7 @@ def test_terminal_width_and_colour(df):
         inspect(df, n=3, condition="dots", console=Console(file=out, width=width))
         assert max(map(len, out.getvalue().splitlines())) <= width and "\x1b" not in out.getvalue()
         assert "[verification: Let me check: 17 is not 27" in " ".join(out.getvalue().replace("│", " ").split()) or width == 40
+    assert re.search(r"\nbase +0 ", terminal(table(df), 60)) # a table that is too wide still says what its rows are
     row = df[(df.verification > 0)].iloc[0]
     colour = terminal(trace(row), force_terminal=True, color_system="truecolor")
     r, g, b = bytes.fromhex(COLORS["verification"][1:])
