@@ -27,10 +27,10 @@ def final_names(root):
     "Give pages their names on the site, 00_countdown.ipynb -> countdown.ipynb, and point links and pictures there"
     pages = [*root.rglob('*.ipynb')]
     for p in [*pages, *root.glob('*.yml')]:
-        text = re.sub(r'\b\d\d_(\w+\.ipynb)', r'\1', p.read_text(encoding='utf-8'))
+        text = re.sub(r'\b\d\d[a-z]?_(\w+\.ipynb)', r'\1', p.read_text(encoding='utf-8'))
         text = re.sub(r'output-file: [\w.-]+', '', text).replace('../figures/', 'figures/')
         p.write_text(text, encoding='utf-8')
-    for p in pages: p.rename(p.with_name(re.sub(r'^\d\d_', '', p.name)))
+    for p in pages: p.rename(p.with_name(re.sub(r'^\d\d[a-z]?_', '', p.name)))
 
 def main():
     root = Path(__file__).resolve().parent.parent

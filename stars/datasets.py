@@ -139,7 +139,9 @@ def write_problems(
         except BaseException: # Ctrl-C: parts that are written are kept
             if pool: pool.shutdown(wait=False, cancel_futures=True)
             raise
-    _check(end>=n, too_few(n, end, space))
+    if end<n:
+        shutil.rmtree(parts) # they belong to a file that cannot be
+        raise ValueError(too_few(n, end, space))
     return _join([parts/f'part-{i:06d}.parquet' for i in range(done)], path, dict(recipe=recipe))
 
 def _join(parts, path, metadata):
@@ -228,7 +230,7 @@ def _rows(source:str, split:str)->Iterator[tuple[str,object]]:
     "Rows of a source, each with where it stands; an unreadable row is an exception instead of a row"
     if source.startswith('hub:'):
         try: from datasets import load_dataset # the hub library, not this chapter
-        except ImportError as e: raise ValueError(f'{source} needs the package datasets: pip install datasets') from e
+        except ImportError as e: raise ValueError(f'{source} needs the package datasets: pip install stars[hub]') from e
         try: rows = load_dataset(source[4:], split=split, streaming=True)
         except Exception as e: raise ValueError(f'{source}, split {split!r}: {type(e).__name__}: {e}') from e
         yield from ((f'row {i}', r) for i,r in enumerate(rows))

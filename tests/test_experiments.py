@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from stars import cli, experiments as ex
-from stars.countdown import from_parquet, split_of
+from stars.countdown import split_of
+from stars.datasets import from_parquet
 from stars.priming import read_rows
 
 TINY = ["--preset", "smoke", "--set", "base_docs=300", "prime_rows=120", "data_eval=10"]
@@ -154,7 +155,11 @@ if __name__ == "__main__": ex.results(ex.preset("smoke", ppo_steps=500, **{TINY_
     (["ppo", "--set", "ppo_steps=inf"], "ppo_steps='inf' is not a int"),
     (["figure", "fig_controls", "-p", "models=rich"], "models='rich' must be a list"),
     (["ppo", "--set", "max_number=500"], "must not exceed top=199"),
-    (["data", "--set", "data_eval=100000"], "found only"),
+    (["data", "--preset", "cpu", "--set", "data_eval=100000"], "there are only"),
+    (["data"], "give a folder"),
+    (["data", "x", "--set", "max_numbers=9"], "no field 'max_numbers'"),
+    (["data", "x", "--set", "n_numbers=a"], "'a' is not a number"),
+    (["data", "x", "--source", "nowhere.parquet"], "nowhere.parquet does not exist"),
     (["figure", "fig_none"], "figure='fig_none' is unknown; choose one of fig_controls"),
     (["figure", "fig_controls", "-p", "condition=[]"], "has no parameter 'condition'"),
     (["figure", "fig_controls", "-p", "seeds=[]"], "nothing to do"),

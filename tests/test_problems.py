@@ -182,6 +182,7 @@ def test_killed_and_started_again(tmp_path):
 
 def test_writing_more_than_there_is(tmp_path):
     with pytest.raises(ValueError, match='there are only 1682'): write_problems(tmp_path/'a.parquet', 5_000, 0, Space(**MICRO), progress=False)
+    assert os.listdir(tmp_path)==[]
     with pytest.raises(ValueError, match="n=-1"): write_problems(tmp_path/'a.parquet', -1, 0)
     assert write_problems(tmp_path/'none.parquet', 0, 0, progress=False) and from_parquet(tmp_path/'none.parquet')==[]
 
