@@ -45,7 +45,7 @@ RULES = (
     Rule("verification", "not the goal", (r"(?:\b(?:this|that|it|which|these),? |(?<={D} )|(?<={D}\) ))(?:doesn't|does not|didn't|isn't|is not|don't|"
           r"do not) (?:give|make|equal|match|get|reach|produce|yield|quite)",
            r"\b{NOT}\b(?: quite| exactly| equal(?: to)?| match(?:ing)?| give| make| reach| get| hit| us| me| to| the same as|"
-          r" at)*,? {GOAL}"), mode="countdown"),
+          r" at)*,? {GOAL}", r"(?:(?<={D} )|(?<={D}\) ))(?:is not|isn't|does not equal|doesn't equal) (?:quite |equal to |the same as )?{A}"), mode="countdown"),
     Rule("verification", "wrong value", (r"\b(?:rather than|instead of|when (?:i|we) (?:need|want)(?:ed)?|but (?:i|we) (?:need|want)(?:ed)?|as opposed to|"
           r"and not|versus|vs\.?|whereas (?:i|we) need) (?:the )?{GOAL}",), mode="countdown"),
     Rule("verification", "too much", (r"\b(?:too|way too|far too|a bit too) (?:high|low|big|small|large|much|little|far|many|few|short)\b",), mode="countdown"),
@@ -87,10 +87,11 @@ RULES = (
            r"(?<=\d )remains\b", r"\bone \d+ remains\b", r"\bskips? (?:the|a|over)\b", r"\bleaves? out\b", r"\bstill have .{0,16} left\b",
            r"\buses? (?:up )?all (?:of )?(?:the|my|our|\w+ numbers)\b", r"\bwhich uses .{0,30}\beach\b",
            r"\bleaves? (?:out|over|a|the|me|us) .{0,14}(?:un|over|out|behind)", r"\b(?:re)?used? (?:the |up )?.{0,12}twice",
-           r"\btwice (?:there|here|now)", r"\bone of each\b", r"\beach (?:number |one |of them |is |was )*(?:appears|used|once\b(?! and))",
+           r"\btwice (?:there|here|now)", r"\bone of each\b",
+           r"(?<!use )(?<!using )(?<!uses )\beach (?:number |one |of them |is |was )*(?:appears|used|once\b(?! and))",
            r"\bevery (?:number|one|value)(?: is| was| has been| gets| got)? (?:used|appears|accounted)",
            r"\ball (?:of )?(?:the |my |our )?(?:\w+ )?(?:numbers )?(?:[\d, and]+ )?(?:are |were |have been |got |is )?(?:used|"
-          r"appear|accounted|in play)\b", r"\bused? (?:all|each|every|anything|both|everything)\b.{0,30}(?:once|twice|good|numbers)",
+          r"appear|accounted|in play)\b", r"\bused (?:all|each|every|anything|both|everything)\b.{0,30}(?:once|twice|good|numbers)",
            r"\b{NOT} (?:in it|there)\b", r"\bmissing (?:the|a) \d"), mode="countdown"),
     Rule("verification", "recompute", (r"\bis .{3,20} really\b",
            r"\blet me (?:recompute|recalculate|compute (?:it|this|that) again|re-?do the (?:math|arithmetic|calculation))",
