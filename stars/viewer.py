@@ -264,7 +264,7 @@ def viewer(
     source:pd.DataFrame|Path|str, # whatever `read_completions` reads
     rules:Sequence[Rule]=RULES,   # that find the habits
     **first_choice,               # arguments of `select` to start with
-)->"ipywidgets.VBox":
+): # an `ipywidgets.VBox`; `.controls` holds its widgets, `.rows` the completions that fit
     "Browse completions"
     try: import ipywidgets as w
     except ImportError: raise ImportError("the viewer needs ipywidgets: pip install stars[lab]") from None
