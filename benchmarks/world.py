@@ -3,7 +3,7 @@
 Generation is measured in the published RL distribution (3-4 numbers 1-99, targets 10-99), exactly solvable and de-duplicated.
 reasoning-gym is installed into an environment of its own (.bench/) on the first run. Give --quick for a tenth of the work.
 """
-import argparse, json, random, resource, subprocess, sys, tempfile, time, venv
+import argparse, json, random, subprocess, sys, tempfile, time, venv
 from itertools import islice
 from pathlib import Path
 
@@ -85,6 +85,12 @@ def bare_eval(response, numbers, target):
     try: return 1. if abs(eval(text, {"__builtins__": None}, {})-target) < 1e-5 else .1
     except Exception: return .1
 
+def peak(path, n):
+    "MB that one process needs at most to draw, measure and write `n` problems"
+    code = "import sys; from stars.datasets import *; from stars.problems import SPACES; write_problems(sys.argv[1], int(sys.argv[2]), 0, SPACES['rl'], workers=1, progress=False); " \
+           "print([int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith('VmHWM')][0])" # ru_maxrss would include the parent's
+    return float(subprocess.run([sys.executable, "-c", code, path, str(n)], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--quick", action="store_true"); ap.add_argument("--no-gym", action="store_true")
@@ -119,11 +125,10 @@ def main():
         row("stars, drawn, measured and written", n/(time.perf_counter()-start), base)
         print("the published size, all cores")
         sizes = (("train", 32_768 if a.quick else 327_680), ("eval", 1_024))
-        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
         for split, m in sizes: write_problems(f"{d}/{split}.parquet", m, 0, Space(max_number=99, max_target=99, split=split), progress=False)
         print(f"  {sizes[0][1]:,} + 1,024 problems in {time.perf_counter()-start:.1f} s")
-        peak = [resource.getrusage(w).ru_maxrss/1024 for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        print(f"  peak memory: this process {peak[0]:.0f} MB (before: {before/1024:.0f}), largest worker {peak[1]:.0f} MB")
+        for m in (n//4, n, 4*n) if Path("/proc/self/status").exists() else (): print(f"  peak memory of a process that writes {m:,}: {peak(f'{d}/{m}.parquet', m):.0f} MB")
 
     print("scoring short answers, one core")
     qs = [(f"I add and multiply. </think> <answer>{solve(p.numbers, p.target)}</answer>", p.numbers, p.target) for p in ps[:4000]]
