@@ -18,12 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .countdown import SPLITS, Problem, messages, split_of
@@ -113,27 +115,34 @@ def write_problems(
     recipe = dict(n=n, seed=seed, template=messages(Problem((1,2), 3), template)[0]['content'], data_source=data_source, difficulty=difficulty,
                   **{k: v for k,v in asdict(space).items() if k!='exclude'}, exclude=sorted(map(repr, space.exclude)))
     recipe = json.dumps(recipe, sort_keys=True)
+    lock = path.with_name(f'.{path.name}.lock')
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock): # two processes may be told to write the same file: one does
+        try: return _written(path, n, seed, space, (template, data_source, difficulty), recipe, workers, progress)
+        finally: lock.unlink(missing_ok=True)
+
+def _written(path, n, seed, space, layout, recipe, workers, progress):
+    parts = path.with_name(f'.{path.name}.{hashlib.sha256(recipe.encode()).hexdigest()[:10]}.parts')
     if path.exists():
         _check(_metadata(path).get('recipe')==recipe, f'{path} exists and was made with other settings; remove it or choose another name')
+        shutil.rmtree(parts, ignore_errors=True) # killed just after it was done
         return path
-    parts = path.with_name(f'.{path.name}.{hashlib.sha256(recipe.encode()).hexdigest()[:10]}.parts')
-    parts.mkdir(parents=True, exist_ok=True)
-    done = len(list(parts.glob('part-*.parquet')))
-    while done and not all((parts/f'part-{i:06d}.parquet').exists() for i in range(done)): done -= 1
-    last = _metadata(parts/f'part-{done-1:06d}.parquet') if done else dict(state='null', end='0')
+    parts.mkdir(exist_ok=True)
+    part = lambda i: parts/f'part-{i:06d}.parquet'
+    done = next(i for i in count() if not part(i).exists())
+    last = _metadata(part(done-1)) if done else dict(state='null', end='0')
     stream,end = Stream(space, seed, json.loads(last['state'])),int(last['end'])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    workers = (cores if n-end>=20_000 or max(space.n_numbers)>4 and n-end>=100 else 1) if workers is None else workers
+    if workers is None: workers = _cores() if n-end>=20_000 or max(space.n_numbers)>4 and n-end>=100 else 1
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _follow_parent) if workers>1 else None
-    with pool or nullcontext(), tqdm(total=n, initial=min(end, n), desc=path.name, unit='problem', unit_scale=True, disable=not progress) as bar:
+    with pool or nullcontext(), tqdm(total=n, initial=end, desc=path.name, unit='problem', unit_scale=True, disable=not progress) as bar:
         writing = []
         try:
-            while end<n and (problems := _problems(stream.draw(pool, workers))):
-                args = (parts/f'part-{done:06d}.parquet', problems[:n-end], end, stream.state, space.split, template, data_source, difficulty)
+            while end<n and (problems := _problems(stream.draw(pool, workers))[:n-end]):
+                args = (part(done), problems, end, stream.state, space.split, *layout)
                 if pool: writing.append(pool.submit(_write_part, *args))
                 else: _write_part(*args)
                 done,end = done+1,end+len(problems)
-                bar.update(min(len(problems), n-end+len(problems)))
+                bar.update(len(problems))
                 while len(writing)>workers: writing.pop(0).result()
             for w in writing: w.result()
         except BaseException: # Ctrl-C: parts that are written are kept
@@ -142,7 +151,9 @@ def write_problems(
     if end<n:
         shutil.rmtree(parts) # they belong to a file that cannot be
         raise ValueError(too_few(n, end, space))
-    return _join([parts/f'part-{i:06d}.parquet' for i in range(done)], path, dict(recipe=recipe))
+    return _join([part(i) for i in range(done)], path, dict(recipe=recipe))
+
+def _cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def _join(parts, path, metadata):
     "One file of many, a part at a time"

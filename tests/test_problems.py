@@ -237,3 +237,10 @@ def test_sources_that_are_none(tmp_path):
     with pytest.raises(ValueError, match='b.parquet is not a complete parquet file'): read_problems(tmp_path/'b.parquet')
     pq.write_table(pa.table(dict(x=[1])), tmp_path/'c.parquet')
     with pytest.raises(ValueError, match='is missing'): read_problems(tmp_path/'c.parquet')
+
+def test_two_processes_one_file(tmp_path):
+    code = f"from stars.datasets import *; from stars.problems import SPACES; write_problems({str(tmp_path/'a.parquet')!r}, 12_000, 3, SPACES['rl'], workers=1, progress=False)"
+    both = [subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=120)[1] for p in both]
+    assert [p.returncode for p in both]==[0,0], said
+    assert os.listdir(tmp_path)==['a.parquet'] and len(from_parquet(tmp_path/'a.parquet'))==12_000
