@@ -8,7 +8,7 @@ __all__ = ['HABITS', 'HABIT_NAMES', 'COLORS', 'Habit', 'Equation', 'equations', 
 
 # %% ../nbs/01_behaviors.ipynb #c002
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ def restarts(
             if i and e.left == eqs[i-1].left: rest = pool[:-1] # corrected
             elif last in e.operands: rest = [n for n in pool if n not in e.operands] # goes on, though it uses a number twice
             elif e.value == last or not known.issuperset(e.operands): continue # a recap, or about something else
-            elif len(e.operands) == len(numbers) > len(pool) > 1 and sorted(e.operands) == sorted(numbers) and _makes(tuple(pool), e.value): continue # the same calculation in one line
+            elif 6 >= len(e.operands) == len(numbers) > len(pool) > 1 and sorted(e.operands) == sorted(numbers) and _makes(tuple(pool), e.value): continue # the same calculation in one line
             else:
                 found.append((before, i, len(numbers) - sum((Counter(pool) & Counter(numbers)).values())))
                 rest, known = list(numbers), set(numbers)
@@ -133,7 +133,7 @@ def find_behaviors(
     low, ends, said, done = _acts(text, numbers, target, rules)
     spans = [_trimmed(text, s) for s in done]
     for (habit, c), (a, b, name) in said.items(): # widened to the pieces between commas
-        lo, hi = ends[c-1] if c else 0, max(ends[min(c, len(ends)-1)], b)
+        lo, hi = ends[c-1] if c else 0, ends[min(c, len(ends)-1)]
         for m in _PIECE.finditer(low, lo, hi):
             if m.end() <= a: lo = m.end()
             elif m.start() >= b:
@@ -164,9 +164,10 @@ def _acts(text, numbers, target, rules):
     found = _standing(hits(low, rules, "countdown" if game else "general"), low, eqs, ends, game)
     said = {} # one act per habit and clause
     for a, b, r in found:
-        act = said.setdefault((r.habit, bisect_right(ends, a)), [a, b, r.name])
-        if b > act[1]: act[1] = b
-    done = _wordless(eqs, numbers, target, found) if game else []
+        c = bisect_right(ends, a)
+        act = said.setdefault((r.habit, c), [a, b, r.name])
+        act[1] = min(max(act[1], b), ends[min(c, len(ends)-1)])
+    done = _wordless(eqs, numbers, target, found, ends) if game else []
     if game and target is not None and target not in numbers: done += _from_target(low, eqs, numbers, target, {c for h, c in said if h == "backward"}, ends)
     if rules is not RULES: # acts in numbers belong to habits that are asked for
         habits = {r.habit for r in rules}
@@ -185,13 +186,16 @@ def _standing(found, low, eqs, ends, game):
         kept.append((a, b, r))
     return kept
 
-def _wordless(eqs, numbers, target, said):
+def _wordless(eqs, numbers, target, said, ends):
     "Restarts that nobody announced; the span reaches back to the last verdict"
     said, spans = [s for s in said if s[2].habit in ("backtracking", "verification")], []
+    begins = [a for a, _, _ in said]
     for j, i, used in restarts(eqs, tuple(numbers), target):
         lo, hi = eqs[j].end, eqs[i].start
-        between = [(a, b, r) for a, b, r in said if lo - 8 <= a < hi]
+        between = said[bisect_left(begins, lo - 8):bisect_left(begins, hi)]
         if any(a >= lo and (r.habit == "backtracking" or r.name in _CHECKS) for a, _, r in between): continue
+        rest = min(ends[bisect_right(ends, eqs[i].end - 1)], eqs[i+1].start if i + 1 < len(eqs) else ends[-1]) # "5 - 4 = 1 instead": announced afterwards
+        if any(r.habit == "backtracking" for _, _, r in said[bisect_left(begins, hi):bisect_left(begins, rest)]): continue
         verdicts = [b for _, b, r in between if r.habit == "verification"]
         if used < min(3, len(numbers)) and not verdicts: continue # pairs that are listed, not an attempt that is given up
         spans.append(Span(max([lo, hi - 100, *verdicts]), eqs[i].end, "backtracking", "restart"))

@@ -18,7 +18,7 @@ import tyro
 from . import experiments as ex, viewer
 from .countdown import split_of
 from .datasets import read_problems, to_parquet, write_problems
-from .problems import SPACES, Space, read_exclusions
+from .problems import SPACES, Space, read_exclusions, whole
 
 # %% ../nbs/12_cli.ipynb #c005
 Set = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE ...", help="fields to change, e.g. ppo_steps=100 n_numbers=3,4")]
@@ -39,7 +39,7 @@ def _ints(text:str)->tuple[int, ...]: return tuple(map(int, text.split(",")))
 
 def _floats(text:str)->tuple[float, ...]: return tuple(map(float, text.split(",")))
 
-def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"]="rl", train:int=327_680, eval_:Annotated[int, tyro.conf.arg(name="eval")]=1_024, prime:int=0,
+def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"]|None=None, train:int=327_680, eval_:Annotated[int, tyro.conf.arg(name="eval")]=1_024, prime:int=0,
          seed:int=0, template:str="base", source:str|None=None, hub_split:str="train", exclude:Path|None=None, difficulty:bool=True, workers:int|None=None,
          preset:str|None=None, runs:Path=Path("runs"), set_:Set=()):
     """Countdown problems as verl-compatible parquet: OUT/train.parquet, OUT/eval.parquet, OUT/prime.parquet.
@@ -48,7 +48,7 @@ def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"
 
     Args:
         out: folder to write to
-        space: which problems: rl (3-4 numbers 1-99, targets 10-99) or priming (numbers 1-24, targets 10-25); --set changes its fields, e.g. max_number=50 max_solutions=1
+        space: which problems: rl (3-4 numbers 1-99, targets 10-99; what is drawn unless said otherwise) or priming (numbers 1-24, targets 10-25); --set changes its fields, e.g. max_number=50 max_solutions=1
         train: training problems
         eval_: evaluation problems
         prime: problems for priming
@@ -63,14 +63,19 @@ def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"
         runs: folder of the run store
     """
     if (out is None) == (preset is None): raise ValueError("give a folder to write problems to, or --preset for those of an experiment")
+    if preset and (source or exclude or space): raise ValueError("--preset takes its problems from its own settings; leave out --source, --exclude and --space")
     if preset: return print(ex.data_stage(_job(preset, "plain", "base", 0, runs, set_)))
-    where, sizes = _space(space, overrides(set_), exclude), dict(train=train, eval=eval_, prime=prime)
+    where, sizes = _space(space or "rl", overrides(set_), exclude), dict(train=train, eval=eval_, prime=prime)
+    for split, n in sizes.items(): whole(n, f"--{split}", 0)
     if source:
-        problems, report = read_problems(source, hub_split, where if set_ or exclude else None)
+        problems, report = read_problems(source, hub_split, where if space or set_ or exclude else None)
         print(report)
+        out.mkdir(parents=True, exist_ok=True)
         for split, n in sizes.items():
-            mine = [p for p in problems if split_of(p) == split][:n]
-            if mine: print(f"{to_parquet(mine, out/f'{split}.parquet', split, template, difficulty=difficulty)}: {len(mine):,} problems")
+            there = [p for p in problems if split_of(p) == split]
+            if (out/f"{split}.parquet").exists(): raise ValueError(f"{out/f'{split}.parquet'} exists; remove it or choose another folder")
+            if len(there) > n: print(f"{len(there) - n:,} problems of split {split} are left out: --{split} {n}")
+            if mine := there[:n]: print(f"{to_parquet(mine, out/f'{split}.parquet', split, template, difficulty=difficulty)}: {len(mine):,} problems")
         (out/"report.json").write_text(json.dumps(dict(source=report.source, read=report.read, kept=report.kept, dropped=report.dropped, examples=report.examples), indent=1) + "\n")
         return
     for split, n in sizes.items():
@@ -84,6 +89,7 @@ def _space(name:str, changes:dict[str, str], exclude:Path|None)->Space:
         if k not in _SPACE: raise ValueError(f"--set {k}={v}: problems have no field {k!r}; choose from {', '.join(_SPACE)}")
         try: changes = changes | {k: _SPACE[k](v)}
         except ValueError: raise ValueError(f"--set {k}={v}: {v!r} is not a number, or a list of numbers such as 3,4") from None
+    if "n_numbers" in changes: changes = dict(weights=None) | changes
     return replace(SPACES[name], exclude=read_exclusions(exclude) if exclude else (), **changes)
 
 def _command(stage, text:str):
@@ -182,7 +188,7 @@ def main(
 ):
     "Entry point of `stars`"
     try: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="stars", description="Cognitive behaviours that let language models improve themselves: data, priming, PPO, evaluation, figures.", args=args)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"stars: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -324,5 +324,5 @@ def explain(
 
 def _why_no_answer(response):
     if answer_of(response) is not None: return 'the answer does not stand on the last line'
-    if _OPEN not in response: return 'no answer tag'
-    return 'the answer tag is not closed' if response.rfind(_CLOSE)<response.rfind(_OPEN) else 'the answer tag is not opened'
+    if _OPEN not in response: return 'the answer tag is not opened' if _CLOSE in response else 'no answer tag'
+    return 'the answer tag is not closed'

@@ -16,8 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -29,7 +30,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .countdown import SPLITS, Problem, messages, split_of
-from .problems import Space, Stream, difficulty_many, solvable_many, too_few
+from .problems import Space, Stream, difficulty_many, in_order, solvable_many, too_few, whole
 
 # %% ../nbs/00b_datasets.ipynb #c005
 def _check(ok, msg):
@@ -80,11 +81,6 @@ def to_parquet(
     return _write(_table(list(problems), 0, split, template, data_source, difficulty), Path(path))
 
 # %% ../nbs/00b_datasets.ipynb #c008
-def _problems(block):
-    "Problems of a block of `Stream.draw`, in the order of their slots"
-    rows = [(s, Problem(x, t)) for slots,X,T in block for s,x,t in zip(slots.tolist(), X.T.tolist(), T.tolist())]
-    return [p for _,p in sorted(rows, key=lambda r: r[0])]
-
 def _write_part(path, problems, first, state, *args):
     _write(_table(problems, first, *args).replace_schema_metadata({'state': json.dumps(state), 'end': str(first+len(problems))}), path)
 
@@ -110,10 +106,11 @@ def write_problems(
     progress:bool=True,           # show a progress bar
 )->Path: # the same path
     "Draw problems straight into verl's layout, going on where an earlier call was stopped; `ValueError` if the space holds too few"
-    _check(isinstance(n, int) and n>=0, f'n={n!r}: give a whole number ≥ 0')
-    path = Path(path)
-    recipe = dict(n=n, seed=seed, template=messages(Problem((1,2), 3), template)[0]['content'], data_source=data_source, difficulty=difficulty,
-                  **{k: v for k,v in asdict(space).items() if k!='exclude'}, exclude=sorted(map(repr, space.exclude)))
+    n,seed,path = whole(n, 'n', 0),whole(seed, 'seed'),Path(path)
+    if workers is not None: workers = whole(workers, 'workers', 1)
+    recipe = dict(format=1, n=n, seed=seed, template=messages(Problem((1,2), 3), template)[0]['content'], data_source=data_source, difficulty=difficulty,
+                  shares=space.shares, top=space.top,
+                  **{f: getattr(space, f) for f in ('min_number','min_target','max_target','split','min_solutions','max_solutions','min_chance','max_chance')}, exclude=sorted(map(repr, space.exclude)))
     recipe = json.dumps(recipe, sort_keys=True)
     lock = path.with_name(f'.{path.name}.lock')
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +134,7 @@ def _written(path, n, seed, space, layout, recipe, workers, progress):
     with pool or nullcontext(), tqdm(total=n, initial=end, desc=path.name, unit='problem', unit_scale=True, disable=not progress) as bar:
         writing = []
         try:
-            while end<n and (problems := _problems(stream.draw(pool, workers))[:n-end]):
+            while end<n and (problems := in_order(stream.draw(pool, workers))[:n-end]):
                 args = (part(done), problems, end, stream.state, space.split, *layout)
                 if pool: writing.append(pool.submit(_write_part, *args))
                 else: _write_part(*args)
@@ -145,26 +142,28 @@ def _written(path, n, seed, space, layout, recipe, workers, progress):
                 bar.update(len(problems))
                 while len(writing)>workers: writing.pop(0).result()
             for w in writing: w.result()
+        except BrokenProcessPool as e:
+            raise RuntimeError('the worker processes could not start or died; call write_problems under `if __name__ == "__main__":` in a script, or with workers=1; the same call goes on from here') from e
         except BaseException: # Ctrl-C: parts that are written are kept
             if pool: pool.shutdown(wait=False, cancel_futures=True)
             raise
     if end<n:
         shutil.rmtree(parts) # they belong to a file that cannot be
         raise ValueError(too_few(n, end, space))
-    return _join([part(i) for i in range(done)], path, dict(recipe=recipe))
+    return _join([part(i) for i in range(done)], path, dict(recipe=recipe), parts, layout)
 
 def _cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-def _join(parts, path, metadata):
-    "One file of many, a part at a time"
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    schema = pq.read_schema(parts[0]).with_metadata(metadata) if parts else _table([], 0, None, 'base', '', False).schema.with_metadata(metadata)
+def _join(parts, path, metadata, folder, layout):
+    "One file of many, a part at a time; then the folder of the parts can go"
+    tmp = folder/'whole.tmp'
+    schema = (pq.read_schema(parts[0]) if parts else _table([], 0, None, *layout).schema).with_metadata(metadata)
     try:
         with pq.ParquetWriter(tmp, schema) as w:
             for p in parts: w.write_table(pq.read_table(p).replace_schema_metadata(metadata))
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
-    if parts: shutil.rmtree(parts[0].parent)
+    shutil.rmtree(folder)
     return path
 
 # %% ../nbs/00b_datasets.ipynb #c011
@@ -185,7 +184,8 @@ def _problem(i, row):
     _check(isinstance(row, dict), f'row {i}: {str(row)[:80]!r} is not a record; store one object with numbers and target a row')
     if 'reward_model' in row:
         where = ['reward_model','ground_truth']
-        for m in _dig(row, i, 'prompt'):
+        _check(isinstance(asked := _dig(row, i, 'prompt'), (list,tuple)), f'row {i}, column prompt: {str(asked)[:80]!r} is not a list; store [{{"role": "user", "content": …}}]')
+        for m in asked:
             _check(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ('role','content')), f'row {i}, column prompt: {m!r} is not a message; store [{{"role": "user", "content": …}}]')
     else: where = []
     flat = 'nums' if not where and 'numbers' not in row else 'numbers'
@@ -218,7 +218,9 @@ def from_parquet(
 )->list[Problem]:
     "Read problems; a malformed file is a `ValueError` that names row, column and fix"
     file,cols = _open_parquet(path)
-    return problems_from_rows(file.read(cols).to_pylist())
+    try: rows = file.read(cols).to_pylist()
+    except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is damaged ({e}); write it again') from e
+    return problems_from_rows(rows)
 
 # %% ../nbs/00b_datasets.ipynb #c014
 @dataclass
@@ -231,8 +233,9 @@ class Report:
     examples:dict[str,str]=field(default_factory=dict)    # reason → the first such row
 
     def drop(self, reason:str, example:str):
+        "Count a row that was dropped"
         self.dropped[reason] += 1
-        self.examples.setdefault(reason, example)
+        self.examples.setdefault(reason, example if len(example)<=200 else example[:200]+' …')
 
     def __str__(self):
         return '\n'.join([f'{self.source}: {self.kept:,} of {self.read:,} rows kept', *(f'  {n:,} dropped: {r} (first: {self.examples[r]})' for r,n in self.dropped.most_common())])
@@ -248,18 +251,23 @@ def _rows(source:str, split:str)->Iterator[tuple[str,object]]:
         return
     path = Path(source)
     _check(path.exists(), f'{source} does not exist; give a .parquet or .jsonl file, a folder of them, or hub:organisation/name')
-    files = sorted(f for f in path.rglob('*') if f.suffix in ('.parquet','.jsonl','.ndjson')) if path.is_dir() else [path]
+    seen = lambda f: f.is_file() and f.suffix in ('.parquet','.jsonl','.ndjson') and not any(p.startswith('.') for p in f.relative_to(path).parts)
+    files = sorted(filter(seen, path.rglob('*'))) if path.is_dir() else [path]
     _check(files, f'{path} holds no .parquet, .jsonl or .ndjson file')
     for f in files:
         if f.suffix=='.parquet':
-            file,cols = _open_parquet(f)
-            rows = (r for batch in file.iter_batches(8192, columns=cols) for r in batch.to_pylist())
-            yield from ((f'{f.name} row {i}', r) for i,r in enumerate(rows))
+            try:
+                file,cols = _open_parquet(f)
+                rows = (r for batch in file.iter_batches(8192, columns=cols) for r in batch.to_pylist())
+                yield from ((f'{f.name} row {i}', r) for i,r in enumerate(rows))
+            except (ValueError, pa.ArrowException, OSError) as e: # one bad file of a folder is a drop, a bad file alone an error
+                if f==path: raise e if isinstance(e, ValueError) else ValueError(f'{f} is damaged ({e})') from e
+                yield f.name,e
         elif f.suffix in ('.jsonl','.ndjson'):
             with open(f, 'rb') as lines:
                 for i,line in enumerate(lines):
                     if not line.strip(): continue
-                    try: yield f'{f.name} line {i+1}',json.loads(line.decode())
+                    try: yield f'{f.name} line {i+1}',json.loads(line.decode('utf-8-sig'))
                     except (UnicodeDecodeError, ValueError, RecursionError) as e: yield f'{f.name} line {i+1}',e
         else: raise ValueError(f'{f}: unknown kind of file {f.suffix!r}; give .parquet, .jsonl or .ndjson')
 
@@ -274,10 +282,12 @@ def read_problems(
     "Read problems from anyone's files; `ValueError` only if the source as a whole cannot be read"
     report,problems,seen,batch = Report(str(source)),[],set(),[]
     def flush():
-        ok = _solvable([p for _,p in batch]) if check else [True]*len(batch)
-        for (where,p),good in zip(batch, ok):
-            if good: problems.append(p)
-            else: report.drop('no solution in whole numbers', f'{where}, {p}')
+        found = [p for _,p in batch]
+        good = _by_count(found, solvable_many) if check else np.ones(len(found), bool)
+        suits = _by_count(found, lambda X,T: space.suits(*difficulty_many(X, T))) if space and space.filtered else np.ones(len(found), bool)
+        for (where,p),a,b in zip(batch, good, suits):
+            if a and b: problems.append(p)
+            else: report.drop('easier or harder than wanted' if a else 'no solution in whole numbers', f'{where}, {p}')
         batch.clear()
     for where,row in _rows(str(source), hub_split):
         report.read += 1
@@ -289,23 +299,24 @@ def read_problems(
 
 def _why_not(row, space, seen, batch, where):
     "Put the problem of a row into the batch, or say (reason, example) why it is dropped"
-    if isinstance(row, Exception): return 'not JSON in UTF-8', f'{where}: {row}'
+    if isinstance(row, Exception): return ('not JSON in UTF-8' if ' line ' in where else 'a file that cannot be read'), f'{where}: {row}'
     try: p = _problem(where, row)
     except ValueError as e: # the column and the fix are the reason, the value is the example
         what = re.match(r'.*?(column \S+): .*; (.*)', str(e), re.S)
         return (f'{what[1]}: {what[2]}' if what else 'not a record'), str(e)
     if not 2<=len(p.numbers)<=6: return 'fewer than 2 or more than 6 numbers', f'{where}, {len(p.numbers)} numbers'
+    if p.target<1: return 'targets below 1', f'{where}, {p}'
     if prod(p.numbers)*max(p.target, 1)>=2**53: return 'numbers too large for exact arithmetic', where
     if p.key in seen: return 'seen before', f'{where}, {p}'
-    if space and not (len(p.numbers) in space.n_numbers and min(p.numbers)>=space.min_number and max(p.numbers)<=space.max_number and space.min_target<=p.target<=space.max_target):
-        return 'outside the space', f'{where}, {p}'
+    if space and not space.holds(p): return 'outside the space', f'{where}, {p}'
     if space and not space.allows(p): return 'in another split, or excluded', f'{where}, {p}'
     seen.add(p.key)
     batch.append((where, p))
 
-def _solvable(problems):
-    ok = np.zeros(len(problems), bool)
+def _by_count(problems, f):
+    "`f` of numbers [k, n] and targets [n], for problems of mixed counts"
+    out = np.zeros(len(problems), bool)
     for k in {len(p.numbers) for p in problems}:
         rows = [i for i,p in enumerate(problems) if len(p.numbers)==k]
-        ok[rows] = solvable_many(np.array([problems[i].numbers for i in rows]).T, np.array([problems[i].target for i in rows]))
-    return ok.tolist()
+        out[rows] = f(np.array([problems[i].numbers for i in rows]).T, np.array([problems[i].target for i in rows]))
+    return out

@@ -151,7 +151,7 @@ class Config:
         "Raise ValueError naming a field that cannot work; checks everything that can be checked without running"
         for f in ("data_prime", "data_train", "data_eval", "data_rows", "prime_rows", "eval_samples", "base_docs"):
             if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)} must be at least 1")
-        Space(**self.world).check()
+        Space(**self.world)
         messages(Problem((1, 2), 3), self.template)
         if self.base_hidden % self.base_heads: raise ValueError(f"base_hidden={self.base_hidden} does not divide by base_heads={self.base_heads}")
         if self.eval_temperature < 0: raise ValueError(f"eval_temperature={self.eval_temperature} must be at least 0")

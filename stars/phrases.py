@@ -21,10 +21,18 @@ class Rule:
     mode:str="both"           # "countdown", "general" (no numbers are known), or "both"
     after:str=""              # counts only after a "verdict" just before, or after an "attempt" at all
 
+    def __post_init__(self):
+        if isinstance(self.patterns, str): raise ValueError(f"rule {self.name!r}: patterns={self.patterns!r} is a string; give a tuple of them")
+        if self.mode not in ("both", "countdown", "general"): raise ValueError(f"rule {self.name!r}: mode={self.mode!r}: choose both, countdown or general")
+        if self.after not in ("", "verdict", "attempt"): raise ValueError(f"rule {self.name!r}: after={self.after!r}: choose verdict, attempt or nothing")
+        for p in self.patterns:
+            for name in re.findall(r"\{([A-Z]+)\}", p):
+                if name not in MACROS: raise ValueError(f"rule {self.name!r}: {{{name}}} is unknown; choose from {', '.join(MACROS)}")
+
 TARGET = "\ue000" # stands for every digit of the target
 MACROS = dict(
-    N=r"(?<![\d.])\d+(?![\d.]*\d)", T=TARGET + "+", TC=TARGET, A=f"[\\d{TARGET}]+", D=f"[\\d{TARGET}]",
-    GOAL=rf"(?:(?:the |our )?(?:desired |required |wanted )?{TARGET}+|(?:the |our |my |your )?(?:desired |required |wanted |stated |given )?(?:target|goal|objective)"
+    N=r"(?<![\d.])\d++(?!\.+\d)", T=TARGET + "++", TC=TARGET, A=f"[\\d{TARGET}]++", D=f"[\\d{TARGET}]",
+    GOAL=rf"(?:(?:the |our )?(?:desired |required |wanted )?{TARGET}++|(?:the |our |my |your )?(?:desired |required |wanted |stated |given )?(?:target|goal|objective)"
          r"(?: number| value)?\b|what (?:i|we|you) (?:want|need|were after|are after)(?:ed)?|the (?:desired|required|right|wanted|needed) (?:value|number|result|total))",
     NOT=r"(?:not|never|isn't|aren't|wasn't|hasn't|haven't|didn't|doesn't|don't|isnt|didnt|doesnt|dont|can't|cannot|won't)",
     LET=r"(?:let me|let's|let us|lets|i'll|i will|i can|i should|i could|i'd|we'll|we can|we should|we could|we|i|now|to|and|just|so)",
@@ -35,17 +43,17 @@ MACROS = dict(
 # %% ../nbs/00c_phrases.ipynb #c008
 RULES = (
     Rule("verification", "check announced", (r"\b(?:{LET}|quick|quickly|sanity|final|as a|a) (?:(?:quick|quickly|just|also|sanity|then|final|finally|really|"
-          r"carefully) )*(?:(?:double-check|double check|doublecheck)|check|verify|confirm|re-?check|validate|make sure|"
+          r"carefully) ){0,4}(?:(?:double-check|double check|doublecheck)|check|verify|confirm|re-?check|validate|make sure|"
           r"test)\b(?!-)(?! (?:whether|if) the)",)),
     Rule("verification", "check heading", (r"(?<![a-z'] )(?<![a-z'])(?:verification|verify|verifying|checking|check|sanity check|test|testing|re-?checking|"
-          r"proof)\b\W*[:=,—-]",)),
+          r"proof)\b\W{0,4}[:=,—-]",)),
     Rule("verification", "double-check", (r"\b(?:double-check|double check|doublecheck|sanity[- ]check|re-check|recheck)",)),
     Rule("verification", "check at end", (r"(?<=, )check\b", r"\bchecks out\b", r"\bcheck(?:s)? ✓")),
     Rule("verification", "mark", (r"[✓✔✗✘❌✅≠]", r"!=", r"=/=", r"=="), mode="countdown"),
     Rule("verification", "not the goal", (r"(?:\b(?:this|that|it|which|these),? |(?<={D} )|(?<={D}\) ))(?:doesn't|does not|didn't|isn't|is not|don't|"
           r"do not) (?:give|make|equal|match|get|reach|produce|yield|quite)",
            r"\b{NOT}\b(?: quite| exactly| equal(?: to)?| match(?:ing)?| give| make| reach| get| hit| us| me| to| the same as|"
-          r" at)*,? {GOAL}", r"(?:(?<={D} )|(?<={D}\) ))(?:is not|isn't|does not equal|doesn't equal) (?:quite |equal to |the same as )?{A}"), mode="countdown"),
+          r" at){0,4},? {GOAL}", r"(?:(?<={D} )|(?<={D}\) ))(?:is not|isn't|does not equal|doesn't equal) (?:quite |equal to |the same as )?{A}"), mode="countdown"),
     Rule("verification", "wrong value", (r"\b(?:rather than|instead of|when (?:i|we) (?:need|want)(?:ed)?|but (?:i|we) (?:need|want)(?:ed)?|as opposed to|"
           r"and not|versus|vs\.?|whereas (?:i|we) need) (?:the )?{GOAL}",), mode="countdown"),
     Rule("verification", "too much", (r"\b(?:too|way too|far too|a bit too) (?:high|low|big|small|large|much|little|far|many|few|short)\b",), mode="countdown"),
@@ -61,7 +69,7 @@ RULES = (
     Rule("verification", "close", (r"\b(?:so|very|pretty|really|oh so|super|quite|getting|that's) close\b", r"\bclose,? but", r"\bbut close\b",
            r"\bnowhere near\b", r"\bnot even close\b", r"\balmost(?: there|!|\.)", r"\bnearly there\b", r"\bclose(?:r)?[.!]", r"\bnot quite\b")),
     Rule("verification", "matches", (r"\b(?:match|matches|agree|agrees|coincide|coincides|tally|tallies|lines up|fits)\b(?: exactly| perfectly|"
-          r" up)*(?: with)? {GOAL}", r"\bhits {GOAL}", r"\b(?:this|which|it) (?:is equal to|equals) {GOAL}",
+          r" up){0,4}(?: with)? {GOAL}", r"\bhits {GOAL}", r"\b(?:this|which|it) (?:is equal to|equals) {GOAL}",
            r"\b(?:this|that|it|which) is (?:the (?:number|one|result|value)|what) (?:i|we|you) (?:want|need|were)", r"\bsatisf(?:y|ies)\b",
            r"\b(?:none|neither) of (?:these|those|them|the)\b", r"\bclose to {A},? but", r"\bmatch(?:es)?[!.]",
            r"\b(?:exactly|precisely|indeed|already|really) {T}", r"\b(?:does|do) (?:come to|give|make|equal|reach) {GOAL}",
@@ -88,7 +96,7 @@ RULES = (
            r"\buses? (?:up )?all (?:of )?(?:the|my|our|\w+ numbers)\b", r"\bwhich uses .{0,30}\beach\b",
            r"\bleaves? (?:out|over|a|the|me|us) .{0,14}(?:un|over|out|behind)", r"\b(?:re)?used? (?:the |up )?.{0,12}twice",
            r"\btwice (?:there|here|now)", r"\bone of each\b",
-           r"(?<!use )(?<!using )(?<!uses )\beach (?:number |one |of them |is |was )*(?:appears|used|once\b(?! and))",
+           r"(?<!use )(?<!using )(?<!uses )\beach (?:number |one |of them |is |was ){0,4}(?:appears|used|once\b(?! and))",
            r"\bevery (?:number|one|value)(?: is| was| has been| gets| got)? (?:used|appears|accounted)",
            r"\ball (?:of )?(?:the |my |our )?(?:\w+ )?(?:numbers )?(?:[\d, and]+ )?(?:are |were |have been |got |is )?(?:used|"
           r"appear|accounted|in play)\b", r"\bused (?:all|each|every|anything|both|everything)\b.{0,30}(?:once|twice|good|numbers)",
@@ -118,31 +126,31 @@ RULES = (
           r" the)|swap(?:ping)?|mov(?:e|ing) on to|plan [b-z]\b|other way r?ound|other way around|replac(?:e|ing)|this time|"
           r"rewind(?:ing)?|pivot|retry|new idea|won't (?:fix|do)|(?:set|put)(?:ting)? [\w ]{1,30} aside|rather than \w+ing|switch|"
           r"second (?:try|attempt)|next (?:try|attempt|idea))\b", r"(?<![a-z'] )(?<![a-z'])(?:attempt|try|option) (?:\#?[2-9b-z])\b"), mode="countdown"),
-    Rule("backtracking", "wait", (r"\b(?:wait|hmm|no|hm)\b[,.… ]+(?:no |but |then |ok |and |so )*(?:maybe|what if|how about|let me try|let's try|"
-          r"i could try|perhaps|try)\b", r"\b(?:ok|okay)[, ]+(?:then|but) (?:maybe|let's try|let me try)\b",
+    Rule("backtracking", "wait", (r"\b(?:wait|hmm|no|hm)\b[,.… ]{1,6}(?:no |but |then |ok |and |so ){0,4}(?:maybe|what if|how about|let me try|let's try|"
+          r"i could try|perhaps|try)\b", r"\b(?:ok|okay)[, ]{1,4}(?:then|but) (?:maybe|let's try|let me try)\b",
            r"(?<![a-z'] )(?<![a-z'])(?:no|nope|nah),? (?:no|wait|scrap|drop|let)")),
     Rule("backtracking", "what about", (r"\b(?:what|how) (?:about|if) (?!the (?:\d|rest|other))",), after="attempt"),
-    Rule("backtracking", "next try", (r"\b(?:let's|let me|i'll|we'll|we can|we could|i can|i could|maybe|so) (?:now |also |then |next |just )*(?:try|start|"
-          r"begin|test|see|do|use|consider|look at)\b", r"\bif (?:i|we) (?:instead|add|subtract|multiply|divide)\b"), mode="countdown", after="verdict"),
+    Rule("backtracking", "next try", (r"\b(?:let's|let me|i'll|we'll|we can|we could|i can|i could|maybe|so) (?:now |also |then |next |just ){0,4}(?:try|"
+          r"start|begin|test|see|do|use|consider|look at)\b", r"\bif (?:i|we) (?:instead|add|subtract|multiply|divide)\b"), mode="countdown", after="verdict"),
     Rule("backtracking", "bring in", (r"\b(?:let me|let's|i'll|we'll|maybe|perhaps) (?:have to )?(?:bring|swap|mix|change|rearrange|reorder|reverse|switch|"
           r"shuffle|flip)\b", r"\bperhaps a\b"), mode="countdown"),
     Rule("subgoal", "need a number", (r"(?<!so )(?<!so i )(?<!so we )(?<!so i'd )(?<!so we'd )\b(?:need|needs|want|wants|wanted|wanting|(?:look|hunt|search|"
           r"shoot|go|try)(?:ing)? for|aim(?:ing)? (?:for|at)|chase|(?:i'm|we're|am|are) after|becomes?|into) (?:a |an |another |"
           r"only |just |the |about |exactly |some |second |extra |value |number |result |product |sum |total |of |near |around |"
-          r"close |to |bit |under |over )*{N}(?! ?[-+*/=x])(?! more| before)",
-           r"\bso (?:i|we|now)?(?:'d| would)? ?(?:just |only |now |still )*(?:need|want|look for|aim for) (?:a |an |another |"
+          r"close |to |bit |under |over ){0,4}{N}(?! ?[-+*/=x])(?! more| before)",
+           r"\bso (?:i|we|now)?(?:'d| would)? ?(?:just |only |now |still ){0,4}(?:need|want|look for|aim for) (?:a |an |another |"
           r"exactly )?{N} (?:from|out of|using|with|by|among)\b"), mode="countdown"),
     Rule("subgoal", "want to make", (r"\b(?:need|needs|want|wants|like|love|try|trying|aim|aiming|goal|plan|idea|job|task|trick|hope|hoping|reduces|left|"
           r"have|has|must|should|could|can|would|better|if|first|how|left|remains|strategy|try|i'll|we'll|you'll|let's|let me|"
           r"next|then|way|do) (?:(?!add|multipl|subtract|divid|combin)\w+ ){0,4}?(?:to )?(?:express|park|grab|{MAKE}|making|"
           r"getting|forming|building|creating|turn|reaching|produc\w+|finding)\b (?:(?:us|me|a|an|the|two|up|to|near|near to|"
           r"close to|around|about|exactly|some|second|another|only|chunks?|result|value|product|sum|of|bit|under|something|"
-          r"pieces?|parts?|,|-) ?)*{N}(?! ?[-+*/=x])",), mode="countdown"),
-    Rule("subgoal", "must form", (r"\bcan (?:[\d, ]|and |the )+(?:form|make|give|produce|become|yield|get) (?:a |an |us )*{N}",
+          r"pieces?|parts?|,|-) ?){0,4}{N}(?! ?[-+*/=x])",), mode="countdown"),
+    Rule("subgoal", "must form", (r"\bcan (?:[\d, ]|and |the ){1,12}(?:form|make|give|produce|become|yield|get) (?:a |an |us ){0,4}{N}",
            r"\b(?:must|have to|has to|should|need to|needs to|had better|better|can|could|would|might) (?:together |now |"
           r"somehow )?(?:form|make|give|produce|become|yield|come to|add up to|combine (?:in)?to|be turned into|reach|equal|"
-          r"amount to|contribute|supply|provide|deliver) (?:me |us |a |an |the |up |to )*{N}(?! ?[-+*/=x])"), mode="countdown"),
-    Rule("subgoal", "turn into", (r"\b(?:turn|combine|convert|transform|build|shape|mold|bring) (?:[\w,]+ ){1,6}(?:in)?to (?:a |an |the )?{N}\b",), mode="countdown"),
+          r"amount to|contribute|supply|provide|deliver) (?:me |us |a |an |the |up |to ){0,4}{N}(?! ?[-+*/=x])"), mode="countdown"),
+    Rule("subgoal", "turn into", (r"\b(?:turn|combine|convert|transform|build|shape|mold|bring) (?:[\w,]{1,20} ){1,6}(?:in)?to (?:a |an |the )?{N}\b",), mode="countdown"),
     Rule("subgoal", "make it", (r"(?<![a-z'] )(?<![a-z'])(?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|need|aim|for|"
           r"goal)\b:? (?:[a-z']+ ){0,6}?{N}(?= *[:.,;]| +using| +from| with| out of| by| via| first| and| as|$)",
            r"\b(?:first|next|then|second|and),? (?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|"
@@ -159,7 +167,7 @@ RULES = (
            r"\bbreak (?:this|it|the \w+) (?:down |up )?into (?:two|three|smaller|steps|parts|pieces)", r"\bmilestone\b",
            r"\b(?:number|value|something|result|product|sum) (?:near|close to|around|just (?:under|over))\b", r"(?<=\d )more (?:from|out of)\b",
            r"\bto (?:get|make|reach|obtain) {N},? (?:i|we|you)(?:'d|'ll)? (?:(?:could|can|would|will|must|should|just|"
-          r"need to) )*(?:use|need|multiply|add|subtract|divide|combine|do)\b", r"\bgoal for (?:this|the) step")),
+          r"need to) ){0,4}(?:use|need|multiply|add|subtract|divide|combine|do)\b", r"\bgoal for (?:this|the) step")),
     Rule("subgoal", "via", (r"(?:(?<=\ba \d )|(?<=\ba \d\d )|(?<=\ban \d )|(?<=\ban \d\d )|(?<=, \d )|(?<=, \d\d )|(?<=; \d )|(?<=; \d\d )|"
           r"(?<=\n\d )|(?<=\n\d\d )|(?<=^\d )|(?<=^\d\d ))(?:via|from|out of|using) (?:the )?\d",
            r"(?:(?<=\d )|(?<=\d, ))(?:make|making|giving|give|to) (?:an? )?{N} ?\?", r"\b(?:handy|useful|helpful|nice)\b.{0,16} (?:an?|the) {N}",
@@ -178,7 +186,7 @@ RULES = (
            r"\bgo (?:up|down) by {N}",
            r"\b(?:i'd|we'd|i would|we would|you'd) (?:just |only |then )?(?:need|have) to (?:subtract|add|remove|turn|multiply|"
           r"divide)", r"\bwould have to (?:give|be|make)\b",
-           r"\bso (?:now )?(?:i|we)(?:'d)? (?:just |only |still |now |then )*(?:need|have to make|want) (?:a |an |"
+           r"\bso (?:now )?(?:i|we)(?:'d)? (?:just |only |still |now |then ){0,4}(?:need|have to make|want) (?:a |an |"
           r"another )?{N}(?! ?[-+*/=])", r"\b(?:have to|need to|must) (?:lose|gain|shed|drop|take off|add) {N}", r"\bhave to be sitting on\b",
            r"(?<=\d )(?:would|must) (?:be|have been) (?:wanted|needed)\b"), mode="countdown"),
     Rule("backward", "what gives", (r"\bwhat(?:'s| is)? (?:number |value |could |can |would |do i )?(?:times|plus|minus|[-+*/]|divided|added|multiplied|"
@@ -190,7 +198,7 @@ RULES = (
            r"\b(?:before|previous) (?:that|it|result|value|step).{0,20}(?:must|need|have)"), mode="countdown"),
     Rule("backward", "reach the goal", (r"(?<!need )(?<!want )(?<!trying )(?<!try )(?<!way )(?<!how )(?<!have )(?<!us )\bto (?:get|reach|make|obtain|hit|"
           r"arrive at|end up with) (?:to )?(?:exactly )?(?:{GOAL}|{N}),? (?:(?:from|with) .{0,12},? ?)?(?:i|we|you)(?:'d|"
-          r"'ll)? (?:(?:could|can|would|will|must|should|still|only|just|also|have to|need to) )*(?:use|need|multiply|add|"
+          r"'ll)? (?:(?:could|can|would|will|must|should|still|only|just|also|have to|need to) ){0,4}(?:use|need|multiply|add|"
           r"subtract|divide|combine|do|have)\b(?! (?:all|each|every|the numbers|the given|a combination|the operations|"
           r"the following))", r"\breach(?:ing)? {GOAL} (?:from|takes)"), mode="countdown"),
     Rule("backward", "gap", (r"\b(?:gap|(?:remaining )?distance|shortfall|difference|remainder) .{0,24}?(?:is|of|=|:) {N}",
@@ -205,14 +213,14 @@ RULES = (
           r"goal)(?: {T})? (?:is|can|could|splits?|factors?|breaks?|equals|exceeds|isn't|sits|lies|minus|divided|decomposes|as|"
           r"would|being|needs) (?!the target|our|what|not)(?:\w+ |- ){0,5}?(?:{N}|even|odd|prime|divisible)"), mode="countdown"),
     Rule("backward", "factors", (r"\b(?:factor(?:s|ings?|ings? of|ise|ize|isations?|izations?)?|divisors?|multiples?|divide(?:s|d)?|dividing|divisible|"
-          r"subtract(?:ing)? {A} from|take {A} (?:away )?from) (?:of |the |as )*(?:{T}|(?:the |our )?(?:target|goal))",
+          r"subtract(?:ing)? {A} from|take {A} (?:away )?from) (?:of |the |as ){0,4}(?:{T}|(?:the |our )?(?:target|goal))",
            r"(?:(?<={TC} )|(?<=target )|(?<=goal ))(?:minus|divided|less)\b"), mode="countdown"),
     Rule("backward", "let x", (r"\blet +x\b", r"\bx +[-+*/] +\d+ += "), mode="countdown"),
     Rule("backward", "everything else", (r"\b(?:the rest|everything else|the others?|other (?:two|three)|what(?:ever)? remains|remaining (?:numbers|three|"
           r"two)).{0,20}\b(?:must|has to|have to|should|need(?:s)? to) (?:come to|make|give|be|equal|add up to) {N}",), mode="countdown"),
     Rule("verification", "check of a result", (r"\b(?:let me|let's|let us|lets|i|we|i've|we've|i'll|we'll|as a|a|quick|sanity|to) (?:(?:quick|quickly|just|also|sanity|"
-          r"then|final|can|will|should|now) )*(?:double-check|check|verify|confirm|confirmed|checked|verified|tested|test this|"
-          r"test that|compared)\b(?! (?:for|box|digit|whether|if|on|from|of \$)|[- ]digit)",
+          r"then|final|can|will|should|now) ){0,4}(?:double-check|check|verify|confirm|confirmed|checked|verified|tested|"
+          r"test this|test that|compared)\b(?! (?:for|box|digit|whether|if|on|from|of \$)|[- ]digit)",
            r"(?<![a-z'] )(?<![a-z'])(?:as a |quick |a quick )?(?:check|checking|verification|sanity check)\b[^.\n]{0,16}[:,]"), mode="general"),
     Rule("verification", "agreement", (r"\b(?:agrees?|agreement|agreeing|consistent|accord|in line|tallies|squares) with",
            r"\b(?:which|this|that|it) (?:also )?(?:matches|agrees|coincides|gives the same|checks)\b",
@@ -246,10 +254,10 @@ RULES = (
           r"prove|apply|use|check)\b"), mode="general"),
     Rule("subgoal", "in order", (r"\b(?:we|i|you|one|let me|let us|let's) (?:\w+ )?first (?:\w+ )?(?:show|prove|need|find|compute|establish|must|"
           r"determine|count|split|reduce|derive|get|bound|do)", r"\b(?:must|need to|have to|should) (?:first|begin by|start by)\b",
-           r"\bfirst,? (?:let me |let us |let's |we |i |i'll |we'll |need to |must )*(?:show|prove|find|compute|determine|"
+           r"\bfirst,? (?:let me |let us |let's |we |i |i'll |we'll |need to |must ){0,4}(?:show|prove|find|compute|determine|"
           r"establish|split|count|get|derive|bound|reduce|the (?:prob|numb|area|case))\w*",
            r"\b(?:find|compute|determine|count|get|show|prove|establish) [^.;\n]{0,60}\bfirst(?=[.,;:]|$)",
-           r"\b(?:next|then|finally|second|with that in hand),? (?:we |i |i'll |we'll |let us |just |must )*(?:show|prove|find|"
+           r"\b(?:next|then|finally|second|with that in hand),? (?:we |i |i'll |we'll |let us |just |must ){0,4}(?:show|prove|find|"
           r"compute|determine|establish|reduce|deduce|count|subtract|plug|that it|their|the joint|add|combine|multiply)\b"), mode="general"),
     Rule("subgoal", "decomposition", (r"\b(?:it|this) (?:suffices|is enough|remains|only remains) to (?:find|show|prove|compute|determine|establish|check|"
           r"count|prove)", r"\b(?:break|split|divide) (?:it|this|the \w+) (?:up|down|into)\b", r"\bas a lemma\b",
@@ -284,6 +292,7 @@ def plain(
     target:int|None=None, # its digits become a sign of their own
 )->str: # exactly as long as `text`
     "Text as the patterns expect it"
+    text = text.replace(TARGET, " ")
     low = text.lower()
     if len(low) != len(text): low = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
     if not low.isascii():
@@ -293,10 +302,11 @@ def plain(
     if "`" in low: low = low.replace("`", " ")
     if "\\" in low or "$" in low:
         for a, b in _LATEX: low = low.replace(a, b)
-    if target is not None and str(target) in low: low = re.sub(rf"(?<![\d.]){target}(?!\d|\.\d)", lambda m: TARGET*len(m[0]), low)
+    if target is not None and abs(target) < 10**18 and str(target) in low: low = re.sub(rf"(?<![\d.]){target}(?!\d|\.\d)", lambda m: TARGET*len(m[0]), low)
     return low
 
 # %% ../nbs/00c_phrases.ipynb #c011
+_REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT)
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz'" + TARGET)
 def _first_words(items):
     "Words a match of a parsed pattern can begin with, as {(word, whole word?)}; None if it can begin otherwise"
@@ -313,16 +323,16 @@ def _first_words(items):
             open_ = more
         elif kind is op.AT and arg is op.AT_BOUNDARY: done |= {(w, True) for w in open_ if w}; open_ &= {""}
         elif kind in (op.ASSERT, op.ASSERT_NOT): pass
-        elif kind in (op.BRANCH, op.SUBPATTERN, op.MAX_REPEAT, op.MIN_REPEAT):
+        elif kind in (op.BRANCH, op.SUBPATTERN, *_REPEATS):
             ways = [list(w) for w in arg[1]] if kind is op.BRANCH else [list(arg[-1])]
-            more = set(open_) if kind in (op.MAX_REPEAT, op.MIN_REPEAT) and arg[0] == 0 else set()
+            more = set(open_) if kind in _REPEATS and arg[0] == 0 else set()
             for w in open_:
                 for way in ways:
                     if not way: more.add(w); continue
                     if (found := _first_words([(op.LITERAL, ord(c)) for c in w] + way)) is None: return None
                     done |= {f for f in found if f[1]}
                     more |= {f[0] for f in found if not f[1]}
-            if kind in (op.MAX_REPEAT, op.MIN_REPEAT) and arg[1] > 1: done |= {(w, False) for w in more if w}; more &= {""}
+            if kind in _REPEATS and arg[1] > 1: done |= {(w, False) for w in more if w}; more &= {""}
             open_ = more
         else: # anything else may go on with letters or end the word
             if "" in open_: return None
@@ -341,7 +351,7 @@ def _needed(items):
         offer({run} if run.strip() else None); run = ""
         if kind is op.SUBPATTERN: offer(_needed(arg[-1]))
         elif kind is op.BRANCH and all(ways := [_needed(w) for w in arg[1]]): offer(set().union(*ways))
-        elif kind in (op.MAX_REPEAT, op.MIN_REPEAT) and arg[0] > 0: offer(_needed(arg[-1]))
+        elif kind in _REPEATS and arg[0] > 0: offer(_needed(arg[-1]))
         elif kind is op.IN and all(k is op.LITERAL for k, _ in arg): offer({chr(x) for _, x in arg})
     offer({run} if run.strip() else None)
     return best
@@ -383,14 +393,14 @@ class _Index:
         for w, rules in self.prefixes.items():
             a = text.find(w)
             while a >= 0:
-                if (not a or text[a-1] not in _LETTERS) and rules[0](text, a):
+                if (not a or not text[a-1].isalpha()) and rules[0](text, a):
                     for r, match in rules[1]:
                         if h := match(text, a): found.append((a, h.end(), r))
                 a = text.find(w, a + 1)
         for r, regex, needed in self.other:
             if needed is None or any(w in text for w in needed): found += [(m.start(), m.end(), r) for m in regex.finditer(text)]
         return found
-_WORD, _TARGET = re.compile(r"[a-z']+"), re.compile(f"{TARGET}+")
+_WORD, _TARGET = re.compile(r"[a-z][a-z']*"), re.compile(f"{TARGET}+")
 _index = lru_cache(16)(_Index)
 _default = {} # hashing all the rules takes longer than using them
 

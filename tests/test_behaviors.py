@@ -71,7 +71,7 @@ def test_any_text_counts_without_error(parts):
     counts = count_behaviors(text, (3, 4, 5), 24)
     assert set(counts) == set(HABIT_NAMES) and all(isinstance(v, int) and v >= 0 for v in counts.values())
     spans = find_behaviors(text, (3, 4, 5), 24)
-    assert spans == sorted(spans) and all(0 <= s.start < s.end <= len(text) for s in spans)
+    assert spans == sorted(spans) and all(0 <= s.start <= s.end <= len(text) for s in spans)
     for h in HABIT_NAMES:
         mine = [s for s in spans if s.habit == h]
         assert len(mine) == counts[h] and {s.habit for s in spans} <= set(HABIT_NAMES)
@@ -130,8 +130,46 @@ def test_the_labels_are_sound():
     assert sum(not any(r["spans"].values()) for r in rows) >= 60 # a fair share shows nothing
     with pytest.raises(ValueError, match="does not stand in the text"): precision_recall([dict(text="a", spans=dict(backward=["b"]))])
 
+def test_no_phrase_is_slow():
+    "every word of every pattern, repeated, and mixtures of a rule's words: 20 KB in well under 3 ms per KB"
+    import time
+    rng, slow = random.Random(0), []
+    for r in RULES:
+        words = sorted({w for p in r.patterns for w in re.findall(r"[a-z']+|[✓=?]", _written(p)) if w not in ("d", "b", "w", "s", "a-z")})
+        texts = [f"{w} " * (20_000 // (len(w) + 1)) for w in words] + [" ".join(rng.choices(words + ["7", "24", ","], k=3_000)) for _ in range(4)]
+        texts += [f"{w} " + "9" * 20_000 for w in words[:5]] + [" ".join(words) + "9.9" * 6_000]
+        for text in texts:
+            start = time.process_time()
+            count_behaviors(text, (3, 4, 5), 24)
+            count_behaviors(text)
+            if (took := time.process_time() - start) > .003 * len(text) / 1000 * 2: slow.append((r.name, text[:40], round(took, 3)))
+    assert not slow, slow[:5]
+
+def test_many_restarts_are_read_in_linear_time():
+    import time
+    text = "3 * 4 = 12, 12 + 5 = 17, 35 is not 24. 3 + 4 = 7, 7 * 5 = 35, 17 is not 24. "
+    start = time.process_time()
+    counts = count_behaviors(text * 8_000, (3, 4, 5), 24)
+    assert counts["backtracking"] >= 15_000 and time.process_time() - start < 6
+    start = time.process_time()
+    count_behaviors("11 + 12 = 23, 11 + 12 + 13 + 14 + 15 + 16 + 17 + 18 + 19 = 999999937", tuple(range(11, 20)), 24)
+    assert time.process_time() - start < 1
+
+@pytest.mark.parametrize("text", ["5\ue000 + 3 = 7", "3 + 4 = 7, 3 + 4 + 5 = \ue000", "\ue000 + 3 = 7", "İİ ß \ud800 \x00 17 is not 24"])
+@pytest.mark.parametrize("target", [24, None, 0, -3, 10**5_000], ids=["24", "none", "0", "-3", "huge"])
+def test_odd_characters_and_targets(text, target):
+    for numbers in ((3, 4, 5), None, (), (5,)): find_behaviors(text, numbers, target)
+    equations(text, target)
+
+def test_one_act_is_one_span():
+    for text in ("3 * 4 = 12, 12 + 5 = 17. 5 - 4 = 1 instead.", "3 * 4 = 12, 12 + 5 = 17. 5 - 4 = 1, let me try another way."):
+        assert count_behaviors(text, (3, 4, 5), 24)["backtracking"] == 1
+    assert count_behaviors("‘wait, what if’ and ‘let me check it’", (3, 4, 5), 24)["verification"] == 1
+    for bad in (dict(mode="coutdown"), dict(after="x"), dict(patterns="too high"), dict(patterns=("{X}",))):
+        with pytest.raises(ValueError, match="rule 'mine'"): Rule(**dict(habit="a", name="mine", patterns=("x",)) | bad)
+
 def test_first_words_lose_nothing():
-    "the index by first words finds at least what a search at every letter finds, and nothing that is not a match"
+    "the index by first words finds at least what a search at every letter finds"
     texts = [plain(r["text"], r.get("target")) for n in ("varied", "natural", "heldout", "maths") for r in labelled(n)][::3]
     for mode in ("countdown", "general"):
         rules = [r for r in RULES if r.mode in ("both", mode)]

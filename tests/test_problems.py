@@ -99,10 +99,10 @@ def test_the_shuffle_is_one(n, key):
 def test_the_law_of_the_draw(space):
     "count by weight, uniform target, then uniform numbers among those that make it: chi-squared over the first problem of many seeds"
     s,law,n = Space(**space),Counter(),2500
-    for k,w in zip(s.n_numbers, s.weights):
+    for k,share in s.shares.items():
         for t in range(s.min_target, s.max_target+1):
             ok = [x for x in product(range(1, s.max_number+1), repeat=k) if solvable(x, t)]
-            for x in ok: law[Problem(x, t)] += w/sum(s.weights)/(s.max_target-s.min_target+1)/len(ok)
+            for x in ok: law[Problem(x, t)] += share/(s.max_target-s.min_target+1)/len(ok)
     seen = Counter(sample_problems(1, seed, **space)[0] for seed in range(n))
     chi = sum((seen[p]-n*w)**2/(n*w) for p,w in law.items())
     assert set(seen)<=set(law) and chi < len(law)-1+4*(2*len(law))**.5, chi
@@ -174,7 +174,7 @@ def test_killed_and_started_again(tmp_path):
     assert not (tmp_path/'got.parquet').exists() and len(parts)>=3
     kept = {p: p.stat().st_mtime_ns for p in sorted(parts[0].parent.glob('part-*.parquet'))}
     with pytest.MonkeyPatch.context() as m: # join nothing yet: look at the parts first
-        m.setattr('stars.datasets._join', lambda parts, path, metadata: list(parts))
+        m.setattr('stars.datasets._join', lambda parts, *_: list(parts))
         parts = write_problems(tmp_path/'got.parquet', 30_000, 1, SPACES['rl'], workers=1, progress=False)
     assert all(p.stat().st_mtime_ns==t for p,t in kept.items()) and len(parts)>len(kept)
     got = write_problems(tmp_path/'got.parquet', 30_000, 1, SPACES['rl'], workers=1, progress=False)
@@ -244,3 +244,73 @@ def test_two_processes_one_file(tmp_path):
     said = [p.communicate(timeout=120)[1] for p in both]
     assert [p.returncode for p in both]==[0,0], said
     assert os.listdir(tmp_path)==['a.parquet'] and len(from_parquet(tmp_path/'a.parquet'))==12_000
+
+# ---- what a reviewer broke
+
+def test_exclusions_in_any_form():
+    ps = sample_problems(100, 0)
+    for out in (ps, frozenset(ps), {p.key for p in ps}, frozenset(p.numbers for p in ps), tuple(p.numbers[::-1] for p in ps)):
+        assert not set(p.key for p in sample_problems(100, 0, exclude=out))&{p.key for p in ps}
+    assert not Space(exclude=frozenset({(5,4,3)})).allows(Problem((3,4,5), 17))
+    for bad in (7, None, 'x', [(3,4.5)]):
+        with pytest.raises(ValueError, match='exclude'): Space(exclude=bad)
+
+def test_limits_hold_wherever_problems_come_from(tmp_path):
+    space = Space(max_solutions=1, **MICRO)
+    drawn = {p.key for p in Stream(space, 0)}
+    assert drawn=={p.key for p in all_problems(space)} and len(drawn)<1682
+    (tmp_path/'a.jsonl').write_text('\n'.join(json.dumps(dict(nums=p.numbers, target=p.target)) for p in all_problems(Space(**MICRO))))
+    got,report = read_problems(tmp_path/'a.jsonl', space=space)
+    assert {p.key for p in got}==drawn and report.dropped=={'easier or harder than wanted': 1682-len(drawn)}
+    assert read_problems(tmp_path/'a.jsonl', space=Space(n_numbers=(3,4), weights=(0,1), max_number=12, max_target=30))[1].dropped=={'outside the space':1682}
+
+def test_negative_targets_and_refusals(tmp_path):
+    assert not solvable_many(np.array([[1],[4]]), np.array([-3])).any() and difficulty(Problem((1,4), -3))==(0,0.)
+    (tmp_path/'a.jsonl').write_text('{"nums": [1,4], "target": -3}\n{"reward_model": {"ground_truth": {"numbers": [1,2], "target": 3}}, "prompt": 5}\n{"nums": [1,2], "target": -1'+'0'*400+'}')
+    got,report = read_problems(tmp_path/'a.jsonl')
+    assert not got and report.dropped['targets below 1']==2 and sum(report.dropped.values())==3
+    for p in (Problem((5,), 5), Problem((1,)*7, 7), Problem((0,5), 5), Problem((10**9,10**9), 5)):
+        with pytest.raises(ValueError): difficulty(p)
+
+@pytest.mark.parametrize('space', [dict(n_numbers=(2,3,4,5), max_number=1, min_target=1, max_target=20), dict(n_numbers=(3,4), max_number=3, min_target=1, max_target=40),
+                                   dict(n_numbers=(2,6), weights=(1,0), max_number=9, min_target=1, max_target=90)])
+def test_a_small_space_is_searched_to_its_end(space):
+    assert {p.key for p in Stream(Space(**space), 3)}=={p.key for p in all_problems(Space(**space))}
+
+def test_short_lists_are_shuffled_fairly():
+    "every order of five things is as likely as any other"
+    keys = np.random.default_rng(0).integers(0, 2**63, 24_000).astype(np.uint64)
+    orders = Counter(tuple(_permute(np.arange(5, dtype=np.uint64), 5, np.full(5, k, np.uint64)).tolist()) for k in keys)
+    chi = sum((orders[o]-200)**2/200 for o in orders)
+    assert len(orders)==120 and chi < 119+4*(2*119)**.5
+
+def test_giving_up_on_a_barren_space_takes_seconds():
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match='found only 0'): sample_problems(1, 0, n_numbers=4, min_number=95, max_number=99, min_target=5, max_target=6, min_solutions=50)
+    with pytest.raises(ValueError, match='found only'): sample_problems(3, 0, n_numbers=3, min_number=2_000, max_number=3_000, min_target=11, max_target=400, min_solutions=50)
+    assert time.perf_counter()-start<60
+
+def test_whole_numbers_of_any_type():
+    assert sample_problems(np.int64(3), np.int64(1), max_number=np.int64(12), n_numbers=3)==sample_problems(3, 1, max_number=12, n_numbers=3)
+    for kw in (dict(n=True), dict(seed=True), dict(n=1.5), dict(seed='x')):
+        with pytest.raises(ValueError, match='give a whole number'): sample_problems(**{'n':1, 'seed':0, **kw})
+
+def test_settings_are_checked_before_anything_is_written(tmp_path):
+    for kw in (dict(seed='x'), dict(workers=-1), dict(workers='2'), dict(n=-1), dict(template='nope')):
+        with pytest.raises(ValueError): write_problems(tmp_path/'a.parquet', **{'n':5, 'seed':0, **kw})
+    assert os.listdir(tmp_path)==[]
+    empty = write_problems(tmp_path/'none.parquet', 0, 0, progress=False)
+    assert pq.read_schema(empty).field('extra_info').type.get_field_index('solutions')>=0 and os.listdir(tmp_path)==['none.parquet']
+
+def test_damage(tmp_path):
+    whole = to_parquet(sample_problems(200, 0, **WIDE), tmp_path/'d/a.parquet')
+    data = bytearray(whole.read_bytes()); data[4:400] = b'x'*396
+    (tmp_path/'d/b.parquet').write_bytes(data)
+    (tmp_path/'d/c.parquet').mkdir(); (tmp_path/'d/.x.parts').mkdir(); (tmp_path/'d/.x.parts/part-000000.parquet').write_bytes(b'')
+    got,report = read_problems(tmp_path/'d')
+    assert len(got)==200 and report.dropped['a file that cannot be read']==1
+    for read in (from_parquet, read_problems):
+        with pytest.raises(ValueError, match='b.parquet is damaged'): read(tmp_path/'d/b.parquet')
+    (tmp_path/'e.jsonl').write_bytes(b'\xef\xbb\xbf{"nums": [3,4], "target": 7}\n{"nums": "'+b'x'*10**6+b'"}')
+    got,report = read_problems(tmp_path/'e.jsonl')
+    assert got==[Problem((3,4), 7)] and len(str(report))<1000
