@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,8 +88,9 @@ def _write_part(path, problems, first, state, *args):
 
 def _metadata(path): return {k.decode(): v.decode() for k,v in (pq.read_schema(path).metadata or {}).items()}
 
-def _follow_parent(): # a worker whose parent was killed ends too
-    import threading
+def _follow_parent():
+    "A worker whose parent was killed ends too, and Ctrl-C is the parent's business"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     def watch():
         while os.getppid()==parent: time.sleep(1)
@@ -244,7 +247,7 @@ def _rows(source:str, split:str)->Iterator[tuple[str,object]]:
     "Rows of a source, each with where it stands; an unreadable row is an exception instead of a row"
     if source.startswith('hub:'):
         try: from datasets import load_dataset # the hub library, not this chapter
-        except ImportError as e: raise ValueError(f'{source} needs the package datasets: pip install stars[hub]') from e
+        except ImportError as e: raise ValueError(f'{source} needs the package datasets: pip install datasets') from e
         try: rows = load_dataset(source[4:], split=split, streaming=True)
         except Exception as e: raise ValueError(f'{source}, split {split!r}: {type(e).__name__}: {e}') from e
         yield from ((f'row {i}', r) for i,r in enumerate(rows))
@@ -302,8 +305,8 @@ def _why_not(row, space, seen, batch, where):
     if isinstance(row, Exception): return ('not JSON in UTF-8' if ' line ' in where else 'a file that cannot be read'), f'{where}: {row}'
     try: p = _problem(where, row)
     except ValueError as e: # the column and the fix are the reason, the value is the example
-        what = re.match(r'.*?(column \S+): .*; (.*)', str(e), re.S)
-        return (f'{what[1]}: {what[2]}' if what else 'not a record'), str(e)
+        what = re.match(r'row .*?, (column \S+): (.*); ', str(e), re.S)
+        return (f'{what[1]} '+re.sub('^.* (?=is )', '', what[2], flags=re.S) if what else 'not a record'), str(e).removeprefix('row ')
     if not 2<=len(p.numbers)<=6: return 'fewer than 2 or more than 6 numbers', f'{where}, {len(p.numbers)} numbers'
     if p.target<1: return 'targets below 1', f'{where}, {p}'
     if prod(p.numbers)*max(p.target, 1)>=2**53: return 'numbers too large for exact arithmetic', where
