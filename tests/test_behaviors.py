@@ -131,7 +131,7 @@ def test_the_labels_are_sound():
     with pytest.raises(ValueError, match="does not stand in the text"): precision_recall([dict(text="a", spans=dict(backward=["b"]))])
 
 def test_no_phrase_is_slow():
-    "every word of every pattern, repeated, and mixtures of a rule's words: 20 KB in well under 3 ms per KB"
+    "every word of every pattern, repeated, and mixtures of a rule's words: 20 KB in milliseconds; what is not linear takes seconds"
     import time
     rng, slow = random.Random(0), []
     for r in RULES:
@@ -142,7 +142,7 @@ def test_no_phrase_is_slow():
             start = time.process_time()
             count_behaviors(text, (3, 4, 5), 24)
             count_behaviors(text)
-            if (took := time.process_time() - start) > .003 * len(text) / 1000 * 2: slow.append((r.name, text[:40], round(took, 3)))
+            if (took := time.process_time() - start) > .8: slow.append((r.name, text[:40], round(took, 3)))
     assert not slow, slow[:5]
 
 def test_many_restarts_are_read_in_linear_time():

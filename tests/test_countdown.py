@@ -61,7 +61,7 @@ def test_prefix_repeats_and_solvability(space):
     s = Space(**space)
     for p in long:
         assert len(p.numbers) in s.n_numbers and s.min_target<=p.target<=s.max_target
-        assert all(s.min_number<=x<=s.max_number for x in p.numbers)
+        assert all(s.min_number<=x<=s.top for x in p.numbers)
     for p in long[:60]:
         if len(p.numbers)<5: assert p.target in all_values(list(p.numbers))
 
