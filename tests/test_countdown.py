@@ -265,21 +265,28 @@ PIECES = ['<answer>','</answer>','<think>','</think>','<','>','/','answer','+','
 NEAR = st.lists(st.sampled_from(PIECES), max_size=25).map(''.join)
 VERDICTS = []
 
+def grade_both_ways(text):
+    for layout in ('tolerant','paper'):
+        s = score(text, (3,4), 7, layout=layout)
+        v = explain(text, (3,4), 7, layout=layout)
+        assert v.score==s and bool(v.reasons)==(s<1)
+        assert s in (0,.1,1)
+        if s==1: # a correct answer is one to Python too, once the signs are plain
+            a = answer_of(text).translate(str.maketrans('×÷−','*/-')).split('=')[0]
+            assert ast_value(' '.join(a.split())) in [(7,[3,4]),(7,[4,3])]
+    return s
+
 @settings(max_examples=250, **FUZZ)
 @given(st.lists(st.one_of(NEAR, NEAR.map(tagged), st.text(max_size=40), st.text(max_size=20).map(tagged)), min_size=44, max_size=50))
 def test_never_raises_never_slow(texts):
     "each example is a batch of texts, so that all of them together are more than 10,000"
     for text in texts:
         t = time.process_time()
-        for layout in ('tolerant','paper'):
-            s = score(text, (3,4), 7, layout=layout)
-            v = explain(text, (3,4), 7, layout=layout)
-            assert v.score==s and bool(v.reasons)==(s<1)
-            assert s in (0,.1,1)
-            if s==1: # a correct answer is one to Python too, once the signs are plain
-                a = answer_of(text).translate(str.maketrans('×÷−','*/-')).split('=')[0]
-                assert ast_value(' '.join(a.split())) in [(7,[3,4]),(7,[4,3])]
-        assert time.process_time()-t<.2
+        s = grade_both_ways(text)
+        if time.process_time()-t>=.2: # a pause of the interpreter, or really slow?
+            t = time.process_time()
+            grade_both_ways(text)
+            assert time.process_time()-t<.2
         VERDICTS.append(s)
 
 def test_the_fuzz_saw_enough():
