@@ -96,7 +96,7 @@ def restarts(
             if i and e.left == eqs[i-1].left: rest = pool[:-1] # corrected
             elif last in e.operands: rest = [n for n in pool if n not in e.operands] # goes on, though it uses a number twice
             elif e.value == last or not known.issuperset(e.operands): continue # a recap, or about something else
-            elif 6 >= len(e.operands) == len(numbers) > len(pool) > 1 and sorted(e.operands) == sorted(numbers) and _makes(tuple(pool), e.value): continue # the same calculation in one line
+            elif 6 >= len(e.operands) == len(numbers) > len(pool) > 1 and sorted(e.operands) == sorted(numbers) and _makes(pool, e.value): continue # the same calculation in one line
             else:
                 found.append((before, i, len(numbers) - sum((Counter(pool) & Counter(numbers)).values())))
                 rest, known = list(numbers), set(numbers)

@@ -19,7 +19,7 @@ import tyro
 
 from .countdown import split_of
 from .datasets import read_problems, to_parquet, write_problems
-from .priming import CONTROLS, MIXES
+from .priming import CONDITIONS
 from .problems import SPACES, Space, read_exclusions, whole
 
 # %% ../nbs/12_cli.ipynb #c005
@@ -85,7 +85,7 @@ def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"
             if (out/f"{split}.parquet").exists(): raise ValueError(f"{out/f'{split}.parquet'} exists; remove it or choose another folder")
             if len(there) > n: print(f"{len(there) - n:,} problems of split {split} are left out: --{split} {n}")
             if mine := there[:n]: print(f"{to_parquet(mine, out/f'{split}.parquet', split, template, difficulty=difficulty)}: {len(mine):,} problems")
-        (out/"report.json").write_text(json.dumps(dict(source=report.source, read=report.read, kept=report.kept, dropped=report.dropped, examples=report.examples), indent=1) + "\n")
+        (out/"report.json").write_text(json.dumps(vars(report), indent=1) + "\n")
         return
     for split, n in sizes.items():
         if n: print(f"{write_problems(out/f'{split}.parquet', n, seed, replace(where, split=split), template, difficulty=difficulty, workers=workers)}: {n:,} problems")
@@ -108,7 +108,7 @@ def _command(name:str, text:str):
     command.__doc__ = f"""{text}
 
     Args:
-        condition: {', '.join(('base', *MIXES, *CONTROLS))}
+        condition: {', '.join(CONDITIONS)}
         model: plain, rich, a folder with a checkpoint, or a hub id
         seed: of teacher, SFT and PPO
         preset: smoke or cpu

@@ -37,7 +37,6 @@ MACROS = dict(
     NOT=r"(?:not|never|isn't|aren't|wasn't|hasn't|haven't|didn't|doesn't|don't|isnt|didnt|doesnt|dont|can't|cannot|won't)",
     LET=r"(?:let me|let's|let us|lets|i'll|i will|i can|i should|i could|i'd|we'll|we can|we should|we could|we|i|now|to|and|just|so)",
     MAKE=r"(?:make|get|form|reach|build|create|produce|find|obtain|construct|generate|come up with|assemble|arrive at|end up with|squeeze|cook up|put together|piece together)",
-    COUNT=r"(?:one|two|three|four|five|six|seven|eight|nine|ten|a few|a couple)",
 )
 
 # %% ../nbs/00c_phrases.ipynb #c008

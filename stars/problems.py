@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import combinations, combinations_with_replacement, islice, permutations
 from math import comb, isfinite, isqrt, prod
 from operator import index
@@ -20,12 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .countdown import SPLITS, Problem, solvable, split_of
+from .countdown import SPLITS, Problem, _check, split_of
 
 # %% ../nbs/00a_problems.ipynb #c005
-def _check(ok, msg):
-    if not ok: raise ValueError(msg)
-
 def whole(
     v,             # what was given
     name:str,      # of the field or argument
@@ -66,7 +63,7 @@ class Space:
     def top(self)->int: # largest number
         return self.max_target-1 if self.max_number is None else self.max_number
 
-    @property
+    @cached_property
     def shares(self)->dict[int,float]: # count of numbers → share of problems; counts of weight 0 are left out
         ws = self.weights or (1,)*len(self.n_numbers)
         return {k: w/max(ws)/sum(x/max(ws) for x in ws) for k,w in zip(self.n_numbers, ws) if w/max(ws)>0}
@@ -334,15 +331,15 @@ def _first_order(X, position, span, low, key):
 def _accepted(space, seed, k, targets, positions):
     "Which tuples at these positions are problems [m], and the tuples [k, m]"
     span,low = space.top-space.min_number+1,space.min_number
-    key = np.array([_word(seed, k, t) for t in np.unique(targets).tolist()], np.uint64)[np.unique(targets, return_inverse=True)[1]]
+    each,which = np.unique(targets, return_inverse=True)
+    key = np.array([_word(seed, k, t) for t in each.tolist()], np.uint64)[which]
     X = _tuples(_permute(positions, span**k, key), span, k, low)
     keep = np.flatnonzero(solvable_many(X, targets))
     keep = keep[_first_order(X[:,keep], positions[keep], span, low, key[keep])]
     if space.split or space.exclude:
         keep = keep[[space.allows(Problem(x, t)) for x,t in zip(X.T[keep].tolist(), targets[keep].tolist())]] if len(keep) else keep
     if space.filtered:
-        s,c = difficulty_many(X[:,keep], targets[keep])
-        keep = keep[space.suits(s, c)]
+        keep = keep[space.suits(*difficulty_many(X[:,keep], targets[keep]))]
     mask = np.zeros(len(targets), bool)
     mask[keep] = True
     return mask,X
