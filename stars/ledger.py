@@ -58,6 +58,7 @@ class Request:
     def __post_init__(self):
         if self.max_tokens < 1: raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
         if not self.prompt.strip(): raise ValueError("prompt is empty; services refuse that")
+        if not (self.prompt + self.system).isascii(): (self.prompt + self.system).encode() # raises on a lone surrogate, which no service can be sent
 
 @dataclass(frozen=True)
 class Reply:
@@ -78,7 +79,7 @@ def request_key(
 )->str: # 40 hex digits; also the `custom_id` inside a batch
     "The identity of a question: everything that decides its answer"
     what = dict(service=model.service, name=model.name, extra=model.extra, **asdict(request))
-    return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:40]
 
 # %% ../nbs/02_ledger.ipynb #c008
 _TABLES = """
@@ -140,8 +141,8 @@ class Ledger:
             if self._flock:
                 self._db.execute("DELETE FROM claims WHERE owner = ?", (self.owner,))
                 self._flock.release()
-                self._owner_file(self.owner).unlink(missing_ok=True)
-            self._flock = None
+                self._flock, self.owner = None, "" # its lock file goes with those of the dead
+            for lock in self.path.parent.glob(self._owner_file("*").name): self._alive(lock.name.split(".")[-2])
             self._db.close()
 
     @contextmanager
@@ -167,7 +168,7 @@ class Ledger:
         for piece in _pieces(zip(keys, requests), 1000):
             with self._write() as run:
                 for key, r in piece:
-                    system = hashlib.sha256(r.system.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+                    system = hashlib.sha256(r.system.encode()).hexdigest()[:16]
                     run("INSERT OR IGNORE INTO systems VALUES (?, ?)", (system, r.system))
                     run("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", (key, str(model), params(r), system, r.prompt))
         return keys

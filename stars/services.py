@@ -10,6 +10,7 @@ __all__ = ['PRICES', 'Price', 'read_prices', 'price_of', 'input_ceiling', 'cost_
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -98,7 +99,7 @@ class Service(Protocol):
     def ended(self, id:str)->bool:
         "Is a batch over, one way or another?"
     def results(self, id:str)->Iterator[tuple[str, Reply|Failure]]:
-        "By key, what became of a batch's requests; those it does not mention have no reply"
+        "By key, what became of a batch's requests; those it does not mention have no reply; raises `Refused` if none was accepted"
 
 def _sdk(name:str, *keys:str, needed:bool=True):
     "An official SDK, its key present"
@@ -113,20 +114,24 @@ def _secret_free(text:str)->str:
         if k.endswith(("_API_KEY", "_AUTH_TOKEN", "_ADMIN_KEY")) and len(v) > 5: text = text.replace(v, f"${k}")
     return text[:2_000]
 
+class _Unreadable(ValueError): "A reply that was cut or garbled on its way"
+
 def _call(sdk, client, call:Callable, tries:int=3):
     "Make a call of an SDK, with its exceptions turned into ours"
     for left in reversed(range(tries)):
         try: return call()
         except sdk.APIStatusError as e: # after the SDK's own retries
-            text = _secret_free(f"{client.base_url}: {e}")
+            text, pause = _secret_free(f"{client.base_url}: {e}"), e.response.headers.get("retry-after", "")
             if e.status_code in (401, 402, 403, 404) or getattr(e, "code", None) == "insufficient_quota": raise Unusable(text) from None
-            if e.status_code in (408, 409, 429) or e.status_code >= 500: raise ConnectionError(text) from None
-            raise Refused(text) from None
+            if e.status_code not in (408, 409, 429) and e.status_code < 500: raise Refused(text) from None
+            if not left or not pause.isdecimal(): raise ConnectionError(text) from None
+            time.sleep(int(pause)) # longer than the SDK would wait
         except sdk.APIConnectionError as e: raise ConnectionError(_secret_free(f"{client.base_url}: {e} {e.__cause__ or ''}")) from None
-        except (sdk.APIError, ValueError) as e: # the body was cut or garbled on its way, which the SDK does not retry
+        except (sdk.APIError, import_module("httpx2").HTTPError, json.JSONDecodeError, _Unreadable) as e: # the SDKs do not retry these
             if not left: raise ConnectionError(_secret_free(f"{client.base_url}: unreadable reply: {type(e).__name__}: {e}")) from None
 
 # %% ../nbs/02a_services.ipynb #c013
+_PERMANENT = ("invalid_request_error", "not_found_error", "permission_error", "request_too_large") # of the errors of a batch's items
 _FINISH = dict(max_tokens="length", model_context_window_exceeded="length", length="length", refusal="refusal", content_filter="refusal")
 
 class Anthropic:
@@ -148,7 +153,7 @@ class Anthropic:
         return body
 
     def _reply(self, m, mode:str)->Reply:
-        if m.usage is None or m.content is None: raise ValueError(f"a message without content or usage: {m!r:.200}")
+        if not getattr(m, "usage", None) or m.content is None: raise _Unreadable(f"no message with content and usage: {m!r:.200}")
         u, text = m.usage, "".join(b.text for b in m.content if b.type == "text")
         read, write = u.cache_read_input_tokens or 0, u.cache_creation_input_tokens or 0
         return Reply(text, _FINISH.get(m.stop_reason, "stop"), u.input_tokens + read + write, u.output_tokens, read, write, id=m.id, mode=mode)
@@ -175,13 +180,23 @@ class Anthropic:
     def ended(self, id:str)->bool: return self._try(lambda: self.batches.retrieve(id)).processing_status == "ended"
 
     def results(self, id:str)->Iterator[tuple[str, Reply|Failure]]:
-        for line in self._try(lambda: list(self.batches.results(id))):
+        item = import_module("anthropic.types.messages").MessageBatchIndividualResponse
+        for line in self._try(lambda: _lines(self.batches.with_raw_response.results(id).http_response)):
+            line = item.construct(**line)
             kind = line.result.type
             if kind == "succeeded": yield line.custom_id, self._reply(line.result.message, "batch")
             elif kind == "errored":
                 e = line.result.error.error
-                yield line.custom_id, Failure(_secret_free(f"{e.type}: {e.message}"), e.type == "invalid_request_error")
+                yield line.custom_id, Failure(_secret_free(f"{e.type}: {e.message}"), e.type in _PERMANENT)
             else: yield line.custom_id, Failure(kind, False)
+
+def _lines(response)->list[dict]:
+    "A downloaded JSONL file, less the lines that are broken: their requests have no reply, and that is known from the ones that have"
+    lines = []
+    for line in response.read().splitlines():
+        try: lines.append(json.loads(line))
+        except ValueError: continue
+    return lines
 
 def _since(pages, time_of:Callable, at:float)->Iterator:
     "The newest entries of a list, down to a minute before a time"
@@ -209,11 +224,11 @@ class OpenAI:
         return body
 
     def _reply(self, c, mode:str)->Reply:
-        if not c.choices or c.usage is None: raise ValueError(f"a completion without choices or usage: {c!r:.200}")
+        if not getattr(c, "choices", None) or c.usage is None: raise _Unreadable(f"no completion with choices and usage: {c!r:.200}")
         [choice], u = c.choices, c.usage
         finish = "refusal" if choice.message.refusal else _FINISH.get(choice.finish_reason, "stop")
-        read = (u.prompt_tokens_details and u.prompt_tokens_details.cached_tokens) or 0
-        return Reply(choice.message.refusal or choice.message.content or "", finish, u.prompt_tokens, u.completion_tokens, read, id=c.id, mode=mode)
+        read, write = (getattr(u.prompt_tokens_details, f"{what}_tokens", None) or 0 for what in ("cached", "cache_write"))
+        return Reply(choice.message.refusal or choice.message.content or "", finish, u.prompt_tokens, u.completion_tokens, read, write, id=c.id, mode=mode)
 
     def _try(self, call:Callable): return _call(self.sdk, self.client, call)
 
@@ -239,10 +254,13 @@ class OpenAI:
 
     def results(self, id:str)->Iterator[tuple[str, Reply|Failure]]:
         b = self._try(lambda: self.client.batches.retrieve(id))
-        if b.status == "failed": raise Refused(f"{id} was not accepted: " + "; ".join(_secret_free(e.message or e.code or "?") for e in (b.errors and b.errors.data) or []))
+        if b.status == "failed": # as a whole; too much at once passes, anything else does not
+            errors = (b.errors and b.errors.data) or []
+            text = f"{id} was not accepted: " + "; ".join(dict.fromkeys(_secret_free(e.message or e.code or "?") for e in errors))
+            raise (ConnectionError if {e.code for e in errors} == {"token_limit_exceeded"} else Refused)(text)
         completion = import_module("openai.types.chat").ChatCompletion
         for file in filter(None, (b.output_file_id, b.error_file_id)):
-            for line in self._try(lambda: [json.loads(l) for l in self.client.files.content(file).text.splitlines() if l]):
+            for line in self._try(lambda: _lines(self.client.files.content(file).response)):
                 key, error, response = line["custom_id"], line.get("error"), line.get("response") or {}
                 body = response.get("body") or {}
                 if response.get("status_code") == 200: yield key, self._reply(completion.construct(**body), "batch")

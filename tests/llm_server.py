@@ -27,7 +27,7 @@ class Faults:
     slow_s:float=1.          # seconds
     latency_s:float=0.       # seconds that every completion takes
     max_faults_per_request:int=3 # of the probabilities above, per fingerprint (or method, path and body)
-    script:list=field(default_factory=list) # fault names without "p_" (also "ok", "quota") for the first authorised requests, in order
+    script:list=field(default_factory=list) # names without "p_" for the first authorised requests; also "ok", "quota" (429 for good), "502", "html", "hollow"
     rpm:float=0.             # requests a minute, a token bucket; 0: no limit
     tpm:float=0.             # tokens a minute (estimated input + max_tokens); 0: no limit
     window_s:float=60.       # seconds of allowance that the buckets hold
@@ -47,6 +47,7 @@ class Faults:
     drop_submit_after:int=0  # the first submissions of batches whose reply is lost
 
 PROBABLE = ("429", "500", "529", "drop_before", "drop_after", "slow", "truncated_body", "malformed")
+NONSENSE = dict(html=(b"<html>Please log in</html>", "text/html"), hollow=(b"{}", "application/json")) # status 200; billed
 ANTHROPIC_FIELDS = set("""model messages max_tokens system temperature top_p top_k stop_sequences stream metadata output_config service_tier
     thinking tools tool_choice cache_control container diagnostics inference_geo speed""".split())
 OPENAI_FIELDS = set("""model messages max_tokens max_completion_tokens temperature top_p n seed stop stream stream_options response_format metadata
@@ -56,9 +57,10 @@ OPENAI_FIELDS = set("""model messages max_tokens max_completion_tokens temperatu
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "stop_sequences", "frequency_penalty", "presence_penalty", "reasoning_effort", "thinking")
 ERRORS = { # status → Anthropic's type, OpenAI's type
     400:("invalid_request_error", "invalid_request_error"), 401:("authentication_error", "invalid_request_error"),
-    404:("not_found_error", "invalid_request_error"), 405:("invalid_request_error", "invalid_request_error"),
+    404:("not_found_error", "invalid_request_error"),
     413:("request_too_large", "invalid_request_error"), 429:("rate_limit_error", "requests"), 500:("api_error", "server_error"),
-    503:("overloaded_error", "service_unavailable_error"), 529:("overloaded_error", "service_unavailable_error")}
+    502:("api_error", "server_error"), 503:("overloaded_error", "service_unavailable_error"), 529:("overloaded_error", "service_unavailable_error")}
+ID = r"[a-zA-Z0-9_-]{1,64}"
 EXPIRED = dict(code="batch_expired", message="This request could not be executed before the completion window expired.")
 CANCELLED = dict(code="batch_cancelled", message="This request was not executed because the batch was cancelled.")
 
@@ -71,11 +73,15 @@ class ApiError(Exception):
         if api=="anthropic": return dict(type="error", error=dict(type=ERRORS[self.status][0], message=self.message), request_id=request_id)
         return dict(error=dict(message=self.message, type=self.kind or ERRORS[self.status][1], param=self.param, code=self.code))
 
+def need(ok, message, code=None, param=None, status=400):
+    "Refuses unless ok"
+    if not ok: raise ApiError(status, message, code, param)
+
 def n_tokens(text): return max(1, -(-len(text)//4))
 def new_id(prefix): return prefix+os.urandom(12).hex()
 def digest(*parts): return hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else p.encode() for p in parts)).hexdigest()
 def rfc3339(t): return t and datetime.fromtimestamp(t, timezone.utc).isoformat().replace("+00:00", "Z")
-def dumps(x): return json.dumps(x, ensure_ascii=False).encode()
+def dumps(x): return json.dumps(x, ensure_ascii=False).encode(errors="replace")
 
 def fingerprint(model, system, prompt, **sampling):
     "Names a question: the same one has the same name, sent alone or in a batch. Sampling: temperature, max_tokens, schema, …; None counts as absent"
@@ -101,24 +107,26 @@ def echo(q):
 
 def text_of(content):
     "The text of a string or of a list of text blocks"
-    if isinstance(content, str): return content
-    if not isinstance(content, list) or not all(isinstance(b, dict) and b.get("type")=="text" for b in content):
-        raise ApiError(400, "messages: content must be a string or a list of text blocks")
-    return "".join(b.get("text", "") for b in content)
+    if isinstance(content, str):
+        need(content.encode(errors="ignore").decode()==content, "The request body is not valid JSON: no low surrogate in string")
+        return content
+    need(isinstance(content, list) and all(isinstance(b, dict) and b.get("type")=="text" for b in content), "messages: content must be a string or text blocks")
+    return text_of("".join(b.get("text", "") for b in content))
 
 def check_schema(schema, strict):
     "What both services ask of every object in a schema: closed; OpenAI's strict mode also: nothing optional"
     for s in [schema, *schema.get("$defs", {}).values()] if isinstance(schema, dict) else []:
         if s.get("type")=="object" or "properties" in s:
-            if s.get("additionalProperties") is not False:
-                raise ApiError(400, "Invalid schema: for 'object' type, 'additionalProperties' must be supplied and be false", "invalid_json_schema", "response_format")
-            if strict and set(s.get("required", []))!=set(s.get("properties", {})):
-                raise ApiError(400, "Invalid schema: 'required' must list every key in properties", "invalid_json_schema", "response_format")
+            wrong = "invalid_json_schema", "response_format"
+            need(s.get("additionalProperties") is False, "Invalid schema: for 'object' type, 'additionalProperties' must be supplied and be false", *wrong)
+            need(not strict or set(s.get("required", []))==set(s.get("properties", {})), "Invalid schema: 'required' must list every key in properties", *wrong)
         for sub in [*s.get("properties", {}).values(), *s.get("anyOf", []), *([s["items"]] if "items" in s else [])]: check_schema(sub, strict)
 
 class Bucket:
     "A token bucket: `per_minute` flows in, up to `window_s` worth of it; what does not fit has to wait"
-    def __init__(self, per_minute, window_s): self.rate, self.size, self.at = per_minute/60, max(1, per_minute/60*window_s), time.monotonic(); self.level = self.size
+    def __init__(self, per_minute, window_s):
+        self.rate, self.at = per_minute/60, time.monotonic()
+        self.level = self.size = max(1, self.rate*window_s)
     def wait(self, n):
         "Seconds until `n` (or a full bucket) are there; 0: now"
         now = time.monotonic()
@@ -128,7 +136,8 @@ class Bucket:
 @dataclass
 class Reply:
     "What goes onto the wire; `fault` names why the client will not get it, `cut` says after how many bytes"
-    body:bytes; type:str="application/json"; status:int=200; headers:dict=field(default_factory=dict); fp:str|None=None; fault:str|None=None; cut:int|None=None
+    body:bytes; type:str="application/json"; status:int=200; headers:dict=field(default_factory=dict)
+    fp:str|None=None; fault:str|None=None; cut:int|None=None
 
 @dataclass
 class Batch:
@@ -148,9 +157,10 @@ class LLMServer:
         self.rng, self.lock, self.cache_min_tokens = random.Random(seed), threading.RLock(), cache_min_tokens
         self.limits = dict(anthropic=(100_000, 256_000_000), openai=(50_000, 200_000_000)) # items and bytes of a batch
         self.script, self.log, self.log_file = list(self.faults.script), [], log and open(log, "a", buffering=1)
-        self.received, self.violations, self.status_counts = 0, 0, Counter() # violations: refused for rpm or tpm; statuses: numbers, or the fault's name where no reply got through
+        self.received, self.violations = 0, 0  # violations: refused for rpm or tpm
+        self.status_counts = Counter() # numbers, or the fault's name where no good reply got through
         self._served, self.spoiled = Counter(), Counter() # per fingerprint: billed; billed and then lost or garbled by a fault
-        self.batches, self.files, self.errors = {}, {}, [] # errors: what `answer` raised
+        self.batches, self.files, self.errors = {}, {}, [] # errors: what `answer` (or this server) raised
         self.faulted, self.tries, self.cached, self.idempotent, self.broken = Counter(), Counter(), set(), {}, set()
         self.submits = self.failures = self.expired = 0
         self.buckets = [Bucket(self.faults.rpm or 1e12, self.faults.window_s), Bucket(self.faults.tpm or 1e12, self.faults.window_s)]
@@ -168,55 +178,68 @@ class LLMServer:
         for c in list(self.http.open):
             try: c.shutdown(socket.SHUT_RDWR)
             except OSError: pass
+        if self.log_file: self.log_file.close()
 
     @property
     def served(self):
         "Fingerprint → how often a reply was worked out and billed"
         self.advance()
-        return self._served
+        with self.lock: return Counter(self._served)
     def stats(self):
         served = self.served
         with self.lock: return dict(served=served, spoiled=self.spoiled, received=self.received, violations=self.violations, errors=self.errors,
             status_counts=self.status_counts, batches={b.id:dict(api=b.api, items=len(b.items), counts=b.counts()) for b in self.batches.values()})
 
+    def refusal(self, e):
+        "What the client hears of an exception; the ones that are nobody's refusal are kept in `errors`"
+        if isinstance(e, ApiError): return e
+        self.errors.append(repr(e))
+        return ApiError(500, "Internal server error")
+    def note(self, **kw):
+        if self.log_file: self.log_file.write(json.dumps(kw)+"\n")
+
     # One completion, the same alone and in a batch
+    def check(self, api, body, model):
+        "Refuses the parameters that the service refuses; gives max_tokens, temperature and schema"
+        anthropic, old, top = api=="anthropic", model not in self.no_temperature, 1 if api=="anthropic" else 2
+        t, n, schema = body.get("temperature"), body.get("max_completion_tokens", body.get("max_tokens")), None
+        need(not body.get("stream") and body.get("n") in (None, 1), "stream, n: not imitated here")
+        need(n is None or type(n) is int and n>0, "max_tokens: must be a whole number of at least 1", param="max_tokens")
+        need(t is None or isinstance(t, (int,float)) and 0<=t<=top, f"temperature: must be in 0..{top}", param="temperature")
+        need(old or t is None or (t==1 and not anthropic), f"`temperature` is not supported by {model}" if anthropic else
+            f"Unsupported value: 'temperature' does not support {t} with this model. Only the default (1) value is supported.", "unsupported_value", "temperature")
+        need(anthropic or old or "max_tokens" not in body, "Unsupported parameter: 'max_tokens' is not supported with this model. "
+            "Use 'max_completion_tokens' instead.", "unsupported_parameter", "max_tokens")
+        f = (body.get("output_config") or {}).get("format") if anthropic else body.get("response_format")
+        if f and anthropic:
+            need(f.get("type")=="json_schema" and isinstance(f.get("schema"), dict), "output_config.format: type json_schema and a schema are required")
+            check_schema(schema := f["schema"], False)
+        elif f and f.get("type")=="json_schema":
+            j = f.get("json_schema") or {}
+            need(re.fullmatch(ID, str(j.get("name", ""))), "Missing or invalid 'response_format.json_schema.name'.", param="response_format")
+            check_schema(schema := j.get("schema") or {}, j.get("strict"))
+        return n, t, schema
+
     def question(self, api, body):
         "What is asked, after the checks that the service makes"
-        if not isinstance(body, dict): raise ApiError(400, "The body must be a JSON object")
+        need(isinstance(body, dict), "The body must be a JSON object")
         anthropic = api=="anthropic"
         for k in body.keys()-(ANTHROPIC_FIELDS if anthropic else OPENAI_FIELDS):
-            raise ApiError(400, f"{k}: Extra inputs are not permitted" if anthropic else f"Unknown parameter: '{k}'.", "unknown_parameter", k)
+            need(False, f"{k}: Extra inputs are not permitted" if anthropic else f"Unknown parameter: '{k}'.", "unknown_parameter", k)
         for k in ("model", "messages", "max_tokens") if anthropic else ("model", "messages"):
-            if k not in body: raise ApiError(400, f"{k}: Field required" if anthropic else f"Missing required parameter: '{k}'.", "missing_required_parameter", k)
-        model, messages, old = body["model"], body["messages"], body["model"] not in self.no_temperature
-        if self.models is not None and model not in self.models:
-            raise ApiError(404, f"model: {model}" if anthropic else f"The model `{model}` does not exist or you do not have access to it.", "model_not_found")
-        if body.get("stream") or body.get("n", 1)!=1: raise ApiError(400, "stream, n: not imitated here")
+            need(k in body, f"{k}: Field required" if anthropic else f"Missing required parameter: '{k}'.", "missing_required_parameter", k)
+        model, messages = body["model"], body["messages"]
+        need(self.models is None or model in self.models, f"model: {model}" if anthropic else
+            f"The model `{model}` does not exist or you do not have access to it.", "model_not_found", status=404)
         roles = ("user", "assistant") if anthropic else ("system", "developer", "user", "assistant")
-        if not isinstance(messages, list) or not messages or any(not isinstance(m, dict) or m.get("role") not in roles for m in messages):
-            raise ApiError(400, f"messages: a list of messages with roles {', '.join(roles)} is required", param="messages")
-        max_tokens = body.get("max_completion_tokens", body.get("max_tokens"))
-        if max_tokens is not None and (type(max_tokens) is not int or max_tokens<1): raise ApiError(400, "max_tokens: must be a whole number of at least 1", param="max_tokens")
-        temperature = body.get("temperature")
-        if temperature is not None and not (isinstance(temperature, (int,float)) and 0<=temperature<=(1 if anthropic else 2)):
-            raise ApiError(400, f"temperature: range: 0..{1 if anthropic else 2}", param="temperature")
-        if not old and temperature is not None and (anthropic or temperature!=1):
-            raise ApiError(400, f"`temperature` is not supported by {model}" if anthropic else
-                f"Unsupported value: 'temperature' does not support {temperature} with this model. Only the default (1) value is supported.", "unsupported_value", "temperature")
-        if not anthropic and not old and "max_tokens" in body:
-            raise ApiError(400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "unsupported_parameter", "max_tokens")
-        schema = None
-        if anthropic and (f := (body.get("output_config") or {}).get("format")):
-            if f.get("type")!="json_schema" or not isinstance(f.get("schema"), dict): raise ApiError(400, "output_config.format: type json_schema and a schema are required")
-            check_schema(schema := f["schema"], False)
-        if not anthropic and (f := body.get("response_format")) and f.get("type")=="json_schema":
-            j = f.get("json_schema") or {}
-            if not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", str(j.get("name", ""))): raise ApiError(400, "Missing or invalid 'response_format.json_schema.name'.", param="response_format")
-            check_schema(schema := j.get("schema") or {}, j.get("strict"))
-        system = text_of(body.get("system") or "") if anthropic else "\n".join(text_of(m.get("content")) for m in messages if m["role"] in ("system", "developer"))
-        turns = [m for m in messages if m["role"] in ("user", "assistant")]
-        prompt = text_of(turns[0].get("content")) if len(turns)==1 else "\n\n".join(f"{m['role']}: {text_of(m.get('content'))}" for m in turns)
-        if self.faults.invalid_marker in prompt: raise ApiError(400, "messages: this prompt is refused", "invalid_prompt", "messages")
+        need(isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") in roles for m in messages),
+            f"messages: a list of messages with roles {', '.join(roles)} is required", param="messages")
+        max_tokens, temperature, schema = self.check(api, body, model)
+        told = [(m["role"], text_of(m.get("content"))) for m in messages]
+        system = text_of(body.get("system") or "") if anthropic else "\n".join(t for r,t in told if r in ("system", "developer"))
+        turns = [(r,t) for r,t in told if r in ("user", "assistant")]
+        prompt = turns[0][1] if len(turns)==1 else "\n\n".join(f"{r}: {t}" for r,t in turns)
+        need(self.faults.invalid_marker not in prompt, "messages: this prompt is refused", "invalid_prompt", "messages")
         sampling = {k:body.get(k) for k in SAMPLING} | dict(max_tokens=max_tokens, schema=schema)
         marked = not anthropic or "cache_control" in body or any("cache_control" in b for b in body.get("system") or [] if isinstance(b, dict))
         return dict(model=model, system=system, prompt=prompt, temperature=temperature, max_tokens=max_tokens, schema=schema, api=api,
@@ -224,10 +247,7 @@ class LLMServer:
 
     def complete(self, q, batch=False):
         "Works out one reply, bills it, and gives it in the service's format"
-        try: a = self.answer(q)
-        except Exception as e:
-            self.errors.append(repr(e))
-            raise ApiError(500, "Internal server error") from e
+        a = self.answer(q)
         a = dict(text=a) if isinstance(a, str) else dict(a)
         text, limit = a.get("text", ""), q["max_tokens"]
         finish = a.get("finish") or ("length" if limit and n_tokens(text)>limit else "stop")
@@ -268,13 +288,12 @@ class LLMServer:
 
     # Batches: nothing runs in the background, their state follows from the clock whenever someone looks
     def submit(self, api, items, **kw):
-        with self.lock:
-            now, f = time.time(), self.faults
-            b = Batch(new_id("msgbatch_" if api=="anthropic" else "batch_"), api, items, now, f.batch_latency_s, now+f.batch_latency_s, **kw)
-            if b.errors: b.ends = now+.1*b.span
-            elif self.expired<f.expire_batches: self.expired, b.worked = self.expired+1, 1-f.expired_share
-            self.batches[b.id] = b
-            return b
+        now, f = time.time(), self.faults
+        b = Batch(new_id("msgbatch_" if api=="anthropic" else "batch_"), api, items, now, f.batch_latency_s, now+f.batch_latency_s, **kw)
+        if b.errors: b.ends = now+.1*b.span
+        elif self.expired<f.expire_batches: self.expired, b.worked = self.expired+1, 1-f.expired_share
+        self.batches[b.id] = b
+        return b
 
     def advance(self):
         "Ends the batches that are due"
@@ -285,11 +304,11 @@ class LLMServer:
 
     def end(self, b):
         "Works on the items that a batch got to; the others were cancelled, or expired"
-        done = 0 if b.errors else b.finished(b.cancelled or b.ends)
+        done = 0 if b.errors else b.finished(b.cancelled) if b.cancelled else round(len(b.items)*b.worked)
         b.outcomes = [self.outcome(b.api, *item) if i<done else (item[0], None, "canceled" if b.cancelled else "expired", None)
             for i,item in enumerate([] if b.errors else b.items)]
         if self.faults.results_shuffled: self.rng.shuffle(b.outcomes)
-        if self.log_file: self.log_file.write(json.dumps(dict(time=time.time(), batch=b.id, billed=[fp for _,fp,kind,_ in b.outcomes if kind=="succeeded"]))+"\n")
+        self.note(time=time.time(), batch=b.id, billed=[fp for _,fp,kind,_ in b.outcomes if kind=="succeeded"])
         if b.api=="anthropic": b.results = b"".join(self.anthropic_line(o) for o in b.outcomes)
         else:
             out = [self.openai_line(o) for o in b.outcomes if o[2]=="succeeded"]
@@ -305,14 +324,14 @@ class LLMServer:
             fp, u = q["fingerprint"], self.rng.random()
             self.tries[fp] += 1
             first = self.tries[fp]==1
-            if int(fp[:8], 16)/2**32<f.p_batch_item_invalid: raise ApiError(400, "messages: this prompt is refused", "invalid_prompt", "messages")
+            need(int(fp[:8], 16)/2**32>=f.p_batch_item_invalid, "messages: this prompt is refused", "invalid_prompt", "messages")
             if first and u<f.p_batch_item_error: raise ApiError(500, "Internal server error")
             if first and u<f.p_batch_item_error+f.p_batch_item_expired: return custom_id, fp, "expired", None
             reply = self.complete(q, batch=True)
             if not (first and self.rng.random()<f.p_batch_malformed_line): return custom_id, fp, "succeeded", reply
             self.spoiled[fp] += 1
             return custom_id, fp, "succeeded", None
-        except ApiError as e: return custom_id, fp, "errored", e
+        except Exception as e: return custom_id, fp, "errored", self.refusal(e)
 
     def anthropic_line(self, o):
         "A line of Anthropic's results; a success without a reply is one that got garbled"
@@ -326,7 +345,8 @@ class LLMServer:
         cid, _, kind, what = o
         line = dict(id=new_id("batch_req_"), custom_id=cid, response=None, error=None)
         if kind in ("expired", "canceled"): line["error"] = EXPIRED if kind=="expired" else CANCELLED
-        else: line["response"] = dict(status_code=what.status if kind=="errored" else 200, request_id=new_id("req_"), body=what.body("openai", "") if kind=="errored" else what)
+        elif kind=="errored": line["response"] = dict(status_code=what.status, request_id=new_id("req_"), body=what.body("openai", ""))
+        else: line["response"] = dict(status_code=200, request_id=new_id("req_"), body=what)
         return dumps(line)[:-9 if kind=="succeeded" and what is None else None]+b"\n"
 
     def show(self, b):
@@ -342,7 +362,8 @@ class LLMServer:
             "cancelling" if b.cancelled else "validating" if now<starts or b.errors else "in_progress" if now<finalizes else "finalizing")
         done = c["succeeded"] if ended else b.finished(now)
         usage = [o[3]["usage"] for o in b.outcomes or [] if o[2]=="succeeded" and o[3]]
-        i, cached, o = (sum(u["prompt_tokens"] for u in usage), sum(u["prompt_tokens_details"]["cached_tokens"] for u in usage), sum(u["completion_tokens"] for u in usage))
+        i, o = (sum(u[k] for u in usage) for k in ("prompt_tokens", "completion_tokens"))
+        cached = sum(u["prompt_tokens_details"]["cached_tokens"] for u in usage)
         begun = status not in ("validating", "failed")
         return dict(id=b.id, object="batch", endpoint=b.endpoint, input_file_id=b.input_file, completion_window="24h", status=status, metadata=b.metadata,
             model=b.items[0][1].get("model") if b.items else None, errors=dict(object="list", data=b.errors) if status=="failed" else None,
@@ -350,19 +371,20 @@ class LLMServer:
             finalizing_at=at(finalizes, status in ("finalizing", "completed")), completed_at=at(b.ends, status=="completed"), failed_at=at(b.ends, status=="failed"),
             expired_at=at(b.ends, status=="expired"), cancelling_at=at(b.cancelled or 0, b.cancelled), cancelled_at=at(b.ends, status=="cancelled"),
             request_counts=dict(total=n if begun else 0, completed=done if begun else 0, failed=n-done if begun and ended else 0),
-            usage=dict(input_tokens=i, input_tokens_details=dict(cached_tokens=cached), output_tokens=o, output_tokens_details=dict(reasoning_tokens=0), total_tokens=i+o))
+            usage=dict(input_tokens=i, input_tokens_details=dict(cached_tokens=cached), output_tokens=o, total_tokens=i+o,
+                output_tokens_details=dict(reasoning_tokens=0)))
 
     def cancel(self, b):
-        if b.outcomes is not None: raise ApiError(400, f"Batch {b.id} has ended and cannot be cancelled.")
+        need(b.outcomes is None, f"Batch {b.id} has ended and cannot be cancelled.")
         if not b.cancelled: b.cancelled = time.time(); b.ends = min(b.ends, b.cancelled+self.faults.cancel_s)
         return self.show(b)
 
     def page(self, c):
         "Batches, newest first, between cursors"
-        ids = [b.id for b in reversed(self.batches.values()) if b.api==c.api]
+        with self.lock: ids = [b.id for b in reversed(self.batches.values()) if b.api==c.api]
         after, before, limit = c.query.get("after_id" if c.api=="anthropic" else "after"), c.query.get("before_id"), c.query.get("limit", "20")
-        if not limit.isdigit() or not 1<=int(limit)<=(1000 if c.api=="anthropic" else 100): raise ApiError(400, "limit: out of range", param="limit")
-        if any(x and x not in ids for x in (after, before)): raise ApiError(400, "No such batch to start from", param="after")
+        need(limit.isdigit() and 1<=int(limit)<=(1000 if c.api=="anthropic" else 100), "limit: out of range", param="limit")
+        need(all(x is None or x in ids for x in (after, before)), "No such batch to start from", param="after")
         lo, hi = ids.index(after)+1 if after else 0, ids.index(before) if before else len(ids)
         page = ids[max(lo, hi-int(limit)):hi] if before else ids[lo:hi][:int(limit)]
         return dict(data=[self.show(self.batches[i]) for i in page], has_more=len(page)<hi-lo, first_id=page[0] if page else None,
@@ -370,43 +392,50 @@ class LLMServer:
 
     def anthropic_batch(self, body):
         "POST /v1/messages/batches: checks the envelope only; what is wrong with an item shows in its result"
-        requests, seen = body.get("requests") if isinstance(body, dict) else None, set()
-        if not isinstance(requests, list) or not 1<=len(requests)<=self.limits["anthropic"][0]:
-            raise ApiError(400, f"requests: a list of 1 to {self.limits['anthropic'][0]} requests is required")
+        requests, most, seen = body.get("requests") if isinstance(body, dict) else None, self.limits["anthropic"][0], set()
+        need(isinstance(requests, list) and 1<=len(requests)<=most, f"requests: a list of 1 to {most} requests is required")
         for i,r in enumerate(requests):
-            if not isinstance(r, dict) or set(r)!={"custom_id", "params"}: raise ApiError(400, f"requests.{i}: custom_id and params are required, and nothing else")
-            if not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", str(r["custom_id"])): raise ApiError(400, f"requests.{i}.custom_id: String should match pattern '^[a-zA-Z0-9_-]{{1,64}}$'")
-            if r["custom_id"] in seen: raise ApiError(400, f"requests.{i}.custom_id: must be unique in a batch: {r['custom_id']}")
+            need(isinstance(r, dict) and set(r)=={"custom_id", "params"}, f"requests.{i}: custom_id and params are required, and nothing else")
+            need(re.fullmatch(ID, str(r["custom_id"])), f"requests.{i}.custom_id: String should match pattern '^{ID}$'")
+            need(r["custom_id"] not in seen, f"requests.{i}.custom_id: must be unique in a batch: {r['custom_id']}")
             seen.add(r["custom_id"])
         return self.submit("anthropic", [(r["custom_id"], r["params"]) for r in requests])
 
+    def openai_items(self, content, endpoint):
+        "The items of a batch's input file, and what is wrong with its lines"
+        items, errors, seen = [], [], set()
+        for n,text in enumerate(content.splitlines(), 1):
+            def wrong(code, message): errors.append(dict(code=code, message=message, line=n, param=None))
+            try: r = json.loads(text)
+            except ValueError: wrong("invalid_json_line", "This line is not parseable as valid JSON."); continue
+            if not isinstance(r, dict) or not {"custom_id", "method", "url", "body"}<=set(r) or not isinstance(r["body"], dict):
+                wrong("missing_required_parameter", "custom_id, method, url and body are required."); continue
+            model = r["body"].get("model")
+            if r["custom_id"] in seen: wrong("duplicate_custom_id", f"The custom_id '{r['custom_id']}' is a duplicate of another request's.")
+            if (r["method"], r["url"])!=("POST", endpoint): wrong("invalid_url", "The method or URL of this line does not match the batch's endpoint.")
+            if items and model!=items[0][1].get("model"): wrong("mismatched_model", "All requests of a batch must ask the same model.")
+            if self.models is not None and model not in self.models: wrong("model_not_found", f"The provided model '{model}' is not supported by the Batch API.")
+            seen.add(r["custom_id"]); items.append((r["custom_id"], r["body"]))
+        return items, errors
+
     def openai_batch(self, body):
         "POST /v1/batches: what is wrong with the file's lines makes the batch end `failed`"
-        if not isinstance(body, dict): raise ApiError(400, "The body must be a JSON object")
-        for k in ("input_file_id", "endpoint", "completion_window"):
-            if k not in body: raise ApiError(400, f"Missing required parameter: '{k}'.", "missing_required_parameter", k)
-        for k in body.keys()-{"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"}: raise ApiError(400, f"Unknown parameter: '{k}'.", "unknown_parameter", k)
-        if body["completion_window"]!="24h" or body["endpoint"]!="/v1/chat/completions": raise ApiError(400, "Only '/v1/chat/completions' in '24h' is imitated here")
-        meta, content = self.files.get(body["input_file_id"], ({}, b""))
-        if meta.get("purpose")!="batch": raise ApiError(400, f"Invalid input_file_id: {body['input_file_id']}", param="input_file_id")
-        items, errors, seen = [], [], set()
-        def wrong(code, message, line=None): errors.append(dict(code=code, message=message, line=line, param=None))
-        for n,text in enumerate(content.splitlines(), 1):
-            try: r = json.loads(text)
-            except ValueError: wrong("invalid_json_line", "This line is not parseable as valid JSON.", n); continue
-            if not isinstance(r, dict) or not {"custom_id", "method", "url", "body"}<=set(r) or not isinstance(r["body"], dict):
-                wrong("missing_required_parameter", "custom_id, method, url and body are required.", n); continue
-            if r["custom_id"] in seen: wrong("duplicate_custom_id", f"The custom_id '{r['custom_id']}' for this request is a duplicate of another request.", n)
-            if (r["method"], r["url"])!=("POST", body["endpoint"]): wrong("invalid_url", "The method or URL of this line does not match the batch's endpoint.", n)
-            if items and r["body"].get("model")!=items[0][1].get("model"): wrong("mismatched_model", "All requests of a batch must ask the same model.", n)
-            if self.models is not None and r["body"].get("model") not in self.models: wrong("model_not_found", f"The provided model '{r['body'].get('model')}' is not supported by the Batch API.", n)
-            seen.add(r["custom_id"]); items.append((r["custom_id"], r["body"]))
+        need(isinstance(body, dict), "The body must be a JSON object")
+        required = "input_file_id", "endpoint", "completion_window"
+        for k in required: need(k in body, f"Missing required parameter: '{k}'.", "missing_required_parameter", k)
+        for k in body.keys()-{*required, "metadata", "output_expires_after"}: need(False, f"Unknown parameter: '{k}'.", "unknown_parameter", k)
+        id, endpoint, window = (body[k] for k in required)
+        need((endpoint, window)==("/v1/chat/completions", "24h"), "Only '/v1/chat/completions' in '24h' is imitated here")
+        meta, content = self.files.get(id, ({}, b""))
+        need(meta.get("purpose")=="batch", f"Invalid input_file_id: {id}", param="input_file_id")
+        items, errors = self.openai_items(content, endpoint)
+        def wrong(code, message): errors.append(dict(code=code, message=message, line=None, param=None))
         if not content.strip(): wrong("empty_file", "The input file is empty.")
-        if len(items)>self.limits["openai"][0]: wrong("too_many_tasks", f"The batch input file contains too many requests. The maximum is {self.limits['openai'][0]}.")
+        if len(items)>self.limits["openai"][0]: wrong("too_many_tasks", f"Too many requests. The maximum is {self.limits['openai'][0]}.")
         if not errors and self.failures<self.faults.fail_batches:
             self.failures += 1
             wrong("token_limit_exceeded", "Enqueued token limit reached. Please try again once some in_progress batches have been completed.")
-        return self.submit("openai", items, input_file=body["input_file_id"], endpoint=body["endpoint"], metadata=body.get("metadata"), errors=errors)
+        return self.submit("openai", items, input_file=id, endpoint=endpoint, metadata=body.get("metadata"), errors=errors)
 
     def store(self, content, filename, purpose):
         "Keeps a file, gives its file object"
@@ -418,16 +447,16 @@ class LLMServer:
     def upload(self, c):
         "POST /v1/files: the parts of the form"
         boundary = re.search(r'boundary="?([^";]+)', c.headers.get("content-type", ""))
-        if not boundary: raise ApiError(400, "Expected multipart/form-data with a boundary")
+        need(boundary, "Expected multipart/form-data with a boundary")
         parts = {}
         for part in c.body.split(b"--"+boundary[1].encode())[1:-1]:
             head, _, content = part.partition(b"\r\n\r\n")
             fields = dict(re.findall(r'(name|filename)="([^"]*)"', head.decode()))
             parts[fields.get("name")] = content.removesuffix(b"\r\n"), fields.get("filename")
-        if "file" not in parts or "purpose" not in parts: raise ApiError(400, "'file' and 'purpose' are required", param="file")
+        need({"file", "purpose"}<=set(parts), "'file' and 'purpose' are required", param="file")
         (content, name), purpose = parts["file"], parts["purpose"][0].decode()
-        if purpose!="batch" or not (name or "").endswith(".jsonl"): raise ApiError(400, "Invalid file format for Batch API. Must be .jsonl", param="file")
-        if len(content)>self.limits["openai"][1]: raise ApiError(413, "The file is too large.")
+        need(purpose=="batch" and (name or "").endswith(".jsonl"), "Invalid file format for Batch API. Must be .jsonl", param="file")
+        need(len(content)<=self.limits["openai"][1], "The file is too large.", status=413)
         return content, name, purpose
 
     def download(self, id, content, type):
@@ -443,7 +472,7 @@ class LLMServer:
         def load():
             try: return json.loads(c.body)
             except ValueError: raise ApiError(400, "The request body is not valid JSON") from None
-        if len(c.body)>self.limits["anthropic"][1]: raise ApiError(413, "Request exceeds the maximum size")
+        need(len(c.body)<=self.limits["anthropic"][1], "Request exceeds the maximum size", status=413)
         call, name = f"{c.method} {c.path}", digest(c.method, c.target, c.body)
         if call in ("POST /v1/messages", "POST /v1/chat/completions"):
             q = self.question(c.api, load())
@@ -472,8 +501,9 @@ class LLMServer:
         return reply
 
     def submission(self, api, body):
-        reply = Reply(dumps(self.show(self.anthropic_batch(body) if api=="anthropic" else self.openai_batch(body))))
-        self.submits += 1
+        with self.lock:
+            reply = Reply(dumps(self.show(self.anthropic_batch(body) if api=="anthropic" else self.openai_batch(body))))
+            self.submits += 1
         if self.submits<=self.faults.drop_submit_after: reply.fault, reply.cut = "drop_submit", 0
         return reply
 
@@ -492,18 +522,18 @@ class LLMServer:
             if fault in (None, "ok"): return None
             self.faulted[name] += 1
             ms = {"retry-after-ms":f"{1000*f.retry_after:.0f}"} if self.rng.random()<.5 else {}
-        if fault=="429": raise ApiError(429, "This request would exceed your organization's rate limit.", "rate_limit_exceeded", **{"retry-after":f"{f.retry_after:g}"}, **ms)
+        if fault=="429": raise ApiError(429, "This request would exceed your organization's rate limit.", "rate_limit_exceeded",
+            **{"retry-after":f"{f.retry_after:g}"}, **ms)
         if fault=="quota": raise ApiError(429, "You exceeded your current quota, please check your plan and billing details.", "insufficient_quota",
             kind="insufficient_quota", **{"x-should-retry":"false"})
-        if fault=="500": raise ApiError(500, "Internal server error")
-        if fault=="529": raise ApiError(529, "Overloaded")
+        for status,message in ((500, "Internal server error"), (502, "Bad gateway"), (529, "Overloaded")): need(fault!=str(status), message, status=status)
         return fault
 
     def authorise(self, c):
         bearer = c.headers.get("authorization", "").removeprefix("Bearer ")
         given = c.headers.get("x-api-key", bearer) if c.api=="anthropic" else bearer
-        if given!=self.key: raise ApiError(401, "invalid x-api-key" if c.api=="anthropic" else "Incorrect API key provided.", "invalid_api_key")
-        if c.api=="anthropic" and "anthropic-version" not in c.headers: raise ApiError(400, "anthropic-version: header is required")
+        need(given==self.key, "invalid x-api-key" if c.api=="anthropic" else "Incorrect API key provided.", "invalid_api_key", status=401)
+        need(c.api!="anthropic" or "anthropic-version" in c.headers, "anthropic-version: header is required")
 
     def once(self, c, name, work):
         "Does the work, unless a request with the same Idempotency-Key has done it or is at it"
@@ -513,14 +543,14 @@ class LLMServer:
             with self.lock:
                 mine = key not in self.idempotent
                 slot = self.idempotent.setdefault(key, SimpleNamespace(name=name, reply=None, done=threading.Event()))
-            if slot.name!=name: raise ApiError(400, "This Idempotency-Key was used with another request.", "idempotency_error")
+            need(slot.name==name, "This Idempotency-Key was used with another request.", "idempotency_error")
             if not mine:
                 slot.done.wait()
                 if slot.reply: return slot.reply
                 continue
             try:
                 reply = work()
-                slot.reply = replace(reply, fault=None, cut=None)
+                slot.reply = replace(reply, fault=None, cut=None, fp=None)
                 return reply
             finally:
                 if not slot.reply: self.idempotent.pop(key)
@@ -542,9 +572,10 @@ class LLMServer:
                 if fault=="slow": time.sleep(self.faults.slow_s)
                 if fault=="drop_after": reply.fault, reply.cut = fault, 0
                 if fault=="truncated_body": reply.fault, reply.cut = fault, 2*len(reply.body)//3
+                if fault in NONSENSE: reply.fault, (reply.body, reply.type) = fault, NONSENSE[fault]
                 if fault=="malformed": reply.fault, reply.body, reply.cut = fault, reply.body[:2*len(reply.body)//3]+b'{"', None
         except Exception as e:
-            if not isinstance(e, ApiError): self.errors.append(repr(e)); e = ApiError(500, "Internal server error")
+            e = self.refusal(e)
             if e.status==529 and c.api=="openai": e.status = 503
             reply = Reply(dumps(e.body(c.api, rid)), status=e.status, headers=e.headers)
         reply.headers = {**reply.headers, "request-id" if c.api=="anthropic" else "x-request-id":rid}
@@ -553,7 +584,7 @@ class LLMServer:
             if reply.fault and reply.fp: self.spoiled[reply.fp] += 1
             self.status_counts[status] += 1
             self.log.append((at, c.method, c.path, status))
-            if self.log_file: self.log_file.write(json.dumps(dict(time=at, method=c.method, path=c.path, status=status, billed=reply.fp))+"\n")
+            self.note(time=at, method=c.method, path=c.path, status=status, billed=reply.fp)
         return reply
 
 class Server(ThreadingHTTPServer):
@@ -569,6 +600,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     def log_message(self, *_): pass
     def do_GET(self):
+        if "transfer-encoding" in self.headers: self.close_connection = True; return self.send_error(411)
         n, url = int(self.headers.get("content-length") or 0), urlsplit(self.path)
         body = self.rfile.read(n)
         if len(body)<n: self.close_connection = True; return
@@ -590,7 +622,8 @@ def main():
     a = p.parse_args()
     faults = Faults(**json.load(open(a.faults))) if a.faults else Faults()
     parent = os.getppid()
-    with LLMServer(faults=faults, key=a.key, models=a.models and a.models.split(","), seed=a.seed, port=a.port, no_temperature=a.no_temperature.split(","), log=a.log) as s:
+    with LLMServer(faults=faults, key=a.key, models=a.models and a.models.split(","), seed=a.seed, port=a.port,
+        no_temperature=a.no_temperature.split(","), log=a.log) as s:
         print(s.port, flush=True)
         while os.getppid()==parent: time.sleep(.2) # ends with whoever started it
 

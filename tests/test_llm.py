@@ -1,0 +1,267 @@
+"Official SDKs against servers that speak the true wire formats and misbehave; clients that are killed"
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+from llm_server import Faults, LLMServer
+
+from stars.llm import Ledger, Model, OverBudget, Request, Unusable, ask, estimate
+from stars.services import connect, cost_ceiling, price_of, read_prices
+
+KEY = "test-key-that-nobody-may-see"
+BOTH = pytest.mark.parametrize("service", ["anthropic", "openai"])
+MODES = pytest.mark.parametrize("batch", [False, True], ids=["concurrent", "batch"])
+BAD_LUCK = dict(p_429=.05, p_500=.05, p_529=.05, p_drop_before=.05, p_drop_after=.05, p_slow=.02, slow_s=.05, p_truncated_body=.03, p_malformed=.03,
+                p_batch_item_error=.1, p_batch_item_expired=.1, drop_results_after_n_lines=30, drop_submit_after=1)
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+    for k in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN"): monkeypatch.delenv(k, raising=False)
+    for k in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"): monkeypatch.setenv(k, KEY)
+
+@pytest.fixture
+def book(tmp_path):
+    with Ledger(tmp_path/"ledger.db") as b: yield b
+
+def backwards(q): return q["prompt"][::-1]
+def serve(faults=None, answer=backwards, **kw): return LLMServer(answer=answer, faults=faults or Faults(), key=KEY, **kw)
+def model_at(server, service, name="m", **extra): return Model(service, name, server.url if service == "anthropic" else server.openai_url, extra)
+def questions(n, **kw): return [Request(f"question {i}", "Say it backwards.", max_tokens=50, **kw) for i in range(n)]
+def quick(*args, **kw): return ask(*args, **dict(progress=False, poll=.05) | kw)
+def right(replies, requests): return [r and r.text for r in replies] == [q.prompt[::-1] for q in requests]
+
+# what arrives, whatever happens
+
+@BOTH
+@MODES
+def test_every_reply_arrives_once_whatever_the_server_does(service, batch, book):
+    todo = questions(120)
+    with serve(Faults(**BAD_LUCK)) as s, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert right(quick(model_at(s, service), todo, book, batch=batch, tries=8), todo)
+        assert len(s.served) == len(todo) and set(s.served.values()) == {1}     # each was billed once
+        before = s.received
+        assert right(quick(model_at(s, service), todo, book, batch=not batch), todo)
+        assert s.received == before                                             # and nothing is sent again
+
+@BOTH
+@MODES
+def test_tokens_and_cost_are_the_services_own(service, batch, book):
+    name = dict(anthropic="claude-haiku-4-5", openai="gpt-4o-mini")[service]
+    answer = lambda q: dict(text="four", input_tokens=1_000, output_tokens=20, cached=600)
+    with serve(answer=answer) as s:
+        m = model_at(s, service, name)
+        price, [r] = price_of(Model(service, name)), [Request("2 + 2?", "Be brief.", max_tokens=50)]
+        todo = [r, r]                                                           # the same request twice is one request
+        keys = book.note(m, todo)
+        one, two = quick(m, todo, book, batch=batch)
+        assert one == two and sum(s.served.values()) == 1
+        assert (one.input_tokens, one.output_tokens, one.cache_read, one.mode) == (1_000, 20, 600, "batch" if batch else "concurrent")
+        assert one.cost is None and book.cost(keys) == 0                        # a server of one's own has no list price
+        assert price.cost(one) == pytest.approx((400*price.input + 600*price.cache_read + 20*price.output) / 1e6 * (.5 if batch else 1))
+
+@BOTH
+def test_refusals_truncation_and_samples(service, book):
+    says = {"a": dict(text="No.", finish="refusal"), "b": dict(text="It goes on and", finish="length"), "c": "fine"}
+    with serve(answer=lambda q: says[q["prompt"]]) as s:
+        todo = [Request(p) for p in "abc"] + [Request("c", sample=1)]
+        assert [r.finish for r in quick(model_at(s, service), todo, book)] == ["refusal", "length", "stop", "stop"]
+        assert sum(s.served.values()) == 4                                      # another sample is another request
+
+@BOTH
+@MODES
+def test_structured_output_and_extra_parameters_travel(service, batch, book):
+    seen, schema = [], dict(type="object", properties=dict(count=dict(type="integer")), required=["count"], additionalProperties=False)
+    def answer(q):
+        seen.append(q)
+        return '{"count": 3}'
+    extra = dict(anthropic=dict(output_config=dict(effort="low")), openai=dict(reasoning_effort="low"))[service]
+    with serve(answer=answer) as s:
+        [r] = quick(model_at(s, service, **extra), [Request("How many?", "Count.", schema=schema, temperature=.5)], book, batch=batch)
+    assert json.loads(r.text) == dict(count=3)
+    assert (seen[0]["schema"], seen[0]["system"], seen[0]["temperature"]) == (schema, "Count.", .5)
+
+# what fails for good
+
+@BOTH
+@MODES
+def test_a_bad_request_fails_alone(service, batch, book):
+    todo = [*questions(5), Request("<<invalid>> this one")]
+    with serve() as s:
+        m = model_at(s, service)
+        with pytest.warns(UserWarning, match="1 of 6 requests .* have no reply"): replies = quick(m, todo, book, batch=batch)
+        assert replies[-1] is None and right(replies[:-1], todo[:-1])
+        assert "refused" in book.errors(book.note(m, todo[-1:])).popitem()[1]
+        with pytest.warns(UserWarning): quick(m, todo, book, batch=batch)
+        assert sum(s.served.values()) == 5
+
+@BOTH
+@MODES
+def test_wrong_key_or_model_stops_at_once(service, batch, book, monkeypatch):
+    with serve(models=["m"]) as s:
+        with pytest.raises(Unusable, match="nonesuch"): quick(model_at(s, service, "nonesuch"), questions(500), book, batch=batch)
+        monkeypatch.setenv(f"{service.upper()}_API_KEY", "wrong-key-0123456789")
+        with pytest.raises(Unusable) as e: quick(model_at(s, service), questions(500), book, batch=batch)
+        assert "wrong-key" not in str(e.value) and s.received < 100 and not s.served
+        monkeypatch.setenv(f"{service.upper()}_API_KEY", KEY)
+        assert right(quick(model_at(s, service), questions(20), book, batch=batch), questions(20)) # nothing stayed claimed
+
+def test_without_a_key_nothing_begins(book, monkeypatch):
+    for k in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"): monkeypatch.delenv(k)
+    for m in ("openai:gpt-4o-mini", "anthropic:claude-haiku-4-5"):
+        with pytest.raises(ValueError, match="set .*_API_KEY in the environment"): quick(m, questions(2), book)
+
+@BOTH
+def test_a_dead_service_is_given_up(service, book):
+    with serve() as s: m = model_at(s, service)
+    start = time.time()
+    with pytest.raises(ConnectionError, match="in a row failed"): quick(m, questions(300), book, retries=0)
+    assert time.time() - start < 60 and len(book.errors(book.note(m, questions(300)))) < 60
+
+# budgets, limits
+
+@BOTH
+@MODES
+def test_the_budget_is_never_exceeded_and_goes_on_later(service, batch, tmp_path, book):
+    name = dict(anthropic="claude-haiku-4-5", openai="gpt-4o-mini")[service]
+    table = tmp_path/"prices.json"
+    table.write_text(json.dumps(dict(date="2026-01-01", models={f"{service}:own": dict(input=10., output=100., batch=.5)})))
+    todo = questions(60)
+    with serve(Faults(latency_s=.005), answer=lambda q: dict(text="x", input_tokens=20, output_tokens=25)) as s:
+        service_ = connect(model_at(s, service, "own"))
+        m = Model(service, "own")                                               # no address: the table's price holds
+        true = (20*10 + 25*100) / 1e6 * (.5 if batch else 1)
+        for limit in (true*20, true*40):                                        # the second call goes on within a larger budget
+            with pytest.raises(OverBudget, match="what has arrived is kept"): quick(m, todo, book, batch=batch, max_cost=limit, prices=table, service=service_)
+            spent = book.cost(book.note(m, todo))
+            assert sum(s.served.values())*true == pytest.approx(spent) and limit - 2*cost_ceiling(read_prices(table)[0][str(m)], todo[0], "concurrent") < spent <= limit
+        quick(m, todo, book, batch=batch, max_cost=true*100, prices=table, service=service_)
+        assert set(s.served.values()) == {1} and len(s.served) == 60
+    with pytest.raises(ValueError, match="no price of openai:unheard-of is known"): quick("openai:unheard-of", todo, book, max_cost=1.)
+
+@BOTH
+def test_limits_are_kept(service, book):
+    with serve(Faults(rpm=1200, window_s=1.5)) as s:                            # twenty a second
+        start = time.time()
+        assert right(quick(model_at(s, service), questions(60), book, rpm=1200), questions(60))
+        assert time.time() - start > 1.5 and s.status_counts[429] == 0
+    with serve(Faults(tpm=60_000, window_s=1.5)) as s:
+        todo = [Request(f"{i} " + "word "*20, max_tokens=50) for i in range(30)]
+        quick(model_at(s, service), todo, book, tpm=60_000)
+        assert s.status_counts[429] == 0
+
+def test_retry_after_is_honoured(book):
+    with serve(Faults(script=["429"], retry_after=1.5)) as s:
+        start = time.time()
+        assert right(quick(model_at(s, "openai"), questions(1), book), questions(1))
+        assert time.time() - start > 1.4
+
+# killed clients, several clients
+
+CLIENT = """
+import sys, warnings
+from stars.llm import *
+service, url, path, n, batch = sys.argv[1:]
+todo = [Request(f"question {i}", "Say it backwards.", max_tokens=50) for i in range(int(n))]
+warnings.simplefilter("ignore")
+print("ready", flush=True)
+with Ledger(path) as book: ask(Model(service, "m", url), todo, book, batch=batch == "True", poll=.05, progress=False, concurrency=8)
+"""
+def client(s, service, path, n, batch=False):
+    m = model_at(s, service)
+    p = subprocess.Popen([sys.executable, "-c", CLIENT, service, m.base_url, path, str(n), str(batch)], stdout=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert p.stdout.readline() == "ready\n"
+    return p
+
+@BOTH
+@MODES
+def test_killed_again_and_again(service, batch, tmp_path):
+    n, kills, rng = 300, 5, random.Random(0)
+    with serve(Faults(latency_s=.02, p_429=.02, p_500=.02, p_batch_item_expired=.05, batch_latency_s=.4, drop_submit_after=1)) as s:
+        for _ in range(kills):
+            p = client(s, service, tmp_path/"ledger.db", n, batch)
+            goal, deadline = s.received + (rng.randint(1, 6) if batch else rng.randint(20, 60)), time.time() + 30
+            while s.received < goal and p.poll() is None and time.time() < deadline: time.sleep(.001)
+            p.kill()
+            p.wait()
+        p = client(s, service, tmp_path/"ledger.db", n, batch)
+        assert p.wait(120) == 0
+        with Ledger(tmp_path/"ledger.db") as book: assert right([book.get(Model(service, "m"), q) for q in questions(n)], questions(n))
+        assert len(s.served) == n and set(s.served.values()) == {1}
+    assert [f.name for f in tmp_path.iterdir() if f.suffix == ".lock"] == []
+
+@MODES
+def test_two_processes_share_the_work(batch, tmp_path):
+    with serve(Faults(latency_s=.01)) as s:
+        both = [client(s, "openai", tmp_path/"ledger.db", 200, batch) for _ in range(2)]
+        assert [p.wait(120) for p in both] == [0, 0]
+        assert len(s.served) == 200 and set(s.served.values()) == {1}
+
+def test_interrupted_clients_keep_what_is_in_the_air(tmp_path):
+    with serve(Faults(latency_s=.2, honour_idempotency=False)) as s:
+        p = client(s, "openai", tmp_path/"ledger.db", 200)
+        while s.received < 20: time.sleep(.005)
+        p.send_signal(signal.SIGINT)
+        assert p.wait(60) != 0
+        with Ledger(tmp_path/"ledger.db") as book:
+            assert len(book.answered(book.note(Model("openai", "m"), questions(200)))) == sum(s.served.values()) < 200
+
+# secrets, replay
+
+@BOTH
+@MODES
+def test_keys_reach_no_file(service, batch, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with serve(Faults(p_500=.3, p_batch_item_error=.5)) as s, Ledger("ledger.db") as book:
+        m = model_at(s, service)
+        with warnings.catch_warnings(record=True): quick(m, [*questions(20), Request("<<invalid>>")], book, batch=batch)
+        monkeypatch.setenv(f"{service.upper()}_API_KEY", KEY + "-wrong")
+        with pytest.raises(Unusable): quick(m, questions(30), book, batch=batch)
+        book.export("study.parquet")
+        files = [f for f in tmp_path.rglob("*") if f.is_file()]
+        assert len(files) >= 2 and not [f for f in files if KEY.encode() in f.read_bytes()]
+    assert KEY not in "".join(capfd.readouterr())
+
+def test_a_recording_answers_without_keys_or_network(tmp_path, book, monkeypatch):
+    with serve() as s: first = quick(model_at(s, "openai"), questions(30), book)
+    recorded = book.export(tmp_path/"study.parquet")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with Ledger(recorded) as replay:
+        assert quick("openai:m", questions(30), replay) == first
+        with pytest.raises(LookupError, match="no reply to 1 of 31 requests"): quick("openai:m", questions(31), replay)
+    with Ledger(tmp_path/"other.db") as other:
+        assert other.load(recorded) == 30 and quick("openai:m", questions(30), other) == first
+
+@pytest.mark.parametrize("content", [b"not a database at all, just text", b""], ids=["text", "empty"])
+def test_what_is_no_ledger_is_refused(tmp_path, content):
+    (tmp_path/"x.parquet").write_bytes(content)
+    with pytest.raises(Exception): Ledger(tmp_path/"x.parquet")
+    if content:
+        (tmp_path/"x.db").write_bytes(content * 100)
+        with pytest.raises(ValueError, match="is not a ledger"): Ledger(tmp_path/"x.db")
+    with pytest.raises(ValueError, match="does not exist"): Ledger(tmp_path/"none.parquet")
+
+@BOTH
+def test_replies_that_are_none(service, book):
+    with serve(Faults(script=["hollow", "html"])) as s: # each looks like success to an SDK
+        assert right(quick(model_at(s, service), questions(1), book), questions(1))
+
+def test_a_long_retry_after_is_waited_for(book, monkeypatch):
+    slept = []
+    monkeypatch.setattr("stars.services.time.sleep", slept.append)
+    with serve(Faults(script=["429"], retry_after=300)) as s: # more than the SDK waits
+        assert right(quick(model_at(s, "openai"), questions(1), book), questions(1)) and slept[0] == 300
+
+def test_estimates_bound_the_cost(book):
+    with serve() as s:
+        todo, m = questions(50), Model("openai", "gpt-4o-mini")
+        before = estimate(m, todo, book)
+        quick(m, todo, book, service=connect(model_at(s, "openai", "gpt-4o-mini")))
+        assert 0 < book.cost(book.note(m, todo)) <= before.most["concurrent"] == 2*before.most["batch"]
+        assert estimate(m, todo, book).most["concurrent"] == 0
