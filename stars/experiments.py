@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Config', 'preset', 'digest', 'file_digest', 'environment', 'NotBuilt', 'stage', 'Job', 'data_stage',
            'base_stage', 'prime_stage', 'sft_stage', 'ppo_stage', 'eval_stage', 'device', 'is_built', 'run_jobs',
-           'results', 'manifest', 'figure_notebook', 'notebook_defaults', 'check_parameters', 'run_notebook']
+           'results', 'manifest']
 
 # %% ../nbs/10_experiments.ipynb #c002
-import ast
 import hashlib
 import json
 import multiprocessing
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -34,14 +34,15 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .behaviors import HABITS
-from .countdown import Problem, make_prompt, messages
+from .countdown import Problem, make_prompt, messages, split_of
 from .datasets import cores, follow_parent, from_parquet, to_parquet
-from .evals import complete, summarize, write_completions
+from .evals import complete, failures, summarize, write_completions
 from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, load_model, load_tokenizer, micro_model,
-                          micro_tokenizer, save_checkpoint)
+                          micro_tokenizer, save_checkpoint, weights_digest)
 from .ppo import PPOConfig, ppo
 from .problems import Space, sample_problems
-from .priming import CONDITIONS, CONTROLS, MIXES, control_rows, corpus_rows, priming_rows, read_rows, reorder, shown_habits, write_rows
+from .priming import (CONDITIONS, CONTROLS, MIXES, SCHEMA, control_rows, corpus_rows, dots, empty_cot, priming_rows, read_rows, reorder,
+                           shown_habits, write_rows)
 from .sft import SFTConfig, sft
 
 # %% ../nbs/10_experiments.ipynb #c005
@@ -88,6 +89,8 @@ class Config:
     prime_top:int=60                  # largest value the teacher writes down: nobody sensible multiplies past twice the largest target
     prime_incorrect_slip:float=.25    # slips of the teacher of incorrect_only
     prime_mix:str="backtracking_verification" # what the controls are made from
+    prime_file:str=""                 # take the rows from this parquet instead (`stars prime FILE` makes one); {condition} in it stands for the mix
+    prime_failures:str="slips"        # incorrect_only: a teacher's "slips", or "sampled" from the checkpoint primed with prime_mix
     # sft
     sft_epochs:int=3                  # passes
     sft_batch_size:int=32             # examples per update
@@ -166,6 +169,7 @@ class Config:
         if not 1 <= self.prime_patience <= self.prime_attempts:
             raise ValueError(f"prime_patience={self.prime_patience} must lie between 1 and prime_attempts={self.prime_attempts}")
         if self.prime_mix not in MIXES: raise ValueError(f"prime_mix={self.prime_mix!r} is unknown; choose one of {', '.join(MIXES)}")
+        if self.prime_failures not in ("slips", "sampled"): raise ValueError(f"prime_failures={self.prime_failures!r} must be slips or sampled")
         for prefix, c in dict(base=self.pretraining(), sft=self.sft(0), ppo=self.ppo(0)).items():
             try: c.validate()
             except ValueError as e: raise ValueError(f"{prefix}_: {e}") from None
@@ -321,9 +325,7 @@ def base_stage(job:Job)->Path:
         model.to(torch.bfloat16).save_pretrained(out/"model") # what is shipped is what is used
     return stage(job.model_dir, "base", settings, {}, run, job.build)/"model"
 
-def _base_digest(path:Path)->str:
-    weights = sorted(path.glob("*.safetensors"))
-    return digest([file_digest(w) for w in weights]) if weights else str(path)
+def _base_digest(path:Path)->str: return weights_digest(path) if path.is_dir() else str(path)
 
 def _prompt(job:Job, tokenizer)->Callable: return partial(make_prompt, template=job.cfg.template, tokenizer=tokenizer)
 
@@ -333,23 +335,51 @@ def _problems(job:Job, data:Path, split:str, tokenizer)->list:
     check_spells(tokenizer, map(_prompt(job, tokenizer), problems[:500]))
     return problems
 
+def _rows_from_file(path:Path, job:Job, n:int, prompt:Callable, n_tokens:Callable)->list[dict]:
+    "Rows that somebody else wrote, with this experiment's prompts, and its control made from them"
+    rows = read_rows(path)
+    if rows and (missing := set(SCHEMA.names) - rows[0].keys()): raise ValueError(f"prime_file={path} lacks the columns {', '.join(sorted(missing))}")
+    for i, r in enumerate(rows):
+        p = Problem(tuple(r["numbers"]), r["target"])
+        if split_of(p) == "eval": raise ValueError(f"prime_file={path}: row {i} is about {p}, which is held out for evaluation")
+        r["query"] = prompt(p)
+    change = dict(empty_cot=empty_cot, dots=partial(dots, n_tokens=n_tokens), incorrect_only=lambda r: {**r, "mix": "incorrect_only"} if r["score"] < 1 else None)
+    rows = [r for r in map(change.get(job.condition, dict), rows) if r]
+    if len(rows) < n: raise ValueError(f"prime_file={path} has {len(rows)} rows for {job.condition}, but prime_rows + prime_val = {n} are wanted")
+    return random.Random(f"{job.seed}/file").sample(rows, n)
+
+def _sampled_failures(job:Job, checkpoint:Path, problems:Sequence[Problem], n:int, prompt:Callable)->list[dict]:
+    "What a primed checkpoint gets wrong, on problems of the same range as every other set's"
+    tok, rows, cfg = load_tokenizer(checkpoint), [], job.cfg
+    model = load_model(checkpoint, device())
+    for i in tqdm(range(20), desc="failures", disable=not job.progress):
+        asked = reorder(problems, n*(i + 1), job.seed)[-n:] # each round: the problems with their numbers in new orders
+        rows += failures(complete(model, tok, asked, cfg.ppo_max_tokens, temperature=cfg.ppo_temperature, seed=job.seed*1000 + i, prompt=prompt))
+        if len(rows) >= n: return rows[:n]
+    raise ValueError(f"{checkpoint} gave {len(rows)} wrong answers to {20*n} problems, {n} are wanted; lower prime_rows")
+
 def prime_stage(job:Job)->Path:
     "Priming rows of the job's condition: train.parquet, val.parquet, and stats.json on what they show"
     cfg, data, base = job.cfg, data_stage(job), base_stage(job)
     control = job.condition in CONTROLS
+    file = Path(cfg.prime_file.format(condition=cfg.prime_mix if control else job.condition)) if cfg.prime_file else None
+    sampled = sft_stage(replace(job, condition=cfg.prime_mix)) if job.condition == "incorrect_only" and cfg.prime_failures == "sampled" else None
     def run(out:Path):
         tok, n = load_tokenizer(base), cfg.prime_rows + cfg.prime_val
         teacher = dict(attempts=cfg.prime_attempts, patience=cfg.prime_patience, slip=cfg.prime_slip, insight=cfg.prime_insight, top=cfg.prime_top,
                        budget=cfg.prime_budget, prompt=_prompt(job, tok))
         args = (_problems(job, data, "prime", tok), n, job.seed)
         n_tokens = lambda s: len(tok(s, add_special_tokens=False).input_ids)
-        rows = list(control_rows(job.condition, cfg.prime_mix, *args, n_tokens=n_tokens, incorrect_slip=cfg.prime_incorrect_slip, **teacher) if control
-                    else priming_rows(job.condition, *args, **teacher))
+        rows = (_sampled_failures(job, sampled, *args[:2], teacher["prompt"]) if sampled else _rows_from_file(file, job, n, teacher["prompt"], n_tokens) if file else
+                list(control_rows(job.condition, cfg.prime_mix, *args, n_tokens=n_tokens, incorrect_slip=cfg.prime_incorrect_slip, **teacher) if control
+                     else priming_rows(job.condition, *args, **teacher)))
+        check_spells(tok, (r["completion"] for r in rows[:500]))
         write_rows(rows[:cfg.prime_rows], out/"train.parquet")
         write_rows(rows[cfg.prime_rows:], out/"val.parquet")
         _write_json(out/"stats.json", dict(rows=len(rows), share_correct=sum(r["score"] == 1 for r in rows) / len(rows), habits=shown_habits(rows)))
     settings = dict(condition=job.condition, seed=job.seed, mix=cfg.prime_mix if control else None) | _settings(cfg, "prime_", "template")
-    return stage(job.dir, "prime", settings, dict(data=data.name, base=_base_digest(base)), run, job.build)
+    inputs = dict(data=data.name, base=_base_digest(base)) | (dict(file=file_digest(file)) if file else {}) | (dict(checkpoint=_base_digest(sampled)) if sampled else {})
+    return stage(job.dir, "prime", settings, inputs, run, job.build)
 
 def sft_stage(job:Job)->Path:
     "The primed model (the base itself for condition `base`)"
@@ -461,44 +491,3 @@ def manifest(
 )->dict: # goes beside a figure
     "What made a figure"
     return dict(config=json.loads(json.dumps(asdict(cfg))), **what, **environment())
-
-# %% ../nbs/10_experiments.ipynb #c017
-def figure_notebook(
-    name:str, # "fig_controls" …
-)->Path: # the notebook, wherever the package lies
-    "A figure notebook that travels with the package"
-    root = Path(str(files("stars")))
-    found = {p.stem: p for folder in (root/"figures", root.parent/"nbs"/"figures") for p in sorted(folder.glob("fig_*.ipynb"))}
-    if name not in found: raise ValueError(f"figure={name!r} is unknown; choose one of {', '.join(found) or '(none found)'}")
-    return found[name]
-
-def notebook_defaults(
-    notebook:str|Path, # with one cell tagged `parameters`
-    *names:str,        # parameters wanted; all if none is named
-)->dict: # name → default
-    "Default values of a notebook's parameters"
-    import papermill as pm
-    known = pm.inspect_notebook(str(notebook))
-    if not known: raise ValueError(f"{notebook} has no cell tagged `parameters`; papermill would ignore every parameter")
-    return {k: ast.literal_eval(v["default"]) for k, v in known.items() if k in names or not names}
-
-def check_parameters(
-    notebook:str|Path,  # with one cell tagged `parameters`
-    parameters:dict,    # to be given to it
-):
-    "Raise ValueError on a parameter that the notebook does not know"
-    known = notebook_defaults(notebook)
-    for k in parameters:
-        if k not in known: raise ValueError(f"{Path(notebook).name} has no parameter {k!r}; it knows {', '.join(known)}")
-
-def run_notebook(
-    notebook:str|Path,   # with one cell tagged `parameters`
-    out:str|Path,        # the executed notebook
-    **parameters,        # names the notebook knows
-)->Path: # `out`
-    "Execute a parameterized notebook in the current folder; unknown parameters are errors"
-    import papermill as pm
-    check_parameters(notebook, parameters)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    pm.execute_notebook(str(notebook), str(out), parameters, kernel_name="python3", language="python", cwd=os.getcwd())
-    return Path(out)

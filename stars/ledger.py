@@ -280,11 +280,12 @@ class Ledger:
         with self._lock: return {i for i, in self._db.execute("SELECT id FROM batches WHERE id IS NOT NULL")}
 
     def export(self, path:str|Path)->Path:
-        "Write every request that has a reply, with the reply, to a parquet file from which `Ledger(path)` replays"
+        "Write every request that has a reply, or else failed, with what came back, to a parquet file from which `Ledger(path)` replays"
         path = Path(path)
         tmp = path.with_name(f"{path.name}.tmp")
         with self._lock, pq.ParquetWriter(tmp, _SCHEMA, compression="zstd") as out:
-            rows = self._db.execute(f"SELECT key, model, params, systems.text, prompt, {', '.join('r.' + f for f in _REPLY)}, at FROM replies r "
+            last = "SELECT key, error AS text, 'error' AS finish, 0 AS input_tokens, 0 AS output_tokens, 0 AS cache_read, 0 AS cache_write, NULL AS cost, '' AS id, '' AS mode, max(at) AS at FROM errors WHERE key NOT IN (SELECT key FROM replies) GROUP BY key"
+            rows = self._db.execute(f"SELECT key, model, params, systems.text, prompt, {', '.join('r.' + f for f in _REPLY)}, at FROM (SELECT * FROM replies UNION ALL {last}) r "
                                     "JOIN requests USING (key) JOIN systems ON system = systems.id ORDER BY requests.rowid")
             for piece in _pieces(rows, 2000): out.write_table(pa.Table.from_arrays([pa.array(c, t) for c, t in zip(zip(*piece), _SCHEMA.types)], schema=_SCHEMA))
         os.replace(tmp, path)
@@ -301,7 +302,8 @@ class Ledger:
                 model = Model.parse(row["model"], extra=params.pop("extra"))
                 [key] = self.note(model, [Request(row["prompt"], row["system"], **params)])
                 if key != row["key"]: raise ValueError(f"{path}: row {n} has the key {row['key']}, but its request makes {key}; the file was changed by hand")
-                replies.append((key, Reply(**{f: row[f] for f in _REPLY})))
+                if row["finish"] == "error": self.fail(key, row["text"])
+                else: replies.append((key, Reply(**{f: row[f] for f in _REPLY})))
                 n += 1
             self.settle(replies)
         return n

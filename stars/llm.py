@@ -274,8 +274,11 @@ def ask(
         raise ValueError(f"max_cost={max_cost}: no price of {model} is known; add it to a price table (prices=FILE), or leave max_cost out")
     keys = ledger.note(model, requests)
     todo = dict(zip(keys, requests))
-    if open_ := todo.keys() - ledger.answered(todo):
-        if ledger.replay: raise LookupError(f"{ledger.path} has no reply to {len(open_):,} of {len(todo):,} requests to {model}; it was recorded with other settings, or not to the end")
+    open_ = todo.keys() - ledger.answered(todo)
+    if ledger.replay: # what failed when it was recorded fails again
+        if unknown := open_ - ledger.errors(open_).keys():
+            raise LookupError(f"{ledger.path} has no reply to {len(unknown):,} of {len(todo):,} requests to {model}; it was recorded with other settings, or not to the end")
+    elif open_:
         with tqdm(total=len(todo), initial=len(todo) - len(open_), desc=str(model), disable=not progress) as bar:
             run = _Run(model, todo, ledger, service or connect(model, retries), price, max_cost, bar)
             if model.service == "local": _here(run)

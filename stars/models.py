@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SPECIAL', 'BASES', 'micro_words', 'micro_tokenizer', 'check_spells', 'micro_model', 'n_params', 'attention',
-           'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'load_model', 'save_checkpoint', 'Critic',
-           'token_logprobs', 'save_state', 'load_state']
+           'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'load_model', 'weights_digest',
+           'save_checkpoint', 'Critic', 'token_logprobs', 'save_state', 'load_state']
 
 # %% ../nbs/04_models.ipynb #c002
 import copy
+import hashlib
 import importlib.util
 import json
 import os
@@ -147,6 +148,15 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                                                  attn_implementation=attention(device, small, dtype))
     return model.to(device).eval()
+
+def weights_digest(
+    path:str|Path, # folder with a checkpoint
+)->str: # ten hex digits
+    "What tells one checkpoint's weights from another's"
+    found = hashlib.sha256()
+    for f in sorted(Path(path).glob("*.safetensors")):
+        with open(f, "rb") as weights: found.update(hashlib.file_digest(weights, "sha256").digest())
+    return found.hexdigest()[:10]
 
 def save_checkpoint(
     model:PreTrainedModel,             # what to save

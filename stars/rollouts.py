@@ -6,7 +6,6 @@
 __all__ = ['Rollout', 'Engine', 'BufferLayer', 'draw', 'TransformersEngine', 'probe', 'EngineService', 'local_service']
 
 # %% ../nbs/05_rollouts.ipynb #c002
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .ledger import Model, Reply, Request
-from .models import base_path, BASES, check_spells, load_model, load_tokenizer, small_products, token_logprobs
+from .models import BASES, base_path, check_spells, load_model, load_tokenizer, small_products, token_logprobs, weights_digest
 from .sft import pad
 
 # %% ../nbs/05_rollouts.ipynb #c005
@@ -197,7 +196,5 @@ def local_service(
 )->tuple[Model, EngineService]: # for `ask(model, …, service=service)`
     "A checkpoint on this machine as a model to ask"
     folder, tokenizer = base_path(name) if str(name) in BASES else Path(name), load_tokenizer(name)
-    weights = hashlib.sha256()
-    for f in sorted(folder.glob("*.safetensors")): weights.update(hashlib.file_digest(open(f, "rb"), "sha256").digest())
-    label = f"{name}@{weights.hexdigest()[:10]}" if folder.is_dir() else str(name)
+    label = f"{name}@{weights_digest(folder)}" if folder.is_dir() else str(name)
     return Model("local", label), EngineService(TransformersEngine(load_model(name).to(device), tokenizer.eos_token_id), tokenizer, rows)

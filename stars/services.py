@@ -56,9 +56,8 @@ def price_of(
     model:Model,          # who is asked
     path:str|Path=PRICES, # price table
 )->Price|None: # None: not in the table
-    "The price of a model; a dated snapshot costs what its model costs; what runs in this process, or on a server given by its address, costs nothing that we know of"
+    "The price of a model; a dated snapshot costs what its model costs, and what runs in this process costs nothing"
     if model.service == "local": return Price(0., 0.)
-    if model.base_url: return None
     prices, _ = read_prices(path)
     return prices.get(str(model)) or prices.get(re.sub(r"-\d{4}-?\d{2}-?\d{2}$", "", str(model)))
 

@@ -12,7 +12,7 @@ import pytest
 from llm_server import Faults, LLMServer
 
 from stars.llm import Ledger, Model, OverBudget, Request, Unusable, ask, estimate
-from stars.services import connect, cost_ceiling, price_of, read_prices
+from stars.services import cost_ceiling, price_of, read_prices
 
 KEY = "test-key-that-nobody-may-see"
 BOTH = pytest.mark.parametrize("service", ["anthropic", "openai"])
@@ -63,8 +63,7 @@ def test_tokens_and_cost_are_the_services_own(service, batch, book):
         one, two = quick(m, todo, book, batch=batch)
         assert one == two and sum(s.served.values()) == 1
         assert (one.input_tokens, one.output_tokens, one.cache_read, one.mode) == (1_000, 20, 600, "batch" if batch else "concurrent")
-        assert one.cost is None and book.cost(keys) == 0                        # a server of one's own has no list price
-        assert price.cost(one) == pytest.approx((400*price.input + 600*price.cache_read + 20*price.output) / 1e6 * (.5 if batch else 1))
+        assert one.cost == pytest.approx((400*price.input + 600*price.cache_read + 20*price.output) / 1e6 * (.5 if batch else 1)) == book.cost(keys)
 
 @BOTH
 def test_refusals_truncation_and_samples(service, book):
@@ -134,14 +133,13 @@ def test_the_budget_is_never_exceeded_and_goes_on_later(service, batch, tmp_path
     table.write_text(json.dumps(dict(date="2026-01-01", models={f"{service}:own": dict(input=10., output=100., batch=.5)})))
     todo = questions(60)
     with serve(Faults(latency_s=.005), answer=lambda q: dict(text="x", input_tokens=20, output_tokens=25)) as s:
-        service_ = connect(model_at(s, service, "own"))
-        m = Model(service, "own")                                               # no address: the table's price holds
+        m = model_at(s, service, "own")
         true = (20*10 + 25*100) / 1e6 * (.5 if batch else 1)
         for limit in (true*20, true*40):                                        # the second call goes on within a larger budget
-            with pytest.raises(OverBudget, match="what has arrived is kept"): quick(m, todo, book, batch=batch, max_cost=limit, prices=table, service=service_)
+            with pytest.raises(OverBudget, match="what has arrived is kept"): quick(m, todo, book, batch=batch, max_cost=limit, prices=table)
             spent = book.cost(book.note(m, todo))
             assert sum(s.served.values())*true == pytest.approx(spent) and limit - 2*cost_ceiling(read_prices(table)[0][str(m)], todo[0], "concurrent") < spent <= limit
-        quick(m, todo, book, batch=batch, max_cost=true*100, prices=table, service=service_)
+        quick(m, todo, book, batch=batch, max_cost=true*100, prices=table)
         assert set(s.served.values()) == {1} and len(s.served) == 60
     with pytest.raises(ValueError, match="no price of openai:unheard-of is known"): quick("openai:unheard-of", todo, book, max_cost=1.)
 
@@ -230,13 +228,15 @@ def test_keys_reach_no_file(service, batch, tmp_path, monkeypatch, capfd):
 
 def test_a_recording_answers_without_keys_or_network(tmp_path, book, monkeypatch):
     with serve() as s: first = quick(model_at(s, "openai"), questions(30), book)
+    with serve() as s, pytest.warns(UserWarning): quick(model_at(s, "openai"), [Request("<<invalid>>")], book)
     recorded = book.export(tmp_path/"study.parquet")
     monkeypatch.delenv("OPENAI_API_KEY")
     with Ledger(recorded) as replay:
         assert quick("openai:m", questions(30), replay) == first
+        with pytest.warns(UserWarning, match="refused"): assert quick("openai:m", [Request("<<invalid>>")], replay) == [None] # failed then, fails now
         with pytest.raises(LookupError, match="no reply to 1 of 31 requests"): quick("openai:m", questions(31), replay)
     with Ledger(tmp_path/"other.db") as other:
-        assert other.load(recorded) == 30 and quick("openai:m", questions(30), other) == first
+        assert other.load(recorded) == 31 and quick("openai:m", questions(30), other) == first
 
 @pytest.mark.parametrize("content", [b"not a database at all, just text", b""], ids=["text", "empty"])
 def test_what_is_no_ledger_is_refused(tmp_path, content):
@@ -262,6 +262,6 @@ def test_estimates_bound_the_cost(book):
     with serve() as s:
         todo, m = questions(50), Model("openai", "gpt-4o-mini")
         before = estimate(m, todo, book)
-        quick(m, todo, book, service=connect(model_at(s, "openai", "gpt-4o-mini")))
+        quick(model_at(s, "openai", "gpt-4o-mini"), todo, book)
         assert 0 < book.cost(book.note(m, todo)) <= before.most["concurrent"] == 2*before.most["batch"]
         assert estimate(m, todo, book).most["concurrent"] == 0
