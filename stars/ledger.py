@@ -35,13 +35,13 @@ class Model:
 
     def __post_init__(self):
         if self.service not in SERVICES or not self.name:
-            raise ValueError(f"model={self.service}:{self.name} is unknown; write service:name with service one of {', '.join(SERVICES)}, e.g. openai:gpt-4o-mini")
+            raise ValueError(f"model={(self.service and self.service + ':') + self.name!r} is unknown; write service:name with service one of {', '.join(SERVICES)}, e.g. openai:gpt-4o-mini")
 
     @classmethod
     def parse(cls, text:str, base_url:str|None=None, extra:dict|None=None)->"Model":
         "Read `service:name`"
-        service, _, name = text.partition(":")
-        return cls(service, name, base_url, extra or {})
+        service, colon, name = text.partition(":")
+        return cls(service if colon else "", name if colon else text, base_url, extra or {})
 
     def __str__(self)->str: return f"{self.service}:{self.name}"
 
@@ -215,6 +215,11 @@ class Ledger:
         "Mean output tokens of the replies recorded for a model under the same instructions"
         return self._db.execute("SELECT avg(output_tokens) FROM replies JOIN requests USING (key) JOIN systems ON system = systems.id "
                                 "WHERE model = ? AND systems.text = ?", (str(model), system)).fetchone()[0]
+
+    def totals(self)->list[tuple[str, str, int, int, int, float|None]]: # model, mode, replies, tokens in, tokens out, dollars
+        "What was bought, by model and mode"
+        with self._lock: return self._db.execute("SELECT model, mode, count(*), sum(input_tokens), sum(output_tokens), sum(cost) FROM replies JOIN requests USING (key) "
+                                                 "GROUP BY model, mode ORDER BY model, mode").fetchall()
 
     def _owner_file(self, owner:str)->Path: return self.path.with_name(f"{self.path.name}.{owner}.lock")
 
