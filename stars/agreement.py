@@ -59,8 +59,8 @@ def _interval(draws:np.ndarray, what:str)->tuple[float, float, str]:
     "The middle 95 % of draws, and a note where there is none"
     known = draws[~np.isnan(draws)]
     if not len(draws): return np.nan, np.nan, ""
-    if len(known) < .95 * len(draws): return np.nan, np.nan, f"no interval for {what}: a rater is constant in {1 - len(known) / len(draws):.0%} of draws"
-    if np.ptp(known) < 1e-12: return np.nan, np.nan, f"no interval for {what}: it is {known[0]:.2g} in every draw"
+    if len(known) < .95 * len(draws): return np.nan, np.nan, f"{what}: a rater is constant in {1 - len(known) / len(draws):.0%} of draws"
+    if np.ptp(known) < 1e-12: return np.nan, np.nan, f"{what} is {known[0]:.2g} in every draw"
     return *np.percentile(known, [2.5, 97.5]), ""
 
 def _constant(rater:str, counts:np.ndarray)->str:
