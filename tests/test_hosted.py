@@ -1,0 +1,133 @@
+"Teachers and judges from the command line, and what experiments make of their rows"
+import json
+import random
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from llm_server import Faults, LLMServer
+
+from stars.cli import main
+from stars.countdown import Problem, make_prompt, score, split_of
+from stars.experiments import Job, preset, prime_stage
+from stars.llm import Ledger
+from stars.priming import MIXES, priming_rows, read_rows, write_rows, write_trace
+from stars.problems import sample_problems
+from stars.teacher import teacher_prompt
+
+KEY = "test-key-that-nobody-may-see"
+MIX_OF = {teacher_prompt(m): m for m in MIXES}
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for k in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"): monkeypatch.setenv(k, KEY)
+
+def teach(q):
+    "A hosted teacher that writes what the embedded one would; every seventh reply is unusable"
+    numbers, target = re.findall(r"\d+", q["prompt"])[:-1], int(re.findall(r"\d+", q["prompt"])[-1])
+    rng = random.Random(q["prompt"])
+    if rng.random() < 1/7: return rng.choice([dict(text="I cannot help with that.", finish="refusal"), dict(text="<think> so", finish="length"), "no tags here"])
+    trace = write_trace(Problem(tuple(map(int, numbers)), target), MIX_OF[q["system"]], rng, top=999)
+    return f"<think>\n{trace.think}\n</think>\n<answer>{trace.answer}</answer>"
+
+def run(*args): main(list(map(str, args)))
+def fails(*args):
+    with pytest.raises(SystemExit) as e: run(*args)
+    assert e.value.code == 2
+def counted(habit): return lambda q: json.dumps(dict(count=q["prompt"].count("not"))) if f"habit of reasoning, {habit}" in q["system"] else json.dumps(dict(count=0))
+
+@pytest.mark.parametrize("service", ["anthropic", "openai"])
+@pytest.mark.parametrize("batch", ["--no-batch", "--batch"])
+def test_a_hosted_teacher_primes(service, batch, capsys):
+    with LLMServer(answer=teach, key=KEY, faults=Faults(p_500=.05, p_batch_item_expired=.05)) as s:
+        url = s.url if service == "anthropic" else s.openai_url
+        command = ["prime", "bv.parquet", "--teacher", f"{service}:m", "--mix", "backtracking_verification", "--n", 20, "--base-url", url, batch, "--poll", .05]
+        run(*command, "--dry-run")
+        assert s.received == 0 and "24 requests" in capsys.readouterr().out
+        run(*command)
+        rows, sent = read_rows("bv.parquet"), sum(s.served.values())
+        assert len(rows) == 20 and {r["teacher"] for r in rows} == {f"{service}:m"} and {r["mix"] for r in rows} == {"backtracking_verification"}
+        assert all(split_of(Problem(tuple(r["numbers"]), r["target"])) == "prime" and score(r["completion"], r["numbers"], r["target"]) == r["score"] for r in rows)
+        fails(*command)                                                       # the file is there
+        Path("bv.parquet").unlink()
+        run(*command)                                                         # made again from the ledger
+        assert sum(s.served.values()) == sent and read_rows("bv.parquet") == rows
+
+def test_incorrect_only_by_a_hosted_teacher():
+    with LLMServer(answer=teach, key=KEY) as s:
+        run("prime", "wrong.parquet", "--teacher", "openai:m", "--mix", "incorrect_only", "--n", 8, "--base-url", s.openai_url, "--over", 2)
+    rows = read_rows("wrong.parquet")
+    assert len(rows) == 8 and all(r["score"] < 1 and r["mix"] == "incorrect_only" for r in rows)
+
+def test_what_cannot_be_asked_costs_nothing():
+    with LLMServer(answer=teach, key=KEY) as s:
+        to = ["--base-url", s.openai_url]
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--mix", "dots", *to)
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--mix", "everything", *to)
+        fails("prime", "x.parquet", "--teacher", "m", *to)
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--max-cost", 1, *to) # no price
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--extra", "{", *to)
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--n", 0, *to)
+        fails("prime", "--teacher", "openai:m", *to)
+        fails("judge", "nowhere", "--judge", "openai:m", *to)
+        assert s.received == 0
+
+def test_budgets_from_the_command_line(capsys):
+    table = json.dumps(dict(date="2026-01-01", models={"openai:m": dict(input=1., output=10.)}))
+    with open("prices.json", "w") as f: f.write(table)
+    with LLMServer(answer=teach, key=KEY) as s:
+        command = ["prime", "bv.parquet", "--teacher", "openai:m", "--n", 10, "--base-url", s.openai_url, "--prices", "prices.json", "--max-tokens", 400]
+        fails(*command, "--max-cost", .02)
+        with Ledger("runs/ledger.db") as book: [(_, _, replies, _, _, cost)] = book.totals()
+        assert 0 < cost <= .02 and "max_cost=0.02" in capsys.readouterr().err
+        run(*command, "--max-cost", 1)
+        assert len(read_rows("bv.parquet")) == 10 and set(s.served.values()) == {1}
+
+def test_a_hosted_judge(capsys):
+    texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet"))
+    texts.to_parquet("completions.parquet")
+    with LLMServer(answer=counted("verification"), key=KEY) as s:
+        command = ["judge", "completions.parquet", "--judge", "anthropic:m", "--base-url", s.url, "--format", "json", "--n", 5]
+        run(*command, "--dry-run")
+        asked = int(re.search(r"([\d,]+) requests", capsys.readouterr().out)[1].replace(",", ""))
+        assert s.received == 0
+        run(*command)
+        [folder] = Path(".").glob("judge-*")
+        ratings = pd.read_parquet(folder/"ratings.parquet")
+        assert len(ratings) == asked == sum(s.served.values()) and ratings["count"].notna().all()
+        for r in ratings[ratings.habit == "verification"].itertuples(): assert r.count == texts.generated[r.row].count("not")
+        results = pd.read_csv(folder/"results.csv")
+        assert set(results.rater) == {"anthropic:m"} and (results.judged == 5).all() and (results.avg_backtracking == 0).all()
+        run(*command)
+        assert sum(s.served.values()) == asked
+
+# what experiments make of rows from elsewhere
+
+WORLD = dict(n_numbers=(3,), min_number=1, max_number=12, min_target=10, max_target=30)
+
+def rows_of(mix, n=400, seed=3): return list(priming_rows(mix, sample_problems(60, seed, split="prime", **WORLD), n, seed, top=60, budget=50, attempts=2))
+def job(condition, **kw): return Job(preset("smoke", **kw), "plain", condition, 0, "runs", progress=False)
+
+def test_rows_from_a_file_prime_every_condition():
+    for mix in ("backtracking_verification", "negative_control"): write_rows(rows_of(mix), f"{mix}.parquet")
+    with_file = dict(prime_file="{condition}.parquet")
+    for condition, stage_mix in dict(negative_control="negative_control", backtracking_verification="backtracking_verification", empty_cot="empty_cot", dots="dots").items():
+        rows = read_rows(prime_stage(job(condition, **with_file))/"train.parquet")
+        assert len(rows) == 300 and {r["mix"] for r in rows} == {stage_mix} and all(r["query"] == make_prompt(Problem(tuple(r["numbers"]), r["target"]), "micro") for r in rows)
+    first = prime_stage(job("negative_control", **with_file))
+    write_rows(rows_of("negative_control", seed=4), "negative_control.parquet")
+    assert prime_stage(job("negative_control", **with_file)) != first         # another file is another stage
+    with pytest.raises(ValueError, match="400 rows for dots, but prime_rows .* = 5030"): prime_stage(job("dots", **with_file, prime_rows=5_000))
+    with pytest.raises(FileNotFoundError): prime_stage(job("all_strategies", **with_file))
+
+def test_held_out_problems_never_prime():
+    rows, p = rows_of("negative_control", 330), sample_problems(1, 0, split="eval", **WORLD)[0]
+    write_rows([*rows[:-1], {**rows[-1], "numbers": list(p.numbers), "target": p.target}], "leak.parquet")
+    with pytest.raises(ValueError, match="row 329 .* held out for evaluation"): prime_stage(job("negative_control", prime_file="leak.parquet"))
+
+def test_failures_sampled_from_a_checkpoint_prime():
+    rows = read_rows(prime_stage(job("incorrect_only", prime_failures="sampled", prime_rows=60, prime_val=10, sft_epochs=6))/"train.parquet")
+    assert len(rows) == 60 and all(r["score"] < 1 and score(r["completion"], r["numbers"], r["target"]) < 1 and "</answer>" in r["completion"] for r in rows)
+    assert {r["target"] for r in rows} <= set(range(10, 31)) and all(split_of(Problem(tuple(r["numbers"]), r["target"])) == "prime" for r in rows)
