@@ -128,6 +128,6 @@ def test_held_out_problems_never_prime():
     with pytest.raises(ValueError, match="row 329 .* held out for evaluation"): prime_stage(job("negative_control", prime_file="leak.parquet"))
 
 def test_failures_sampled_from_a_checkpoint_prime():
-    rows = read_rows(prime_stage(job("incorrect_only", prime_failures="sampled", prime_rows=60, prime_val=10, sft_epochs=6))/"train.parquet")
-    assert len(rows) == 60 and all(r["score"] < 1 and score(r["completion"], r["numbers"], r["target"]) < 1 and "</answer>" in r["completion"] for r in rows)
+    rows = read_rows(prime_stage(job("incorrect_only", prime_failures="sampled", sft_epochs=8))/"train.parquet")
+    assert len(rows) == 300 and all(r["score"] < 1 and score(r["completion"], r["numbers"], r["target"]) < 1 and "</answer>" in r["completion"] for r in rows)
     assert {r["target"] for r in rows} <= set(range(10, 31)) and all(split_of(Problem(tuple(r["numbers"]), r["target"])) == "prime" for r in rows)
