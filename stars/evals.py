@@ -6,7 +6,6 @@
 __all__ = ['KEYS', 'complete', 'write_completions', 'summarize', 'failures']
 
 # %% ../nbs/08_evals.ipynb #c002
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .behaviors import HABITS, count_behaviors
 from .countdown import Problem, answer_of, make_prompt, score, split_of
+from .datasets import replacing
 from .rollouts import Engine, TransformersEngine
 
 # %% ../nbs/08_evals.ipynb #c005
@@ -47,9 +47,7 @@ def write_completions(
     path:str|Path,    # parquet file
 )->Path: # the same path
     "Write completions; the file appears complete or not at all"
-    tmp = Path(f"{path}.tmp")
-    df.to_parquet(tmp, index=False)
-    os.replace(tmp, path)
+    with replacing(path) as tmp: df.to_parquet(tmp, index=False)
     return Path(path)
 
 # %% ../nbs/08_evals.ipynb #c007

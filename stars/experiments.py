@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from .behaviors import HABITS
 from .countdown import Problem, make_prompt, messages, split_of
-from .datasets import cores, follow_parent, from_parquet, to_parquet
+from .datasets import cores, follow_parent, from_parquet, replacing, to_parquet
 from .evals import complete, failures, summarize, write_completions
 from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, load_model, load_tokenizer, micro_model,
                           micro_tokenizer, save_checkpoint, weights_digest)
@@ -236,9 +236,7 @@ def environment()->dict:
                               attention=attention("cuda" if gpus else "cpu", micro=not gpus), threads=torch.get_num_threads()))
 
 def _write_json(path:Path, x):
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(x, indent=1, sort_keys=True) + "\n")
-    os.replace(tmp, path)
+    with replacing(path) as tmp: tmp.write_text(json.dumps(x, indent=1, sort_keys=True) + "\n")
 
 class NotBuilt(LookupError): "A stage that was only to be looked up is not there"
 

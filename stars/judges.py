@@ -10,7 +10,6 @@ __all__ = ['QUESTIONS', 'TASKS', 'FORMATS', 'SCHEMA', 'RATING_KEYS', 'PUBLISHED'
 # %% ../nbs/08a_judges.ipynb #c002
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .behaviors import HABIT_NAMES, HABITS, count_behaviors
+from .datasets import replacing
 from .evals import KEYS, summarize
 from .llm import Ledger, Model, Reply, Request, ask
 from .phrases import Rule
@@ -378,13 +378,7 @@ def _rated(every:pd.DataFrame, ratings:pd.DataFrame, rater:str)->pd.DataFrame:
 
 # %% ../nbs/08a_judges.ipynb #c032
 def _replace(path:Path, data:bytes)->Path:
-    "Write a file that appears complete or not at all"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with replacing(path) as tmp: tmp.write_bytes(data)
     return path
 
 def _json(what)->bytes: return (json.dumps(what, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

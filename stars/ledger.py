@@ -8,7 +8,6 @@ __all__ = ['SERVICES', 'Model', 'Request', 'Reply', 'request_key', 'Batch', 'Led
 # %% ../nbs/02_ledger.ipynb #c002
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 import time
@@ -21,6 +20,8 @@ from uuid import uuid4
 
 import pyarrow as pa, pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+
+from .datasets import replacing
 
 # %% ../nbs/02_ledger.ipynb #c005
 SERVICES = ("anthropic", "openai", "local")
@@ -286,15 +287,12 @@ class Ledger:
 
     def export(self, path:str|Path)->Path:
         "Write every request that has a reply, or else failed, with what came back, to a parquet file from which `Ledger(path)` replays"
-        path = Path(path)
-        tmp = path.with_name(f"{path.name}.tmp")
-        with self._lock, pq.ParquetWriter(tmp, _SCHEMA, compression="zstd") as out:
-            last = "SELECT key, error AS text, 'error' AS finish, 0 AS input_tokens, 0 AS output_tokens, 0 AS cache_read, 0 AS cache_write, NULL AS cost, '' AS id, '' AS mode, max(at) AS at FROM errors WHERE key NOT IN (SELECT key FROM replies) GROUP BY key"
+        last = "SELECT key, error AS text, 'error' AS finish, 0 AS input_tokens, 0 AS output_tokens, 0 AS cache_read, 0 AS cache_write, NULL AS cost, '' AS id, '' AS mode, max(at) AS at FROM errors WHERE key NOT IN (SELECT key FROM replies) GROUP BY key"
+        with self._lock, replacing(path) as tmp, pq.ParquetWriter(tmp, _SCHEMA, compression="zstd") as out:
             rows = self._db.execute(f"SELECT key, model, params, systems.text, prompt, {', '.join('r.' + f for f in _REPLY)}, at FROM (SELECT * FROM replies UNION ALL {last}) r "
                                     "JOIN requests USING (key) JOIN systems ON system = systems.id ORDER BY requests.rowid")
             for piece in _pieces(rows, 2000): out.write_table(pa.Table.from_arrays([pa.array(c, t) for c, t in zip(zip(*piece), _SCHEMA.types)], schema=_SCHEMA))
-        os.replace(tmp, path)
-        return path
+        return Path(path)
 
     def load(self, path:str|Path)->int:
         "Take over the replies of an exported ledger; returns how many rows it had; raises ValueError on a row whose key does not fit its request"

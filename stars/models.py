@@ -12,7 +12,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -30,6 +29,7 @@ from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaC
                           PreTrainedTokenizerBase, PreTrainedTokenizerFast)
 
 from .countdown import TEMPLATES
+from .datasets import replacing
 from .priming import PHRASES
 
 # %% ../nbs/04_models.ipynb #c005
@@ -216,9 +216,7 @@ def save_state(
     tensors = {f"{n}/{k}": p.data for n, m in modules.items() for k, p in m.named_parameters()}
     for n, opt in optimizers.items():
         for i, st in opt.state_dict()["state"].items(): tensors |= {f"{n}/{i}/{k}": torch.as_tensor(v) for k, v in st.items()}
-    tmp = Path(f"{path}.tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"json": json.dumps(meta)})
-    os.replace(tmp, path)
+    with replacing(path) as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"json": json.dumps(meta)})
 
 def load_state(
     path:str|Path,                             # file written by `save_state`

@@ -12,7 +12,6 @@ __all__ = ['CONDITIONS', 'KEYS', 'STYLE', 'RULE', 'PUBLISHED_NAMES', 'order', 'l
 # %% ../nbs/11_plots.ipynb #c002
 import hashlib
 import json
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -27,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .behaviors import COLORS, HABITS
+from .datasets import replacing
 from .priming import MIXES
 
 # %% ../nbs/11_plots.ipynb #c005
@@ -413,11 +413,7 @@ def write_bytes(
     path:Path,  # written atomically
     data:bytes,
 )->Path:
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with replacing(path) as tmp: tmp.write_bytes(data)
     return path
 
 def figure_text(

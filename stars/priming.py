@@ -18,6 +18,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 
 from .behaviors import HABIT_NAMES, count_behaviors
 from .countdown import Problem, make_prompt, score, split_of
+from .datasets import replacing
 
 # %% ../nbs/03_priming.ipynb #c005
 MIXES = dict(
@@ -307,10 +308,8 @@ def write_rows(
     path:str|Path,    # parquet file
 )->Path: # the same path
     "Write a priming set; the file appears complete or not at all"
-    path = Path(path)
-    tmp = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp)
-    return tmp.rename(path)
+    with replacing(path) as tmp: pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp)
+    return Path(path)
 
 def read_rows(
     path:str|Path, # parquet file with the columns of `SCHEMA`, or at least `query` and `completion`

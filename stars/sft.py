@@ -9,7 +9,6 @@ __all__ = ['Example', 'encode', 'pad', 'completion_mask', 'batches', 'micro_batc
 # %% ../nbs/06_sft.ipynb #c002
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .datasets import replacing
 from .models import load_state, save_checkpoint, save_state, token_logprobs
 
 # %% ../nbs/06_sft.ipynb #c005
@@ -109,9 +109,7 @@ class Log:
     ):
         self.path = Path(path)
         kept = [r for r in read_log(path) if r["step"] <= done] if self.path.exists() and done else []
-        tmp = self.path.with_suffix(".tmp")
-        tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(tmp, self.path)
+        with replacing(self.path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
 
     def __call__(self, **row):
         with self.path.open("a") as f: f.write(json.dumps(row) + "\n")
