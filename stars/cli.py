@@ -149,15 +149,11 @@ class Asking:
         try: extra = json.loads(self.extra)
         except json.JSONDecodeError as e: raise ValueError(f"--extra {self.extra!r} is not JSON: {e}") from None
         if not isinstance(extra, dict): raise ValueError(f"--extra {self.extra!r} must be a JSON object")
-        how = {n: getattr(self, n) for n in ("batch", "max_cost", "concurrency", "rpm", "tpm", "poll")} | (dict(prices=self.prices) if self.prices else {})
+        how = {n: getattr(self, n) for n in ("batch", "max_cost", "concurrency", "rpm", "tpm", "poll", "prices")}
         model = llm.Model.parse(name, self.base_url, extra)
         if model.service != "local" or self.ledger.suffix == ".parquet": return model, how
         model, service = rollouts.local_service(model.name, ex.device())
         return model, how | dict(service=service)
-
-    def estimate(self, model:"llm.Model", requests, book:"llm.Ledger"):
-        "What requests would cost"
-        return llm.estimate(model, requests, book, **dict(prices=self.prices) if self.prices else {})
 
 AskingArgs = tyro.conf.OmitArgPrefixes[Asking]
 
@@ -190,7 +186,7 @@ def prime(out:tyro.conf.Positional[Path|None]=None, condition:Annotated[str, tyr
     drawn = from_parquet(problems) if problems else sample_problems(min(n, 5_000), seed, **asdict(where))
     (who, how), settings = asking.open(teacher), dict(over=over, max_tokens=asking.max_tokens, temperature=asking.temperature)
     with llm.Ledger(asking.ledger) as book:
-        if asking.dry_run: return print(asking.estimate(who, teacher_.teacher_requests(mix, drawn, n, seed, **settings), book))
+        if asking.dry_run: return print(llm.estimate(who, teacher_.teacher_requests(mix, drawn, n, seed, **settings), book, asking.prices))
         wrong = (lambda row: row["score"] < 1) if condition == "incorrect_only" else lambda row: True
         rows, report = teacher_.ask_teacher(mix, drawn, n, seed, who, book, keep=wrong, forbid=not any_habits, **settings, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +211,7 @@ def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(
     (who, how), texts = asking.open(judge), viewer.read_completions(source)
     settings = dict(task=task, format=format, n=n, seed=seed, repeat=repeat, max_tokens=asking.max_tokens, temperature=asking.temperature)
     with llm.Ledger(asking.ledger) as book:
-        if asking.dry_run: return print(asking.estimate(who, judges.judge_requests(texts, who, **settings, **dict(prices=asking.prices) if asking.prices else {}), book))
+        if asking.dry_run: return print(llm.estimate(who, judges.judge_requests(texts, who, **settings, prices=asking.prices), book, asking.prices))
         ratings = judges.judge(texts, who, book, **settings, **how)
     if (silent := (ratings.finish == "error").sum()):
         raise ConnectionError(f"{silent:,} of {len(ratings):,} questions to {who} have no reply; nothing is written, the same command asks them again")

@@ -27,7 +27,7 @@ from .datasets import replacing
 from .evals import KEYS, summarize
 from .llm import Ledger, Model, Reply, Request, ask
 from .phrases import Rule
-from .services import PRICES, price_of
+from .services import price_of
 
 # %% ../nbs/08a_judges.ipynb #c005
 class Example(NamedTuple):
@@ -263,7 +263,7 @@ def draw_sample(
 # %% ../nbs/08a_judges.ipynb #c021
 _AGAIN = 1000 # added to `Request.sample` for a second try
 
-def _format(format:str, model:Model, prices:str|Path)->str:
+def _format(format:str, model:Model, prices:str|Path|None)->str:
     "The format a model is asked for"
     if format != "auto": return _choose("format", format, (*FORMATS, "auto"))
     price = price_of(model, prices)
@@ -279,7 +279,7 @@ def judge_requests(
     repeat:int=0,                # 1, 2, …: ask again, as another rater
     max_tokens:int=1024,         # longest reply, thinking included
     temperature:float|None=None, # None: the service's own
-    prices:str|Path=PRICES,      # price table, which also knows who holds to a schema
+    prices:str|Path|None=None,   # price table, which also knows who holds to a schema
 )->list[Request]: # of the first round: the four habits of the first completion, of the second, …
     "Every question that `judge` would ask"
     model = Model.parse(model) if isinstance(model, str) else model
@@ -305,7 +305,7 @@ def judge(
 )->pd.DataFrame: # one row per completion and habit: `RATING_KEYS`, habit, rater, count (missing: NA), tries, finish, reply
     "Have a model count the habits of completions"
     model = Model.parse(model) if isinstance(model, str) else model
-    format = _format(format, model, how.get("prices", PRICES))
+    format = _format(format, model, how.get("prices"))
     requests = judge_requests(completions, model, task, format, n, seed, repeat, max_tokens, temperature)
     replies = ask(model, requests, ledger, **how)
     again = [i for i, r in enumerate(replies) if r is not None and parse_count(r, format) is None]

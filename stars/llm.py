@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .ledger import Batch, Ledger, Model, Reply, Request, request_key
-from .services import PRICES, Failure, Price, Refused, Service, Unusable, connect, cost_ceiling, input_ceiling, price_of, read_prices
+from .services import Failure, Price, Refused, Service, Unusable, connect, cost_ceiling, input_ceiling, price_of, read_prices
 
 # %% ../nbs/02b_llm.ipynb #c018
 _all_ = ["Ledger", "Model", "Request", "Reply", "Refused", "Unusable"] # what users of `ask` need from the chapters before
@@ -50,7 +50,7 @@ def estimate(
     model:Model,                # who would be asked
     requests:Sequence[Request], # what
     ledger:Ledger,              # what is known already
-    prices:str|Path=PRICES,     # price table
+    prices:str|Path|None=None,  # price table (default: the package's)
 )->Estimate: # nothing is sent
     "Requests, tokens and cost, before anything is sent"
     unique = {request_key(model, r): r for r in requests}
@@ -260,7 +260,7 @@ def ask(
     retries:int=8,              # of a request, by the SDK
     tries:int=5,                # batches a request may fail in
     poll:float=30.,             # seconds between looks at a batch
-    prices:str|Path=PRICES,     # price table
+    prices:str|Path|None=None,  # price table (default: the package's)
     progress:bool=True,         # show a progress bar
     service:Service|None=None,  # default: the model's, by its SDK
 )->list[Reply|None]: # in order
