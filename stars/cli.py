@@ -155,6 +155,8 @@ class Asking:
         model, service = rollouts.local_service(model.name, ex.device())
         return model, how | dict(service=service)
 
+def _paid(book:"llm.Ledger")->float: return sum(cost or 0. for *_, cost in book.totals())
+
 AskingArgs = tyro.conf.OmitArgPrefixes[Asking]
 
 def prime(out:tyro.conf.Positional[Path|None]=None, condition:Annotated[str, tyro.conf.arg(aliases=["--mix"])]="backtracking_verification", teacher:str|None=None, n:int=1_200, seed:int=0,
@@ -188,9 +190,11 @@ def prime(out:tyro.conf.Positional[Path|None]=None, condition:Annotated[str, tyr
     with llm.Ledger(asking.ledger) as book:
         if asking.dry_run: return print(llm.estimate(who, teacher_.teacher_requests(mix, drawn, n, seed, **settings), book, asking.prices))
         wrong = (lambda row: row["score"] < 1) if condition == "incorrect_only" else lambda row: True
+        before = _paid(book)
         rows, report = teacher_.ask_teacher(mix, drawn, n, seed, who, book, keep=wrong, forbid=not any_habits, **settings, **how)
+        paid = _paid(book) - before
     out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{write_rows([{**r, 'mix': condition} for r in rows], out)}: {len(rows):,} rows\n{teacher_.report_table([report]).T.to_string(header=False)}")
+    print(f"{write_rows([{**r, 'mix': condition} for r in rows], out)}: {len(rows):,} rows\n{teacher_.report_table([report]).T.to_string(header=False)}\npaid now ${paid:.4f}")
 
 def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(metavar="SERVICE:NAME")], task:Literal["countdown", "math"]="countdown", format:Literal["auto", "json", "tags"]="auto",
           n:int=200, seed:int=0, repeat:int=0, out:Path|None=None, asking:AskingArgs=Asking()):
@@ -212,12 +216,14 @@ def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(
     settings = dict(task=task, format=format, n=n, seed=seed, repeat=repeat, max_tokens=asking.max_tokens, temperature=asking.temperature)
     with llm.Ledger(asking.ledger) as book:
         if asking.dry_run: return print(llm.estimate(who, judges.judge_requests(texts, who, **settings, prices=asking.prices), book, asking.prices))
+        before = _paid(book)
         ratings = judges.judge(texts, who, book, **settings, **how)
+        paid = _paid(book) - before
     if (silent := (ratings.finish == "error").sum()):
         raise ConnectionError(f"{silent:,} of {len(ratings):,} questions to {who} have no reply; nothing is written, the same command asks them again")
     where = out or (source if source.is_dir() else source.parent)/f"judge-{ex.digest(dict(settings, judge=str(who), extra=who.extra))}"
     judges.write_ratings(ratings, texts, where)
-    print(f"{where}: {len(ratings):,} ratings, {ratings['count'].isna().sum():,} missing\n")
+    print(f"{where}: {len(ratings):,} ratings, {ratings['count'].isna().sum():,} missing, paid now ${paid:.4f}\n")
     print(agreement.agreement_table(agreement.agreement(judges.rule_ratings(texts.loc[ratings.row.unique()]), ratings)).to_string())
 
 def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=None, load:Path|None=None):
