@@ -25,6 +25,7 @@ from .datasets import replacing
 
 # %% ../nbs/02_ledger.ipynb #c005
 SERVICES = ("anthropic", "openai", "local")
+_OURS = {"model", "messages", "system", "max_tokens", "max_completion_tokens", "temperature", "response_format", "stream", "n", "api_key"}
 
 @dataclass(frozen=True)
 class Model:
@@ -35,6 +36,7 @@ class Model:
     extra:dict=field(default_factory=dict) # further fields of the API's request body
 
     def __post_init__(self):
+        if taken := _OURS & self.extra.keys(): raise ValueError(f"extra={self.extra}: {', '.join(sorted(taken))} cannot be set there; requests have fields for what they need, and keys belong in the environment")
         if self.service not in SERVICES or not self.name:
             raise ValueError(f"model={(self.service and self.service + ':') + self.name!r} is unknown; write service:name with service one of {', '.join(SERVICES)}, e.g. openai:gpt-4o-mini")
 
@@ -59,6 +61,7 @@ class Request:
     def __post_init__(self):
         if self.max_tokens < 1: raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
         if not self.prompt.strip(): raise ValueError("prompt is empty; services refuse that")
+        if self.temperature is not None: object.__setattr__(self, "temperature", float(self.temperature)) # 0 and 0. are the same question
         if not (self.prompt + self.system).isascii(): (self.prompt + self.system).encode() # raises on a lone surrogate, which no service can be sent
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def request_key(
     request:Request, # what
 )->str: # 40 hex digits; also the `custom_id` inside a batch
     "The identity of a question: everything that decides its answer"
-    what = dict(service=model.service, name=model.name, extra=model.extra, **asdict(request))
+    what = dict(service=model.service, name=model.name, extra=model.extra, **asdict(request)) | dict(schema=request.schema and json.dumps(request.schema)) # its order matters
     return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:40]
 
 # %% ../nbs/02_ledger.ipynb #c008
@@ -88,7 +91,7 @@ CREATE TABLE IF NOT EXISTS systems(id TEXT PRIMARY KEY, text TEXT NOT NULL) WITH
 CREATE TABLE IF NOT EXISTS requests(key TEXT PRIMARY KEY, model TEXT NOT NULL, params TEXT NOT NULL, system TEXT NOT NULL, prompt TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS replies(key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL, input_tokens INT, output_tokens INT, cache_read INT,
                                    cache_write INT, cost REAL, id TEXT, mode TEXT, at REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS errors(key TEXT NOT NULL, error TEXT NOT NULL, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS errors(key TEXT NOT NULL, error TEXT NOT NULL, cost REAL NOT NULL, at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS errors_key ON errors(key);
 CREATE TABLE IF NOT EXISTS claims(key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches(name TEXT PRIMARY KEY, model TEXT NOT NULL, id TEXT, owner TEXT NOT NULL, state TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
@@ -121,15 +124,21 @@ class Ledger:
         path:str|Path, # `.parquet`: a recorded ledger, replayed: nothing is sent, what is missing is an error. Else: an SQLite file, made if missing
     ):
         self.path, self.replay, self.owner = Path(path), Path(path).suffix == ".parquet", uuid4().hex
-        self._lock, self._flock = threading.RLock(), None
+        self._lock, self._flock, self._handing_in = threading.RLock(), None, set()
         if self.replay and not self.path.is_file(): raise ValueError(f"ledger={self.path} does not exist; a recorded ledger is made by `Ledger.export`")
         if not self.replay: self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(":memory:" if self.replay else self.path, timeout=60, isolation_level=None, check_same_thread=False)
         try:
-            if not self.replay: self._db.execute("PRAGMA journal_mode=WAL")
+            self._db = sqlite3.connect(":memory:" if self.replay else self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            while not self.replay: # the switch to write-ahead mode does not wait for others that are just doing it
+                try:
+                    self._db.execute("PRAGMA journal_mode=WAL")
+                    break
+                except sqlite3.OperationalError as e:
+                    if "locked" not in str(e): raise
+                    time.sleep(.05)
             self._db.execute("PRAGMA synchronous=NORMAL") # a killed process loses nothing; a power failure at most the last moment
             self._db.executescript(_TABLES)
-        except sqlite3.DatabaseError as e: raise ValueError(f"ledger={self.path} is not a ledger: {e}; choose another file") from None
+        except sqlite3.DatabaseError as e: raise ValueError(f"ledger={self.path} cannot be used: {e}; choose another file") from None
         if self.replay: self.load(self.path)
 
     def __enter__(self): return self
@@ -150,11 +159,12 @@ class Ledger:
     def _write(self):
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
-            try: yield self._db.execute
+            try:
+                yield self._db.execute
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction: self._db.execute("ROLLBACK") # a full disk has rolled back already
                 raise
-            self._db.execute("COMMIT")
 
     def _in(self, query:str, keys:Iterable[str])->Iterator[tuple]:
         "Rows of a query that ends in `IN`"
@@ -198,24 +208,29 @@ class Ledger:
         "Record a reply that came from elsewhere"
         self.settle([(self.note(model, [request])[0], reply)])
 
-    def fail(self, key:str, error:str):
-        "Record that a request got no reply this time, and give up the claim on it"
+    def fail(self, key:str, error:str, cost:float=0.):
+        "Record that a request got no reply this time, what it may nevertheless have cost, and give up the claim on it"
         with self._write() as run:
-            run("INSERT INTO errors VALUES (?, ?, ?)", (key, error, time.time()))
-            run("DELETE FROM claims WHERE key = ?", (key,))
+            run("INSERT INTO errors VALUES (?, ?, ?, ?)", (key, error, cost, time.time()))
+            run("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self.owner))
 
     def errors(self, keys:Iterable[str])->dict[str, str]:
         "The last error of each key that had one"
-        return dict(self._in("SELECT key, error FROM errors WHERE rowid IN (SELECT max(rowid) FROM errors GROUP BY key) AND key IN", keys))
+        return {k: e for k, e, _ in sorted(self._in("SELECT key, error, rowid FROM errors WHERE key IN", keys), key=lambda row: row[2])}
 
     def cost(self, keys:Iterable[str])->float:
         "Dollars paid for the replies to some keys, as far as prices are known"
         return sum(c for c, in self._in("SELECT cost FROM replies WHERE cost > 0 AND key IN", keys))
 
-    def reply_length(self, model:Model, system:str)->float|None:
-        "Mean output tokens of the replies recorded for a model under the same instructions"
-        return self._db.execute("SELECT avg(output_tokens) FROM replies JOIN requests USING (key) JOIN systems ON system = systems.id "
-                                "WHERE model = ? AND systems.text = ?", (str(model), system)).fetchone()[0]
+    def lost(self, keys:Iterable[str])->float:
+        "Dollars at most that replies to some keys cost which never arrived"
+        return sum(c for c, in self._in("SELECT cost FROM errors WHERE cost > 0 AND key IN", keys))
+
+    def typical(self, model:Model, system:str)->tuple[float, float]|None:
+        "Mean input and output tokens of what is recorded for a model under the same instructions"
+        with self._lock: row = self._db.execute("SELECT avg(input_tokens), avg(output_tokens) FROM replies JOIN requests USING (key) JOIN systems ON system = systems.id "
+                                                "WHERE model = ? AND systems.text = ?", (str(model), system)).fetchone()
+        return None if row[0] is None else row
 
     def totals(self)->list[tuple[str, str, int, int, int, float|None]]: # model, mode, replies, tokens in, tokens out, dollars
         "What was bought, by model and mode"
@@ -229,8 +244,8 @@ class Ledger:
         lock = FileLock(self._owner_file(owner))
         try: lock.acquire(timeout=0)
         except Timeout: return True
+        self._owner_file(owner).unlink(missing_ok=True) # while it is held: whoever waits for it sees that it is gone
         lock.release()
-        self._owner_file(owner).unlink(missing_ok=True)
         return False
 
     def claim(self, keys:Sequence[str])->list[str]:
@@ -258,6 +273,7 @@ class Ledger:
     def open_batch(self, model:Model, keys:Sequence[str])->Batch:
         "Note, before it happens, that claimed requests are submitted together"
         b = Batch(uuid4().hex, str(model), None, self.owner, "submitting", time.time())
+        self._handing_in.add(b.name)
         with self._write() as run:
             run("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)", (b.name, b.model, b.id, b.owner, b.state, b.at))
             for key in keys:
@@ -265,9 +281,22 @@ class Ledger:
                 run("DELETE FROM claims WHERE key = ?", (key,))
         return b
 
-    def mark(self, batch:Batch, state:str, id:str|None=None):
-        "Move a batch on: running (with its id), done or lost"
-        with self._write() as run: run("UPDATE batches SET state = ?, id = coalesce(?, id) WHERE name = ?", (state, id, batch.name))
+    def handed_in(self, batch:Batch):
+        "The attempt to submit a batch is over, whatever came of it"
+        self._handing_in.discard(batch.name)
+
+    def mark(self, batch:Batch, state:str, id:str|None=None)->bool: # False: somebody else moved it first
+        "Move a batch on from the state it was seen in: running (with its id), done or lost"
+        with self._write() as run:
+            return run("UPDATE batches SET state = ?, id = coalesce(?, id) WHERE name = ? AND state = ?", (state, id, batch.name, batch.state)).rowcount > 0
+
+    def forget(self, id:str)->int: # requests it held, which can now be sent again
+        "Give up a batch that no key at hand can reach"
+        with self._write() as run:
+            n = run("SELECT count(*) FROM items JOIN batches ON batch = name WHERE state IN ('submitting', 'running') AND id = ?", (id,)).fetchone()[0]
+            run("UPDATE batches SET state = 'lost' WHERE id = ? AND state IN ('submitting', 'running')", (id,))
+        if not n: raise ValueError(f"batch={id!r} is not under way in {self.path}")
+        return n
 
     def open_batches(self, model:Model, keys:Iterable[str])->dict[Batch, list[str]]:
         "Batches under way that hold some of the keys, each with all its keys"
@@ -278,8 +307,8 @@ class Ledger:
         return {b: ks for b, ks in inside.items() if not wanted.isdisjoint(ks)}
 
     def abandoned(self, batch:Batch)->bool:
-        "Nobody alive is submitting this batch"
-        return batch.id is None and not (batch.owner != self.owner and self._alive(batch.owner))
+        "Has a batch no id, and nobody who is just submitting it?"
+        return batch.id is None and batch.name not in self._handing_in and (batch.owner == self.owner or not self._alive(batch.owner))
 
     def batch_ids(self)->set[str]:
         "The services' names of all batches ever submitted"
