@@ -14,8 +14,9 @@ from stars.llm import Ledger, Model, Reply, Request, ask
 from stars.services import connect
 
 CLIENT = """
-import sys, warnings
+import signal, sys, warnings
 from stars.llm import *
+signal.signal(signal.SIGINT, signal.default_int_handler) # also where a background job inherited that it is ignored
 service, url, path, n, batch = sys.argv[1:]
 todo = [Request(f"question {i}", "Say it backwards.", max_tokens=50) for i in range(int(n))]
 warnings.simplefilter("ignore")
@@ -66,13 +67,14 @@ def against_sdk(n):
 
 def killed(service, mode, n, kills, how, honour, rng):
     faults = Faults(latency_s=.02, p_429=.02, p_500=.02, p_529=.01, p_drop_before=.01, p_drop_after=.01 if honour else 0., p_batch_item_expired=.05, p_batch_item_error=.05,
-                    batch_latency_s=1., drop_submit_after=2, drop_results_after_n_lines=200, honour_idempotency=honour)
+                    batch_latency_s=8., drop_submit_after=2, drop_results_after_n_lines=200, honour_idempotency=honour)
     with LLMServer(answer=backwards, faults=faults) as s, tempfile.TemporaryDirectory() as d:
         m, done, lives, start = model(s, service), 0, [], time.perf_counter()
         run = lambda: subprocess.Popen([sys.executable, "-c", CLIENT, service, m.base_url, f"{d}/ledger.db", str(n), mode], stderr=subprocess.DEVNULL)
         while done < kills:
-            p, goal = run(), s.received + (rng.randint(1, 5) if mode == "batch" else rng.randint(n // (2*kills), n // kills))
+            p, goal = run(), s.received + (1 if mode == "batch" else rng.randint(n // (2*kills), n // kills))
             while p.poll() is None and s.received < goal: time.sleep(.001)
+            if mode == "batch": time.sleep(rng.uniform(0., .6)) # while it hands in, waits or collects
             if p.poll() is not None: break # it came to its end before it could be killed
             p.send_signal(how)
             p.wait()

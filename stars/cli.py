@@ -151,94 +151,106 @@ class Asking:
         if not isinstance(extra, dict): raise ValueError(f"--extra {self.extra!r} must be a JSON object")
         how = {n: getattr(self, n) for n in ("batch", "max_cost", "concurrency", "rpm", "tpm", "poll", "prices")}
         model = llm.Model.parse(name, self.base_url, extra)
-        if model.service != "local" or self.ledger.suffix == ".parquet": return model, how
+        if model.service != "local" or self.ledger.suffix == ".parquet": return model, how # a recorded checkpoint is named as the ledger names it
         model, service = rollouts.local_service(model.name, ex.device())
         return model, how | dict(service=service)
 
-def _paid(book:"llm.Ledger")->float: return sum(cost or 0. for *_, cost in book.totals())
+    def say(self, model:"llm.Model", requests:list, book:"llm.Ledger"):
+        "What a first round of requests would cost"
+        print(llm.estimate(model, requests, book, self.prices), "This is the first round: replies that cannot be used are asked for again. --max-cost bounds all of it.", sep="\n")
 
 AskingArgs = tyro.conf.OmitArgPrefixes[Asking]
 
-def prime(out:tyro.conf.Positional[Path|None]=None, condition:Annotated[str, tyro.conf.arg(aliases=["--mix"])]="backtracking_verification", teacher:str|None=None, n:int=1_200, seed:int=0,
-          problems:Path|None=None, over:float=1.2, any_habits:bool=False, model:str="plain", preset:str="cpu", runs:Path=Path("runs"), set_:Set=(), asking:AskingArgs=Asking()):
-    """Priming data: of a preset by the embedded teacher, or into OUT by a language model.
+def _paid(book:"llm.Ledger")->float: return sum(cost or 0. for *_, cost in book.totals())
 
-    stars prime bv.parquet --teacher anthropic:claude-haiku-4-5 --mix backtracking_verification --batch --max-cost 5
-    stars sft --model FOLDER --set prime_file=bv.parquet template=base
+# %% ../nbs/12_cli.ipynb #c021
+def prime(out:tyro.conf.Positional[Path|None]=None, condition:Annotated[str, tyro.conf.arg(aliases=["--mix"])]="backtracking_verification", seed:int=0, set_:Set=(),
+          model:str|None=None, preset:str|None=None, runs:Path|None=None,
+          teacher:str|None=None, n:int|None=None, problems:Path|None=None, over:float|None=None, any_habits:bool=False, asking:AskingArgs=Asking()):
+    """Priming data: of a preset, by the embedded teacher; or into OUT, by a language model (--teacher).
 
     Args:
         out: parquet file to write (with --teacher)
         condition: mix of habits, or a control
-        teacher: language model, service:name, e.g. anthropic:claude-haiku-4-5 or openai:gpt-4o-mini
-        n: rows wanted from it
-        seed: of the teacher; another seed asks for other traces
-        problems: parquet file of problems of the prime split (default: drawn from the priming space, numbers 1-24, targets 10-25; --set changes its fields)
-        over: requests per row wanted at first
-        any_habits: keep traces that show other habits than asked for, too
-        model: base that is primed (without --teacher): plain, rich, a folder with a checkpoint, or a hub id
-        preset: smoke or cpu
-        runs: folder of the run store
+        seed: of the teacher; another seed makes other traces
+        model: of a preset: base that is primed: plain (default), rich, a folder with a checkpoint, or a hub id
+        preset: of a preset: smoke or cpu (default)
+        runs: of a preset: folder of the run store (default: runs)
+        teacher: language model, service:name, e.g. anthropic:claude-haiku-4-5 or openai:gpt-5.4-mini
+        n: by a teacher: rows wanted (default 1200)
+        problems: by a teacher: parquet file of problems of the split prime (default: drawn from the priming space, numbers 1-24, targets 10-25; --set changes its fields)
+        over: by a teacher: requests per row wanted at first (default 1.2)
+        any_habits: by a teacher: keep traces that show other habits than asked for, too
     """
+    kinds = dict(preset=dict(model=model, preset=preset, runs=runs), teacher=dict(n=n, problems=problems, over=over, any_habits=any_habits or None))
     if (out is None) != (teacher is None): raise ValueError("give both OUT and --teacher for data by a language model, or neither for that of a preset")
-    if not teacher: return print(ex.prime_stage(_job(preset, model, condition, seed, runs, set_)))
+    if stray := [f"--{k.replace('_', '-')}" for k, v in kinds["preset" if teacher else "teacher"].items() if v is not None]:
+        raise ValueError(f"{', '.join(stray)} {'belongs to data of a preset; leave out OUT and --teacher' if teacher else 'goes with OUT and --teacher'}")
+    if teacher: return _teach(out, teacher, condition, seed, set_, asking, **{k: v for k, v in kinds["teacher"].items() if v is not None})
+    print(ex.prime_stage(_job(preset or "cpu", model or "plain", condition, seed, runs or Path("runs"), set_)))
+
+def _teach(out:Path, teacher:str, condition:str, seed:int, set_:tuple[str, ...], asking:Asking, n:int=1_200, problems:Path|None=None, over:float=1.2, any_habits:bool=False):
+    "Have a language model write priming data"
     if out.exists(): raise ValueError(f"{out} exists; remove it or choose another file")
     if condition not in MIXES and condition != "incorrect_only": raise ValueError(f"--mix {condition}: a language model writes {', '.join(MIXES)} or incorrect_only; other controls are made from those")
+    if problems and set_: raise ValueError("--set draws problems and --problems brings its own; leave one out")
+    whole(n, "--n", 1)
     mix = ex.Config("cpu").prime_mix if condition == "incorrect_only" else condition
-    where = replace(_space("priming", overrides(set_), None), split="prime")
-    drawn = from_parquet(problems) if problems else sample_problems(min(n, 5_000), seed, **asdict(where))
+    drawn = from_parquet(problems) if problems else sample_problems(min(n, 5_000), seed, **asdict(replace(_space("priming", overrides(set_), None), split="prime")))
+    if bad := [p for p in drawn if split_of(p) != "prime"]: raise ValueError(f"--problems {problems}: {bad[0]} belongs to the split {split_of(bad[0])}, not prime ({len(bad)} of {len(drawn)})")
     (who, how), settings = asking.open(teacher), dict(over=over, max_tokens=asking.max_tokens, temperature=asking.temperature)
     with llm.Ledger(asking.ledger) as book:
-        if asking.dry_run: return print(llm.estimate(who, teacher_.teacher_requests(mix, drawn, n, seed, **settings), book, asking.prices))
-        wrong = (lambda row: row["score"] < 1) if condition == "incorrect_only" else lambda row: True
-        before = _paid(book)
+        if asking.dry_run: return asking.say(who, teacher_.teacher_requests(mix, drawn, n, seed, **settings), book)
+        wrong, before = (lambda row: row["score"] < 1) if condition == "incorrect_only" else lambda row: True, _paid(book)
         rows, report = teacher_.ask_teacher(mix, drawn, n, seed, who, book, keep=wrong, forbid=not any_habits, **settings, **how)
         paid = _paid(book) - before
-    out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{write_rows([{**r, 'mix': condition} for r in rows], out)}: {len(rows):,} rows\n{teacher_.report_table([report]).T.to_string(header=False)}\npaid now ${paid:.4f}")
 
+# %% ../nbs/12_cli.ipynb #c022
 def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(metavar="SERVICE:NAME")], task:Literal["countdown", "math"]="countdown", format:Literal["auto", "json", "tags"]="auto",
           n:int=200, seed:int=0, repeat:int=0, out:Path|None=None, asking:AskingArgs=Asking()):
     """Have a language model count the habits of completions, and compare it with the rules.
-
-    stars judge runs/cpu --judge openai:gpt-4o-mini --batch --dry-run
 
     Args:
         source: a parquet file of completions, an eval-* folder, or a run store
         judge: language model, service:name
         task: what the texts are about
         format: how it replies: json (structured output), tags, or json for models that are known to hold to a schema
-        n: completions per checkpoint, stratified by verdict
+        n: completions per checkpoint, stratified by verdict; 0: all
         seed: of their draw
         repeat: 1, 2, ...: ask again, as another rater
         out: folder for ratings, results and upstream-shaped files (default: judge-HASH in or beside the source)
     """
     (who, how), texts = asking.open(judge), viewer.read_completions(source)
-    settings = dict(task=task, format=format, n=n, seed=seed, repeat=repeat, max_tokens=asking.max_tokens, temperature=asking.temperature)
+    settings = dict(task=task, format=format, n=n or None, seed=seed, repeat=repeat, max_tokens=asking.max_tokens, temperature=asking.temperature)
     with llm.Ledger(asking.ledger) as book:
-        if asking.dry_run: return print(llm.estimate(who, judges.judge_requests(texts, who, **settings, prices=asking.prices), book, asking.prices))
+        if asking.dry_run: return asking.say(who, judges.judge_requests(texts, who, **settings, prices=asking.prices), book)
         before = _paid(book)
         ratings = judges.judge(texts, who, book, **settings, **how)
         paid = _paid(book) - before
-    if (silent := (ratings.finish == "error").sum()):
-        raise ConnectionError(f"{silent:,} of {len(ratings):,} questions to {who} have no reply; nothing is written, the same command asks them again")
-    where = out or (source if source.is_dir() else source.parent)/f"judge-{ex.digest(dict(settings, judge=str(who), extra=who.extra))}"
-    judges.write_ratings(ratings, texts, where)
-    print(f"{where}: {len(ratings):,} ratings, {ratings['count'].isna().sum():,} missing, paid now ${paid:.4f}\n")
+    decides = judges.judge_settings(texts, who, **settings, prices=asking.prices)
+    where, silent = out or (source if source.is_dir() else source.parent)/f"judge-{ex.digest(decides)}", int((ratings.finish == "error").sum())
+    if silent == len(ratings): raise ConnectionError(f"none of {len(ratings):,} questions to {who} has a reply; nothing is written, the same command asks them again")
+    judges.write_ratings(ratings, texts, where, decides)
+    print(f"{where}: {len(ratings):,} ratings, {ratings['count'].isna().sum():,} missing" + (f" ({silent:,} without any reply: the same command asks them again)" if silent else "") + f", paid now ${paid:.4f}\n")
     print(agreement.agreement_table(agreement.agreement(judges.rule_ratings(texts.loc[ratings.row.unique()]), ratings)).to_string())
 
-def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=None, load:Path|None=None):
+def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=None, load:Path|None=None, forget:str|None=None):
     """What a ledger holds; export it for others to replay, or take over what others recorded.
-
-    stars ledger runs/ledger.db --to study.parquet
 
     Args:
         path: the ledger (an SQLite file, or an exported .parquet)
         to: parquet file to export to
         load: exported ledger to take over
+        forget: id of a batch under way that is given up; its requests will be sent again
     """
+    if load and not load.is_file(): raise ValueError(f"--load {load} does not exist")
+    if (load or forget) and path.suffix == ".parquet": raise ValueError(f"{path} is a recorded ledger and does not change; --load and --forget need an SQLite file")
     if not path.exists() and not load: raise ValueError(f"{path} does not exist; the first request makes it, or --load")
+    if to and to.suffix != ".parquet": raise ValueError(f"--to {to}: name it .parquet, by which a recorded ledger is known")
     with llm.Ledger(path) as book:
         if load: print(f"{load}: {book.load(load):,} rows taken over")
+        if forget: print(f"{forget}: {book.forget(forget):,} requests can be sent again")
         for model, mode, replies, tokens_in, tokens_out, cost in book.totals():
             print(f"{model}, {mode}: {replies:,} replies, {tokens_in:,} tokens in, {tokens_out:,} out" + ("" if cost is None else f", ${cost:,.4f}"))
         if to: print(book.export(to))

@@ -77,7 +77,7 @@ def failures(
     missing = [c for c in ("prompt", "generated", "numbers", "target", "score", "truncated") if c not in completions]
     if missing: raise ValueError(f"completions lack the columns {', '.join(missing)}; they are written by `complete`")
     for r in completions.itertuples():
-        if split_of(Problem(r.numbers, r.target)) == "eval": raise ValueError(f"numbers={list(r.numbers)}, target={r.target} is held out for evaluation; complete problems of the prime split")
+        if split_of(Problem(r.numbers, r.target)) != "prime": raise ValueError(f"numbers={list(r.numbers)}, target={r.target} belongs to the split {split_of(Problem(r.numbers, r.target))}; complete problems of the prime split")
     wrong = completions[(completions.score < 1) & ~completions.truncated & completions.generated.map(lambda text: answer_of(text) is not None)]
     if n is not None and len(wrong) < n:
         raise ValueError(f"n={n}: only {len(wrong)} of {len(completions)} completions came to a wrong answer; complete more problems, or raise samples")

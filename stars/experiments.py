@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .behaviors import HABITS
-from .countdown import Problem, make_prompt, messages, split_of
+from .countdown import Problem, make_prompt, messages, score, split_of
 from .datasets import cores, follow_parent, from_parquet, replacing, to_parquet
 from .evals import complete, failures, summarize, write_completions
 from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, load_model, load_tokenizer, micro_model,
@@ -164,6 +164,7 @@ class Config:
             if not 0 <= getattr(self, f) <= 1: raise ValueError(f"{f}={getattr(self, f)} must lie between 0 and 1")
         if self.max_number > self.top or self.max_target > self.top:
             raise ValueError(f"max_number={self.max_number} and max_target={self.max_target} must not exceed top={self.top}, the largest integer that can be written")
+        if self.prime_val < 0: raise ValueError(f"prime_val={self.prime_val} must be at least 0")
         if not max(self.max_number, self.max_target) <= self.prime_top <= self.top:
             raise ValueError(f"prime_top={self.prime_top} must lie between the largest number or target and top={self.top}")
         if not 1 <= self.prime_patience <= self.prime_attempts:
@@ -333,50 +334,67 @@ def _problems(job:Job, data:Path, split:str, tokenizer)->list:
     check_spells(tokenizer, map(_prompt(job, tokenizer), problems[:500]))
     return problems
 
-def _rows_from_file(path:Path, job:Job, n:int, prompt:Callable, n_tokens:Callable)->list[dict]:
-    "Rows that somebody else wrote, with this experiment's prompts, and its control made from them"
-    rows = read_rows(path)
+def _rows_file(job:Job)->Path|None:
+    "The file that a condition's rows come from, if any; a control's own, or else the one of the mix it is made from"
+    if not job.cfg.prime_file: return None
+    at = lambda condition: Path(job.cfg.prime_file.replace("{condition}", condition))
+    return at(job.condition) if job.condition not in CONTROLS or at(job.condition).exists() else at(job.cfg.prime_mix)
+
+def _rows_from_file(path:Path, job:Job, prompt:Callable, n_tokens:Callable)->list[dict]:
+    "Rows that somebody else wrote, checked, with this experiment's prompts, and the control made from them"
+    cfg, condition, rows = job.cfg, job.condition, read_rows(path)
     if rows and (missing := set(SCHEMA.names) - rows[0].keys()): raise ValueError(f"prime_file={path} lacks the columns {', '.join(sorted(missing))}")
+    wanted = {cfg.prime_mix, condition} if condition in CONTROLS else {condition}
     for i, r in enumerate(rows):
-        p = Problem(tuple(r["numbers"]), r["target"])
-        if split_of(p) == "eval": raise ValueError(f"prime_file={path}: row {i} is about {p}, which is held out for evaluation")
-        r["query"] = prompt(p)
+        try: p = Problem(tuple(r["numbers"]), r["target"])
+        except (TypeError, ValueError) as e: raise ValueError(f"prime_file={path}: row {i}: numbers={r['numbers']!r}, target={r['target']!r} are no problem: {e}") from None
+        if split_of(p) != "prime": raise ValueError(f"prime_file={path}: row {i} is about {p} of the split {split_of(p)}; priming takes problems of the split prime")
+        if r["mix"] not in wanted: raise ValueError(f"prime_file={path}: row {i} has mix={r['mix']!r}, {condition} needs {' or '.join(sorted(wanted))}; {{condition}} in the name stands for the mix")
+        r |= dict(query=prompt(p), score=score(r["completion"], p.numbers, p.target))
     change = dict(empty_cot=empty_cot, dots=partial(dots, n_tokens=n_tokens), incorrect_only=lambda r: {**r, "mix": "incorrect_only"} if r["score"] < 1 else None)
-    rows = [r for r in map(change.get(job.condition, dict), rows) if r]
-    if len(rows) < n: raise ValueError(f"prime_file={path} has {len(rows)} rows for {job.condition}, but prime_rows + prime_val = {n} are wanted")
+    rows, n = [r for r in (r if r["mix"] == condition else change[condition](r) for r in rows) if r], cfg.prime_rows + cfg.prime_val
+    if len(rows) < n: raise ValueError(f"prime_file={path} has {len(rows)} rows for {condition}, but prime_rows={cfg.prime_rows} and prime_val={cfg.prime_val} are wanted")
     return random.Random(f"{job.seed}/file").sample(rows, n)
 
-def _sampled_failures(job:Job, checkpoint:Path, problems:Sequence[Problem], n:int, prompt:Callable)->list[dict]:
-    "What a primed checkpoint gets wrong, on problems of the same range as every other set's"
-    tok, rows, cfg = load_tokenizer(checkpoint), [], job.cfg
+def _sampled_failures(job:Job, checkpoint:Path, problems:Sequence[Problem], prompt:Callable, out:Path)->list[dict]:
+    "What a primed checkpoint gets wrong, on problems of the same range as every other set's; goes on from what lies in `out`"
+    cfg, tok, rows, n = job.cfg, load_tokenizer(checkpoint), [], job.cfg.prime_rows + job.cfg.prime_val
     model = load_model(checkpoint, device())
-    for i in tqdm(range(20), desc="failures", disable=not job.progress):
-        asked = reorder(problems, n*(i + 1), job.seed)[-n:] # each round: the problems with their numbers in new orders
-        rows += failures(complete(model, tok, asked, cfg.ppo_max_tokens, temperature=cfg.ppo_temperature, seed=job.seed*1000 + i, prompt=prompt))
+    for i in tqdm(range(50), desc="failures", disable=not job.progress):
+        part = out/f"failures-{i}.parquet"
+        if not part.exists():
+            asked = reorder(problems, n*(i + 1), job.seed)[-n:] # each round: the problems with their numbers in new orders
+            wrong = failures(complete(model, tok, asked, cfg.ppo_max_tokens, temperature=cfg.ppo_temperature, seed=job.seed*1000 + i, prompt=prompt))
+            write_rows(wrong, part)
+        rows += read_rows(part)
         if len(rows) >= n: return rows[:n]
-    raise ValueError(f"{checkpoint} gave {len(rows)} wrong answers to {20*n} problems, {n} are wanted; lower prime_rows")
+    raise ValueError(f"{checkpoint} gave {len(rows)} complete wrong answers to {50*n} problems, but prime_rows={cfg.prime_rows} and prime_val={cfg.prime_val} are wanted; lower them, or train it longer (sft_epochs)")
 
 def prime_stage(job:Job)->Path:
     "Priming rows of the job's condition: train.parquet, val.parquet, and stats.json on what they show"
     cfg, data, base = job.cfg, data_stage(job), base_stage(job)
-    control = job.condition in CONTROLS
-    file = Path(cfg.prime_file.format(condition=cfg.prime_mix if control else job.condition)) if cfg.prime_file else None
+    control, file = job.condition in CONTROLS, _rows_file(job)
     sampled = sft_stage(replace(job, condition=cfg.prime_mix)) if job.condition == "incorrect_only" and cfg.prime_failures == "sampled" else None
     def run(out:Path):
-        tok, n = load_tokenizer(base), cfg.prime_rows + cfg.prime_val
+        tok = load_tokenizer(base)
         teacher = dict(attempts=cfg.prime_attempts, patience=cfg.prime_patience, slip=cfg.prime_slip, insight=cfg.prime_insight, top=cfg.prime_top,
                        budget=cfg.prime_budget, prompt=_prompt(job, tok))
-        args = (_problems(job, data, "prime", tok), n, job.seed)
+        problems, n = _problems(job, data, "prime", tok), cfg.prime_rows + cfg.prime_val
         n_tokens = lambda s: len(tok(s, add_special_tokens=False).input_ids)
-        rows = (_sampled_failures(job, sampled, *args[:2], teacher["prompt"]) if sampled else _rows_from_file(file, job, n, teacher["prompt"], n_tokens) if file else
-                list(control_rows(job.condition, cfg.prime_mix, *args, n_tokens=n_tokens, incorrect_slip=cfg.prime_incorrect_slip, **teacher) if control
-                     else priming_rows(job.condition, *args, **teacher)))
+        if sampled: rows = _sampled_failures(job, sampled, problems, teacher["prompt"], out)
+        elif file: rows = _rows_from_file(file, job, teacher["prompt"], n_tokens)
+        elif control: rows = list(control_rows(job.condition, cfg.prime_mix, problems, n, job.seed, n_tokens=n_tokens, incorrect_slip=cfg.prime_incorrect_slip, **teacher))
+        else: rows = list(priming_rows(job.condition, problems, n, job.seed, **teacher))
         check_spells(tok, (r["completion"] for r in rows[:500]))
         write_rows(rows[:cfg.prime_rows], out/"train.parquet")
         write_rows(rows[cfg.prime_rows:], out/"val.parquet")
         _write_json(out/"stats.json", dict(rows=len(rows), share_correct=sum(r["score"] == 1 for r in rows) / len(rows), habits=shown_habits(rows)))
+        for part in out.glob("failures-*.parquet"): part.unlink()
     settings = dict(condition=job.condition, seed=job.seed, mix=cfg.prime_mix if control else None) | _settings(cfg, "prime_", "template")
-    inputs = dict(data=data.name, base=_base_digest(base)) | (dict(file=file_digest(file)) if file else {}) | (dict(checkpoint=_base_digest(sampled)) if sampled else {})
+    inputs = dict(data=data.name, base=_base_digest(base))
+    if settings.pop("prime_file"): inputs |= dict(file=file_digest(file)) # its content, not its name
+    if job.condition != "incorrect_only": settings.pop("prime_failures")
+    if sampled: settings, inputs = settings | _settings(cfg, "ppo_max_tokens", "ppo_temperature"), inputs | dict(checkpoint=_base_digest(sampled))
     return stage(job.dir, "prime", settings, inputs, run, job.build)
 
 def sft_stage(job:Job)->Path:

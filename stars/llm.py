@@ -151,7 +151,7 @@ def _limiter(rpm:int|None, tpm:int|None, stop:threading.Event)->Callable:
 
 def _patient(retries:int, stop:threading.Event, lost:list)->Retrying:
     "Tries again what is busy or lost"
-    grow = wait_exponential_jitter(.5, 10.)
+    grow = wait_exponential_jitter(multiplier=.5, max=10)
     def pause(state):
         said = getattr(state.outcome.exception(), "wait", None)
         return grow(state) if said is None else said

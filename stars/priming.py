@@ -238,7 +238,10 @@ def shown_habits(
     return {h: found[h] / max(1, room[h]) for h in HABIT_NAMES}
 
 # %% ../nbs/03_priming.ipynb #c023
-def _think_answer(row:dict)->tuple[str, str]: return tuple(row["completion"].split(" </think>", 1))
+def _think_answer(row:dict)->tuple[str, str]:
+    think, tag, answer = row["completion"].partition("</think>")
+    if not tag: raise ValueError(f"the completion {row['completion'][:60]!r} has no </think>, so reasoning and answer cannot be told apart")
+    return think.removesuffix(" "), answer
 
 def empty_cot(
     row:dict, # a row of a priming set

@@ -9,6 +9,7 @@ __all__ = ['Rollout', 'Engine', 'BufferLayer', 'draw', 'TransformersEngine', 'pr
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import inf
 from pathlib import Path
 from typing import Protocol
 
@@ -169,7 +170,8 @@ class EngineService:
         engine:Engine,                     # the sampler
         tokenizer:PreTrainedTokenizerBase, # its tokenizer
         rows:int=64,                       # requests taken at once
-    ): self.engine, self.tokenizer, self.rows = engine, tokenizer, rows
+        context:float=inf,                 # tokens that fit into the model, prompt and reply together
+    ): self.engine, self.tokenizer, self.rows, self.context = engine, tokenizer, rows, context
 
     def _prompt(self, r:Request)->str:
         if r.schema: raise ValueError("schema: a model in this process cannot be held to a JSON schema; ask for tagged text instead")
@@ -178,12 +180,14 @@ class EngineService:
         return self.tokenizer.apply_chat_template([*chat, dict(role="user", content=r.prompt)], add_generation_prompt=True, tokenize=False)
 
     def answer_all(self, requests:Sequence[Request], keys:Sequence[str])->list[Reply]:
-        "A reply to each request; the draws follow from the keys"
+        "A reply to each request; the draws follow from the keys of those that are asked together. What does not fit into the model is cut to nothing"
         texts, replies = [self._prompt(r) for r in requests], [None]*len(requests)
         check_spells(self.tokenizer, texts)
         ids = self.tokenizer(texts, add_special_tokens=False).input_ids
         alike = lambda i: (requests[i].max_tokens, 1. if requests[i].temperature is None else requests[i].temperature)
-        for (max_tokens, temperature), group in groupby(sorted(range(len(requests)), key=alike), key=alike):
+        for i, r in enumerate(requests):
+            if len(ids[i]) + r.max_tokens > self.context: replies[i] = Reply("", "length", len(ids[i]), 0, mode="local")
+        for (max_tokens, temperature), group in groupby(sorted((i for i, r in enumerate(replies) if r is None), key=alike), key=alike):
             group = list(group)
             for i, r in zip(group, self.engine.generate([ids[i] for i in group], max_tokens, temperature, int(keys[group[0]][:8], 16))):
                 replies[i] = Reply(self.tokenizer.decode(r.ids, skip_special_tokens=True), "stop" if r.finished else "length", len(r.prompt), len(r.ids), mode="local")
@@ -197,4 +201,5 @@ def local_service(
     "A checkpoint on this machine as a model to ask"
     folder, tokenizer = base_path(name) if str(name) in BASES else Path(name), load_tokenizer(name)
     label = f"{name}@{weights_digest(folder)}" if folder.is_dir() else str(name)
-    return Model("local", label), EngineService(TransformersEngine(load_model(name).to(device), tokenizer.eos_token_id), tokenizer, rows)
+    model = load_model(name).to(device)
+    return Model("local", label), EngineService(TransformersEngine(model, tokenizer.eos_token_id), tokenizer, rows, model.config.max_position_embeddings)

@@ -2,10 +2,12 @@
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from byte_model import checkpoint
 from llm_server import Faults, LLMServer
 
 from stars.cli import main
@@ -71,6 +73,12 @@ def test_what_cannot_be_asked_costs_nothing():
         fails("prime", "x.parquet", "--teacher", "openai:m", "--extra", "{", *to)
         fails("prime", "x.parquet", "--teacher", "openai:m", "--n", 0, *to)
         fails("prime", "--teacher", "openai:m", *to)
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--preset", "smoke", *to)
+        fails("prime", "--preset", "smoke", "--n", 5)
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--extra", '{"model": "zz"}', *to)
+        run("data", "held", "--train", 0, "--eval", 5, "--no-difficulty")
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--problems", "held/eval.parquet", *to) # held out
+        fails("ledger", "runs/ledger.db", "--to", "runs/ledger.db")
         fails("judge", "nowhere", "--judge", "openai:m", *to)
         assert s.received == 0
 
@@ -119,15 +127,38 @@ def test_rows_from_a_file_prime_every_condition():
     first = prime_stage(job("negative_control", **with_file))
     write_rows(rows_of("negative_control", seed=4), "negative_control.parquet")
     assert prime_stage(job("negative_control", **with_file)) != first         # another file is another stage
-    with pytest.raises(ValueError, match="400 rows for dots, but prime_rows .* = 5030"): prime_stage(job("dots", **with_file, prime_rows=5_000))
+    with pytest.raises(ValueError, match="400 rows for dots, but prime_rows=5000"): prime_stage(job("dots", **with_file, prime_rows=5_000))
+    with pytest.raises(ValueError, match="mix='negative_control', backtracking_verification needs"): prime_stage(job("backtracking_verification", prime_file="negative_control.parquet"))
+    write_rows([{**r, "score": .1} for r in rows_of("backtracking_verification")], "backtracking_verification.parquet") # scores are not believed
+    assert all(score(r["completion"], r["numbers"], r["target"]) == r["score"] for r in read_rows(prime_stage(job("backtracking_verification", **with_file))/"train.parquet"))
     with pytest.raises(FileNotFoundError): prime_stage(job("all_strategies", **with_file))
 
 def test_held_out_problems_never_prime():
     rows, p = rows_of("negative_control", 330), sample_problems(1, 0, split="eval", **WORLD)[0]
     write_rows([*rows[:-1], {**rows[-1], "numbers": list(p.numbers), "target": p.target}], "leak.parquet")
-    with pytest.raises(ValueError, match="row 329 .* held out for evaluation"): prime_stage(job("negative_control", prime_file="leak.parquet"))
+    with pytest.raises(ValueError, match="row 329 .* of the split eval"): prime_stage(job("negative_control", prime_file="leak.parquet"))
+
+def test_what_decides_sampled_failures_decides_the_stage():
+    stage = lambda **kw: prime_stage(replace(job("incorrect_only", prime_failures="sampled", sft_epochs=8, **kw), build=False))
+    names = []
+    for kw in (dict(), dict(ppo_temperature=.7), dict(ppo_max_tokens=55)):
+        prime_stage(job("incorrect_only", prime_failures="sampled", sft_epochs=8, **kw))
+        names.append(stage(**kw).name)
+    assert len(set(names)) == 3
+    with pytest.raises(LookupError): stage(ppo_temperature=.71)
+    other = job("negative_control", prime_failures="sampled")
+    assert prime_stage(job("negative_control")) == prime_stage(other)         # no business of other conditions
 
 def test_failures_sampled_from_a_checkpoint_prime():
     rows = read_rows(prime_stage(job("incorrect_only", prime_failures="sampled", sft_epochs=8))/"train.parquet")
     assert len(rows) == 300 and all(r["score"] < 1 and score(r["completion"], r["numbers"], r["target"]) < 1 and "</answer>" in r["completion"] for r in rows)
     assert {r["target"] for r in rows} <= set(range(10, 31)) and all(split_of(Problem(tuple(r["numbers"]), r["target"])) == "prime" for r in rows)
+
+def test_a_hosted_teachers_rows_train_a_model_that_reads_english(tmp_path):
+    folder = checkpoint(tmp_path/"bytes")
+    with LLMServer(answer=teach, key=KEY) as s: run("prime", "bv.parquet", "--teacher", "openai:m", "--n", 30, "--base-url", s.openai_url)
+    run("sft", "--model", folder, "--preset", "smoke", "--set", "prime_file=bv.parquet", "prime_rows=24", "prime_val=6", "template=base", "sft_max_length=2048", "sft_batch_size=8",
+        "n_numbers=3,4", "max_number=24", "min_target=10", "max_target=25")
+    [log] = tmp_path.glob("runs/smoke/*/backtracking_verification/seed0/sft-*/metrics.jsonl")
+    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines() if "loss" in line]
+    assert len(losses) >= 3 and all(0 < x < 10 for x in losses)

@@ -289,7 +289,7 @@ def test_failures_are_complete_wrong_answers(tmp_path):
     assert failures(pd.read_parquet(tmp_path/"c.parquet")) == rows and failures(df, n=1) == rows[:1] and failures(df, n=0) == []
     with pytest.raises(ValueError, match="n=3: only 2 of 6 completions came to a wrong answer"): failures(df, n=3)
     with pytest.raises(ValueError, match="lack the columns prompt, score"): failures(df.drop(columns=["prompt", "score"]))
-    with pytest.raises(ValueError, match="held out for evaluation"): failures(completions(texts, sample_problems(1, 0, split="eval", **WORLD)[0]))
+    with pytest.raises(ValueError, match="belongs to the split eval"): failures(completions(texts, sample_problems(1, 0, split="eval", **WORLD)[0]))
 
 @pytest.mark.parametrize("base", ["plain", "rich"])
 def test_failures_are_learned_as_they_were_sampled(base):
