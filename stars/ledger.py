@@ -209,10 +209,8 @@ class Ledger:
         self.settle([(self.note(model, [request])[0], reply)])
 
     def fail(self, key:str, error:str, cost:float=0.):
-        "Record that a request got no reply this time, what it may nevertheless have cost, and give up the claim on it"
-        with self._write() as run:
-            run("INSERT INTO errors VALUES (?, ?, ?, ?)", (key, error, cost, time.time()))
-            run("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self.owner))
+        "Record that a request got no reply this time, and what it may nevertheless have cost"
+        with self._write() as run: run("INSERT INTO errors VALUES (?, ?, ?, ?)", (key, error, cost, time.time()))
 
     def errors(self, keys:Iterable[str])->dict[str, str]:
         "The last error of each key that had one"

@@ -162,14 +162,15 @@ def _concurrent(run:_Run, concurrency:int, rpm:int|None, tpm:int|None, retries:i
     "Ask what is open, a few at a time"
     stop, failed, budget = threading.Event(), set(), Budget(run.price, run.most, run.spent)
     turn = _limiter(rpm, tpm, stop)
-    def once(key:str, request:Request, lost:list[float]):
+    def once(key:str, request:Request, lost:list):
         held, cost = budget.hold(request), 0.
         try:
             turn(requests=1, tokens=input_ceiling(request) + request.max_tokens)
             if not stop.is_set(): cost = run.keep({key: run.service.answer(request, key)})
-        except Lost:
-            cost = held
-            lost.append(held)
+        except Lost as e:
+            cost = held # for all that is known
+            run.ledger.fail(key, str(e), held)
+            lost.append(e)
             raise
         finally: budget.settle(held, cost)
     def one(key:str):
@@ -177,7 +178,7 @@ def _concurrent(run:_Run, concurrency:int, rpm:int|None, tpm:int|None, retries:i
         lost = []
         try: _patient(retries, stop, lost)(once, key, run.todo[key], lost)
         except (Refused, ConnectionError) as e:
-            run.ledger.fail(key, str(e), sum(lost))
+            if not isinstance(e, Lost): run.ledger.fail(key, str(e))
             failed.add(key)
             if isinstance(e, ConnectionError): run.failed(e)
         finally: run.ledger.release([key])
