@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .behaviors import HABIT_NAMES
-from .judges import RATING_KEYS, check_ratings
+from .judges import JOIN_KEYS, check_ratings, joinable, labelled
 
 # %% ../nbs/08b_agreement.ipynb #c005
 def _pairs(a:pd.DataFrame, b:pd.DataFrame)->pd.DataFrame:
@@ -21,9 +21,9 @@ def _pairs(a:pd.DataFrame, b:pd.DataFrame)->pd.DataFrame:
         check_ratings(df)
         raters = df.rater.unique()
         if len(raters) > 1: raise ValueError(f"the {which} ratings come from {len(raters)} raters ({', '.join(raters)}); choose one by ratings[ratings.rater == ...]")
-    keep = [*RATING_KEYS, "habit", "rater", "count"]
-    pairs = a[keep].merge(b[keep], on=[*RATING_KEYS, "habit"], suffixes=("_a", "_b"))
-    if not len(pairs): raise ValueError("no completion was rated by both; ratings are joined by checkpoint, index and row label")
+    keep = [*JOIN_KEYS, "habit", "rater", "count"]
+    pairs = joinable(a)[keep].merge(joinable(b)[keep], on=[*JOIN_KEYS, "habit"], suffixes=("_a", "_b"))
+    if not len(pairs): raise ValueError("no completion was rated by both; ratings are joined by checkpoint, index and text")
     return pairs.astype({"count_a": "Int64", "count_b": "Int64"})
 
 # %% ../nbs/08b_agreement.ipynb #c007
@@ -124,7 +124,7 @@ def confusions(
     habit:str,                # to look at
     n:int=5,                  # at most, in each direction
     seed:int=0,               # breaks ties
-)->pd.DataFrame: # `higher` (the rater who counts more), the raters and their counts, `RATING_KEYS`, and what completions tell
+)->pd.DataFrame: # `higher` (the rater who counts more), the raters and their counts, `JOIN_KEYS`, `row` and what else completions tell
     "Completions about which two raters disagree most"
     if habit not in HABIT_NAMES: raise ValueError(f"habit={habit!r} is unknown; choose from {', '.join(HABIT_NAMES)}")
     if n < 1: raise ValueError(f"n={n}: show at least 1 completion")
@@ -134,8 +134,10 @@ def confusions(
     apart, alone = (pairs.count_a - pairs.count_b).abs(), pairs[["count_a", "count_b"]].min(axis=1) == 0
     pairs = pairs.assign(higher=np.where(pairs.count_a > pairs.count_b, "a", "b"), apart=apart, alone=alone).sort_values(["alone", "apart"], ascending=False, kind="stable")
     top = pairs.groupby("higher").head(n).sort_values("higher", kind="stable")
-    about = completions.assign(row=completions.index)[[*RATING_KEYS, *(c for c in ("numbers", "target", "generated") if c in completions)]]
-    return top.drop(columns=["alone", "apart"]).merge(about, on=RATING_KEYS, how="left")
+    about = joinable(labelled(completions))[[*JOIN_KEYS, "row", *(c for c in ("numbers", "target", "generated") if c in completions)]]
+    found = top.drop(columns=["alone", "apart"]).merge(about, on=JOIN_KEYS)
+    if len(found) < len(top): raise ValueError(f"{len(top) - len(found)} of {len(top)} texts are not among the completions; give those that were rated, with the texts they had then")
+    return found
 
 def show_confusions(
     found:pd.DataFrame, # from `confusions`

@@ -223,13 +223,15 @@ def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(
     """
     (who, how), texts = asking.open(judge), viewer.read_completions(source)
     settings = dict(task=task, format=format, n=n or None, seed=seed, repeat=repeat, max_tokens=asking.max_tokens, temperature=asking.temperature)
+    decides = judges.judge_settings(texts, who, **settings, prices=asking.prices)
+    where = out or (source if source.is_dir() else source.parent)/f"judge-{ex.digest(decides)}"
+    judges.check_folder(where, decides)
     with llm.Ledger(asking.ledger) as book:
         if asking.dry_run: return asking.say(who, judges.judge_requests(texts, who, **settings, prices=asking.prices), book)
         before = _paid(book)
         ratings = judges.judge(texts, who, book, **settings, **how)
         paid = _paid(book) - before
-    decides = judges.judge_settings(texts, who, **settings, prices=asking.prices)
-    where, silent = out or (source if source.is_dir() else source.parent)/f"judge-{ex.digest(decides)}", int((ratings.finish == "error").sum())
+    silent = int((ratings.finish == "error").sum())
     if silent == len(ratings): raise ConnectionError(f"none of {len(ratings):,} questions to {who} has a reply; nothing is written, the same command asks them again")
     judges.write_ratings(ratings, texts, where, decides)
     print(f"{where}: {len(ratings):,} ratings, {ratings['count'].isna().sum():,} missing" + (f" ({silent:,} without any reply: the same command asks them again)" if silent else "") + f", paid now ${paid:.4f}\n")

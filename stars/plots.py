@@ -98,9 +98,11 @@ def interval(
     rater:str|None=None,      # whose rows; None where raters agree (accuracy, length) or there is one
     seed:int=0,               # of the bootstrap
     draws:int=2000,           # of the bootstrap
-)->pd.DataFrame: # model, condition, step, value, lo, hi, seeds, n (all seeds together), kind: "wilson", "bootstrap" or "none"
+)->pd.DataFrame: # model, condition, step, value, lo, hi, seeds, n (behind the mean, all seeds together), kind: "wilson", "bootstrap" or "none"
     "Mean over seeds with a 95 % interval, per model, condition and step"
-    rows = checked(results, column, "n", rater=rater)[[*KEYS[:4], "n", column]].drop_duplicates()
+    rows = checked(results, column, "n", rater=rater)
+    if column.startswith("avg_") and "judged" in rows: rows = rows.assign(n=rows.judged.fillna(rows.n))
+    rows = rows[[*KEYS[:4], "n", column]].drop_duplicates()
     if rows.duplicated(list(KEYS[:4])).any():
         raise ValueError(f"{column} differs between rows of one model, condition, seed and step; name one rater")
     rng, out = np.random.default_rng(seed), []
@@ -375,9 +377,11 @@ def dynamics(
     per_model = lambda m: {h: f[f.model == m] for h, f in frames.items()}
     models, titles = columns(results, every, lambda f: dynamics_title(per_model(f.model.iloc[0])))
     who = rater or results.rater.iloc[0]
+    some = results[(results.rater == who) & (results.judged < results.n)] if "judged" in results else results[:0]
+    read = f" in {span(some.judged.astype(int))} of {span(some.n)} completions per checkpoint" if len(some) else ""
     with plt.rc_context(STYLE):
         one = len(models) == 1
-        fig, axes = page(titles, caption(results, every, preset, f"Counted by: {who}. Each habit has its own scale.", note), (1.45,) * (2 if one else 4),
+        fig, axes = page(titles, caption(results, every, preset, f"Counted by: {who}{read}. Each habit has its own scale.", note), (1.45,) * (2 if one else 4),
                          6.6 if one else 3.6 * len(models), .46, right=1.28, head=.3, columns=2 if one else None)
         for i, h in enumerate(HABITS):
             top = 1.1 * np.nanmax([frames[h.name].value.max(), frames[h.name].hi.max(), .05])

@@ -146,8 +146,9 @@ def read_completions(
     path = Path(source)
     if not path.exists(): raise ValueError(f"{path} does not exist; give a completions file, or a folder in which `stars eval` wrote some")
     if path.is_file(): return _complete(_read(path), str(path), rules)
-    files = sorted(path.rglob("completions-*.parquet"))
-    if not files: raise ValueError(f"no completions-*.parquet below {path}; `stars eval` makes them")
+    found = sorted(path.rglob("completions-*.parquet"))
+    files = [f for f in found if not any(p.endswith(".partial") for p in f.relative_to(path).parts[:-1])]
+    if not files: raise ValueError(f"no {'finished ' if found else ''}completions-*.parquet below {path}; `stars eval` makes them")
     parts = [_complete(_read(f), str(f), rules).assign(folder=str(f.parent.relative_to(path))) for f in files]
     df = pd.concat(parts, ignore_index=True)
     keys = _keys(df.drop(columns="folder"))

@@ -14,8 +14,8 @@ from stars import judges as jd
 from stars.agreement import agreement, agreement_table, confusions, presence_kappa, rank_correlation, show_confusions
 from stars.behaviors import HABIT_NAMES, HABITS
 from stars.evals import KEYS, summarize
-from stars.judges import (FORMATS, PUBLISHED, RATING_KEYS, SCHEMA, TASKS, draw_sample, instructions, judge, judge_request, judge_requests, parse_count, rate,
-                          rule_ratings, write_ratings)
+from stars.judges import (FORMATS, JOIN_KEYS, PUBLISHED, RATING_KEYS, SCHEMA, TASKS, draw_sample, instructions, joinable, judge, judge_request, judge_requests,
+                          judge_settings, labelled, parse_count, rate, rule_ratings, write_ratings)
 from stars.llm import Ledger, Model, OverBudget, Refused, Reply
 from stars.plots import interval, published
 
@@ -114,6 +114,14 @@ def test_a_text_that_gives_orders_changes_neither_instructions_nor_question():
     assert calm.system == loud.system and calm.prompt.split("</completion>")[1] == loud.prompt.split("</completion>")[1]
     assert parse_count(Reply("It says <count>99</count>.\n<count>0</count>"), "tags") == 0
 
+def test_half_a_surrogate_pair_is_no_obstacle(tmp_path):
+    df = frame(((2, 0, 0),))
+    df = df.assign(**{c: pd.Series(texts, df.index, dtype=object) for c, texts in dict(generated=["3 \ud800 4", "\udfff"], problem=["\ud83d?"] * 2).items()})
+    for task in TASKS:
+        ratings, asked = ask_with(df, lambda r, k: tag(1), tmp_path, f"{task}.db", task=task)
+        assert len(asked) == 8 and all((r.prompt + r.system).encode() for r in asked) and "3 ? 4" in asked[0].prompt + asked[4].prompt
+        assert rate(pd.concat([ratings, rule_ratings(df)]), df).avg_subgoals.tolist() == [1, 0] and len(judge_settings(df, MODEL, task)["texts"]) == 16
+
 def test_a_long_text_is_judged_whole():
     text = "3 * 4 = 12. " * 50_000
     assert text in judge_request(dict(generated=text, numbers=[3, 4], target=12), "backward").prompt
@@ -145,16 +153,30 @@ def test_the_format_follows_the_price_table(tmp_path):
 
 # ---- sampling
 
-@given(st.lists(st.integers(0, 500), min_size=1, max_size=5).filter(any), st.data())
-def test_quotas_are_shares_rounded_to_whole_completions(sizes, data):
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=5).filter(any), st.data(), st.integers(0, 99))
+def test_quotas_are_shares_rounded_to_whole_completions(sizes, data, seed):
     n = data.draw(st.integers(1, sum(sizes)))
-    quotas = jd._quotas(sizes, n)
-    assert sum(quotas) == n and all(q <= s and abs(q - n * s / sum(sizes)) < 1 for q, s in zip(quotas, sizes))
+    quotas = jd._quotas(sizes, n, np.random.default_rng(seed))
+    assert sum(quotas) == n and all(0 <= q <= s and abs(q - n * s / sum(sizes)) < 1 for q, s in zip(quotas, sizes))
+
+@pytest.mark.parametrize("sizes,n", [((3, 5, 92), 10), ((2, 499, 499), 200), ((1, 1, 1), 1), ((0, 1, 199), 7), ((34, 33, 33), 50)])
+def test_quotas_are_unbiased(sizes, n):
+    rng, share = np.random.default_rng(0), n * np.array(sizes) / sum(sizes)
+    drawn = np.array([jd._quotas(sizes, n, rng) for _ in range(4000)])
+    error = np.sqrt(share % 1 * (1 - share % 1) / 4000) # of a mean of numbers that are rounded up or down
+    assert (abs(drawn.mean(0) - share) <= 4 * error + 1e-9).all()
+
+def test_rare_verdicts_are_neither_starved_nor_favoured():
+    df = frame(((2, 30, 18),), steps=range(500))
+    drawn = draw_sample(df, 10) # the share of missing answers is .4 of a completion
+    assert (drawn.groupby("step").size() == 10).all()
+    assert (drawn.score == 0).sum() / 500 == pytest.approx(.4, abs=.09) and (drawn.score == 1).sum() / 500 == pytest.approx(3.6, abs=.09)
 
 def test_strata_are_drawn_in_proportion():
     drawn = draw_sample(frame(((50, 30, 20),)), 10)
     assert Counter(drawn.score) == {0.: 5, .1: 3, 1.: 2}
     assert Counter(draw_sample(frame(((1, 99, 0),)), 10).score) in ({.1: 10}, {0.: 1, .1: 9})
+    assert draw_sample(frame(((1, 98, 1),)), 99).score.value_counts()[.1] in (97, 98) # nearly all
 
 def test_a_draw_keeps_order_labels_and_columns():
     df = frame(((20, 20, 20),), ("base", "dots"), (0, 50))
@@ -186,7 +208,7 @@ def test_ratings_are_tidy_and_join_back(tmp_path):
     assert ratings.row.drop_duplicates().tolist() == draw_sample(df, 6).index.tolist()
     requests = judge_requests(df, MODEL, format="tags", n=6)
     assert asked == requests and ratings["count"].tolist() == [len(r.prompt) % 7 for r in requests]
-    joined = ratings.merge(df.assign(row=df.index), on=RATING_KEYS)
+    joined = ratings.merge(labelled(df), on=RATING_KEYS)
     assert len(joined) == len(ratings) and all(text in r.prompt for text, r in zip(joined.generated, requests))
 
 def test_an_unreadable_reply_is_asked_for_once_more(tmp_path):
@@ -219,6 +241,15 @@ def test_what_got_no_reply_is_missing_until_another_day(tmp_path):
     ratings, asked = ask_with(df, lambda r, k: tag(1), tmp_path)
     assert set(ratings["count"]) == {1} and len(asked) == 1
 
+def test_a_second_try_without_a_reply_is_an_error_and_not_final(tmp_path):
+    df = frame(((1, 0, 0),))
+    with pytest.warns(UserWarning, match="no reply"):
+        ratings, asked = ask_with(df, lambda r, k: (Refused("gone") if r.sample else "many") if asks("subgoal")(r) else tag(1), tmp_path)
+    gone = ratings[ratings.habit == "subgoal"].iloc[0]
+    assert gone["count"] is pd.NA and (gone.finish, gone.tries, gone.reply) == ("error", 2, "") and set(ratings[ratings.habit != "subgoal"]["count"]) == {1}
+    ratings, asked = ask_with(df, lambda r, k: tag(5), tmp_path)
+    assert [r.sample for r in asked] == [1000] and ratings.set_index("habit")["count"]["subgoal"] == 5 and set(ratings.finish) == {"stop"}
+
 def test_the_budget_covers_both_rounds(tmp_path):
     (tmp_path / "prices.json").write_text(json.dumps(dict(date="2025-01-01", sources=[], models={str(MODEL): dict(input=0, output=1e6)}))) # a dollar per token
     df, kw = frame(((1, 0, 0),)), dict(prices=tmp_path / "prices.json", max_tokens=50)
@@ -248,12 +279,31 @@ def test_a_recorded_ledger_replays_without_a_service(tmp_path):
     (lambda d: d.iloc[:0], {}, "empty"), (lambda d: d.drop(columns=["step", "generated"]), {}, "lack the columns step, generated"),
     (lambda d: d.drop(columns="target"), {}, "lack the columns target"), (lambda d: pd.concat([d, d]), {}, "occurs twice"),
     (lambda d: d.assign(generated=[None, *["x"] * (len(d) - 1)]), {}, "'generated' must be text, but is"), (lambda d: d.assign(generated=7), {}, "'generated' must be text, but is 7"),
-    (lambda d: d.assign(seed=np.nan), {}, "column 'seed' is empty"), (lambda d: d.assign(target=2.5), {}, "task=\"math\""), (lambda d: d.assign(numbers=None), {}, "task=\"math\""),
+    (lambda d: pd.concat([d.assign(folder=f"cpu/eval-{i}") for i in range(5)], ignore_index=True), {}, "5 evaluations of the checkpoint plain base 0 0: cpu/eval-0, cpu/eval-1, cpu/eval-2, cpu/eval-3, …; judge one eval-* folder"),
+    (lambda d: d.assign(seed=np.nan), {}, "column 'seed' is empty"), (lambda d: d.assign(target=2.5), {}, "judge texts without them as task math"), (lambda d: d.assign(numbers=None), {}, "judge texts without them as task math"),
 ])
 def test_wrong_input_is_named_before_anything_is_asked(change, kw, said, tmp_path):
     service = Judge(lambda r, k: tag(0))
     with pytest.raises(ValueError) as e: judge(change(frame()), MODEL, Ledger(tmp_path / "r.db"), **dict(dict(format="tags", service=service, progress=False), **kw))
     assert said in str(e.value) and not service.asked
+
+def test_different_checkpoints_may_lie_in_different_folders():
+    df = frame(conditions=("base", "dots"))
+    assert len(rule_ratings(df.assign(folder="eval-" + df.condition))) == 4 * len(df) and len(draw_sample(df.assign(folder="eval-1"), 2)) == 4
+
+def test_settings_are_all_that_decides_the_ratings(tmp_path):
+    (tmp_path / "prices.json").write_text(json.dumps(dict(date="2025-01-01", sources=[], models={"openai:strict": dict(input=1, output=1, structured=True)})))
+    df, base = frame(((20, 20, 20),)), dict(task="countdown", format="auto", n=5, seed=0, repeat=0, max_tokens=9, temperature=None)
+    of = lambda df=df, model="openai:somebody", **kw: judge_settings(df, model, **(base | kw))
+    same = of()
+    assert set(same) == {"judge", "extra", *base, "questions", "texts"} and same["format"] == "tags" and json.loads(json.dumps(same)) == same == of(format="tags") == of(model=MODEL)
+    assert of(df.rename(index=lambda i: i + 7)) == same == of(model=Model("openai", "somebody", "http://localhost:1/v1")) # places decide nothing
+    assert of(model="openai:strict", prices=tmp_path / "prices.json")["format"] == "json"
+    changed = lambda **kw: {k for k, v in of(**kw).items() if v != same[k]}
+    assert changed(task="math") == {"task", "questions"} and changed(format="json") == {"format", "questions"} and changed(seed=1) == {"seed", "texts"}
+    assert changed(n=None) == {"n", "texts"} and changed(max_tokens=8) == {"max_tokens"} and changed(model=replace(MODEL, extra=dict(effort="low"))) == {"extra"}
+    assert changed(df=df.assign(generated=df.generated + ".")) == {"texts"} == changed(df=df.assign(index=df["index"] + 1))
+    assert changed(df=df.assign(condition="dots")) == {"texts"}
 
 def test_unknown_habits_are_named():
     with pytest.raises(ValueError, match="habit='estimation' is unknown; choose from verification"): judge_request(dict(generated="x", numbers=[3], target=3), "estimation")
@@ -302,8 +352,39 @@ def test_accuracy_and_n_are_those_of_the_whole_checkpoint(tmp_path):
 def test_ratings_of_other_completions_are_refused():
     df, other = frame(), frame(conditions=("dots",))
     for wrong, said in ((rule_ratings(other), "belong to no completion"), (rule_ratings(df)[:0], "empty"), (pd.concat([rule_ratings(df)] * 2), "rated twice"),
-                        (rule_ratings(df).drop(columns="row"), "lack the columns row"), (rule_ratings(df).assign(habit="estimation"), "estimation")):
+                        (rule_ratings(df).drop(columns="row"), "lack the columns row"), (rule_ratings(df).drop(columns="text"), "lack the columns text"),
+                        (rule_ratings(df.assign(generated=df.generated + " Too high.")), "belong to no completion"), (rule_ratings(df).assign(habit="estimation"), "estimation")):
         with pytest.raises(ValueError, match=said): rate(wrong, df)
+
+def grown():
+    "A store, and the same store after another checkpoint was added in front; some samples of a problem are the same text"
+    old = pd.concat([frame(((4, 3, 3),), ("base", "dots"))] * 3, ignore_index=True)
+    old.loc[20:, "generated"] += " Again." # three samples of every problem, two of them alike
+    return old, pd.concat([frame(conditions=("all_strategies",)), old], ignore_index=True)
+
+def test_a_store_that_grows_loses_no_pairs(tmp_path):
+    old, new = grown()
+    by_row = lambda rater, df: rule_ratings(df, rater=rater).assign(count=lambda d: pd.array(d.row - d.row.min() if rater == "first" else d.row - 10, "Int64"))
+    first, second = by_row("first", old), by_row("second", new[10:])
+    for a, b in ((first, second), (first.sample(frac=1, random_state=1), second.sample(frac=1, random_state=2))):
+        agreed = agreement(a, b)
+        assert (agreed.n == len(old)).all() and (agreed.rho == 1).all() and (agreed.mean_a == agreed.mean_b).all()
+    judged, _ = ask_with(old, lambda r, k: tag(3), tmp_path, n=12)
+    assert (agreement(judged, rule_ratings(new)).n == 24).all() and not set(judged.row) <= set(new.index[new.condition == "base"])
+    both = rate(pd.concat([judged, rule_ratings(new)]), new)
+    assert both[both.rater == str(MODEL)].judged.tolist() == [12, 12] and (both[both.rater == str(MODEL)].avg_subgoals == 3).all()
+    pd.testing.assert_frame_equal(rate(judged, new), rate(judged, old))
+    assert len(confusions(judged, rule_ratings(new), new, "subgoal", n=99).merge(new.assign(row=new.index), on=["row", "generated"])) == 24
+    assert not joinable(labelled(new)).duplicated(JOIN_KEYS).any() and set(joinable(labelled(new))["copy"]) == {1, 2}
+
+def test_the_same_place_with_another_text_is_another_completion():
+    df = frame()
+    other = df.assign(generated=df.generated + " That is 12.") # trained and evaluated again
+    with pytest.raises(ValueError, match="rated by both"): agreement(rule_ratings(df), rule_ratings(other, rater="other"))
+    with pytest.raises(ValueError, match="not among the completions"):
+        confusions(rule_ratings(df), rule_ratings(df, rater="b").assign(count=pd.array([9] * 40, "Int64")), other, "subgoal")
+    half = pd.concat([df[:5], other[5:]])
+    assert (agreement(rule_ratings(df), rule_ratings(half, rater="other")).n == 5).all()
 
 def test_checkpoints_without_ratings_are_left_out():
     df = frame(((4, 3, 3),), ("base", "dots"))
@@ -344,6 +425,31 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError): write_ratings(rule_ratings(df).assign(count=pd.array([7] * 40, "Int64")), df, tmp_path)
     assert {f: f.read_bytes() for f in files} == before and sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(files)
 
+def test_nothing_stale_is_left(tmp_path):
+    df = frame(conditions=("base", "dots"), steps=(0, 50))
+    write_ratings(rule_ratings(df), df, tmp_path)
+    (tmp_path / "upstream/plain/seed0/dots/notes.txt").write_text("mine")
+    part = df[(df.condition == "base") & (df.step == 50)]
+    files = write_ratings(rule_ratings(part), df, tmp_path)
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted([*files, tmp_path / "upstream/plain/seed0/dots/notes.txt"])
+    write_ratings(rule_ratings(df), df, tmp_path)
+    (tmp_path / "upstream/plain/seed0/dots/notes.txt").unlink()
+    write_ratings(rule_ratings(df.assign(seed=1)), df.assign(seed=1), tmp_path)
+    assert [p.name for p in (tmp_path / "upstream/plain").iterdir()] == ["seed1"] # no empty folders of seed 0 either
+
+def test_a_folder_keeps_to_its_settings(tmp_path):
+    df = frame()
+    ratings, settings = rule_ratings(df), judge_settings(df, MODEL, n=None)
+    files = write_ratings(ratings, df, tmp_path / "out", settings)
+    assert json.loads((tmp_path / "out/settings.json").read_text()) == settings and tmp_path / "out/settings.json" in files
+    before = {f: f.read_bytes() for f in write_ratings(ratings, df, tmp_path / "out", settings | {})}
+    others = {"n was null, now 5": settings | dict(n=5), 'judge was "openai:somebody", now "openai:else"; temperature was null, now 0.5': settings | dict(judge="openai:else", temperature=.5),
+              "questions was": None}
+    for said, other in others.items():
+        with pytest.raises(ValueError) as e: write_ratings(ratings.assign(rater="x"), df, tmp_path / "out", other)
+        assert said in str(e.value) and "choose another folder" in str(e.value) and "\n" not in str(e.value)
+    assert {f: f.read_bytes() for f in before} == before
+
 def test_two_raters_need_two_folders(tmp_path):
     df = frame()
     with pytest.raises(ValueError, match="folder of its own"): write_ratings(pd.concat([rule_ratings(df), rule_ratings(df, rater="other")]), df, tmp_path)
@@ -354,7 +460,7 @@ def test_two_raters_need_two_folders(tmp_path):
 
 def ratings_of(x, rater, habit="verification", start=0):
     n = len(x)
-    return pd.DataFrame(dict(model="m", condition="base", seed=0, step=0, index=range(n), row=range(start, start + n), habit=habit, rater=rater, count=pd.array(x, "Int64")))
+    return pd.DataFrame(dict(model="m", condition="base", seed=0, step=0, index=range(n), row=range(start, start + n), text="0123456789", habit=habit, rater=rater, count=pd.array(x, "Int64")))
 
 def agree(x, y, **kw): return agreement(ratings_of(x, "a"), ratings_of(y, "b"), **kw).iloc[0]
 def slow_kappa(x, y):
@@ -462,11 +568,13 @@ def test_confusions_are_the_widest_in_both_directions():
     x, y = [0, 3, 5, 0, 0, 1, 2, 2], [2, 0, 1, 0, 4, 1, None, 1]
     a, b = ratings_of(x, "a"), ratings_of(y, "b")
     df = a[["model", "condition", "seed", "step", "index"]].assign(generated=[f"text {i}\nsecond line" for i in range(8)], numbers=[[3, 4]] * 8, target=12)
+    a, b = (r.assign(text=labelled(df).text) for r in (a, b))
     found = confusions(a, b, df, "verification", n=2)
     assert list(zip(found.higher, found.row)) == [("a", 1), ("a", 2), ("b", 4), ("b", 0)] and found.generated.tolist()[0].startswith("text 1")
     text = show_confusions(found)
     assert "a 3, b 0" in text and "3, 4 → 12" in text and "    second line" in text
     assert len(confusions(a, b, df, "verification")) == 5 and confusions(a, a.assign(rater="c"), df, "verification").empty
-    tied = [confusions(ratings_of([1] * 30, "a"), ratings_of([0] * 30, "b"), pd.concat([df.iloc[:1]] * 30, ignore_index=True).assign(index=range(30)), "verification", seed=s).row.tolist() for s in (0, 0, 1)]
+    same = labelled(pd.concat([df.iloc[:1]] * 30, ignore_index=True).assign(index=range(30)))
+    tied = [confusions(*(ratings_of([k] * 30, who).assign(text=same.text) for k, who in ((1, "a"), (0, "b"))), same, "verification", seed=s).row.tolist() for s in (0, 0, 1)]
     assert tied[0] == tied[1] != tied[2]
     with pytest.raises(ValueError, match="habit='x'"): confusions(a, b, df, "x")

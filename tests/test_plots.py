@@ -80,6 +80,19 @@ def test_raters_are_not_mixed():
     assert "Counted by: judge" in figure_text(dynamics(both, rater="judge"), "caption")
     with pytest.raises(ValueError, match="empty"): interval(both, rater="nobody")
 
+def test_a_judge_vouches_for_what_it_read():
+    r = table(dict(base=.4, dots=.5), n=1000).assign(judged=1000)
+    both = pd.concat([r, r.assign(rater="judge", judged=200, avg_backtracking=9.)])
+    assert set(interval(both).n) == {1000} == set(interval(both, "response_length").n)
+    habit = interval(both, "avg_backtracking", "judge")
+    assert set(habit.n) == {200} and interval_note(habit) == "no interval: 1 seed, 200 completions" and set(interval(both, "avg_backtracking", "rules").n) == {1000}
+    assert set(interval(pd.concat([table(dict(base=.4), n=1000), both.iloc[-3:]]), "avg_backtracking", "rules").n) == {1000} # rows of before `judged` was written
+    said = figure_text(dynamics(both, rater="judge"), "caption")
+    assert "no interval: 1 seed, 200 completions" in said and "Counted by: judge in 200 of 1,000 completions per checkpoint." in said
+    assert "Counted by: rules. " in figure_text(dynamics(both, rater="rules"), "caption") and "1,000 completions" in figure_text(controls(both), "caption")
+    many = pd.concat([both.assign(seed=s) for s in range(3)])
+    assert "3 seeds of 200 completions" in figure_text(dynamics(many, rater="judge"), "caption")
+
 # ---- titles
 
 title = lambda fig: figure_text(fig, "title")

@@ -178,6 +178,16 @@ def test_files_folders_and_stores(df, tmp_path):
     s = summary(both)
     assert s[s.condition == "base"].n.tolist() == [40, 40] and len(select(both, folder="cpu/eval-2")) == 40
 
+def test_unfinished_stages_are_passed_over(df, tmp_path):
+    done, half = tmp_path/"cpu"/"eval-1", tmp_path/"cpu"/"eval-2.partial"
+    for f in (done, half, tmp_path/"ppo-3.partial"/"eval"): f.mkdir(parents=True)
+    df[df.condition == "base"].to_parquet(half/"completions-step-0000.parquet")
+    df[df.condition == "base"].to_parquet(tmp_path/"ppo-3.partial"/"eval"/"completions-step-0000.parquet")
+    with pytest.raises(ValueError, match=re.escape("no finished completions-*.parquet below")): read_completions(tmp_path)
+    df.to_parquet(done/"completions-step-0000.parquet")
+    assert len(read_completions(tmp_path)) == len(read_completions(tmp_path/"cpu")) == len(df) and "folder" not in read_completions(tmp_path)
+    for there in (half, half/"completions-step-0000.parquet", tmp_path/"ppo-3.partial"): assert len(read_completions(there)) == 40 # asked for by name
+
 def test_what_is_not_utf8_is_still_shown(tmp_path):
     def texts(*values):
         ends = np.cumsum([0, *map(len, values)]).astype(np.int32)
