@@ -143,7 +143,7 @@ class Ledger:
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
-    def __repr__(self)->str: return f"Ledger({str(self.path)!r}: {self._db.execute('SELECT count(*) FROM replies').fetchone()[0]:,} replies)"
+    def __repr__(self)->str: return f"Ledger({self.path.name!r}: {self._db.execute('SELECT count(*) FROM replies').fetchone()[0]:,} replies)"
 
     def close(self):
         "Give up all claims"
