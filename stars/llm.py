@@ -329,7 +329,7 @@ def ask(
     open_ = todo.keys() - ledger.answered(todo)
     if ledger.replay: # what failed when it was recorded fails again
         if unknown := open_ - ledger.errors(open_).keys():
-            raise LookupError(f"{ledger.path} has no reply to {len(unknown):,} of {len(todo):,} requests to {model}; it was recorded with other settings, or not to the end")
+            raise LookupError(f"{ledger.path} has no reply to {len(unknown):,} of {len(todo):,} requests to {model}; it was recorded with other settings, or not to the end, and holds replies of {', '.join(dict.fromkeys(m for m, *_ in ledger.totals())) or 'nobody'}")
     elif open_:
         with tqdm(total=len(todo), initial=len(todo) - len(open_), desc=str(model), disable=not progress) as bar:
             run = _Run(model, todo, ledger, service or connect(model), price, max_cost, bar)

@@ -47,9 +47,10 @@ def read_prices(
 )->tuple[dict[str, Price], str]: # prices by model, and the day they were read
     "The price table; raises ValueError that names the entry at fault"
     path = path or Path(str(files("stars")))/"prices.json"
-    table = json.loads(Path(path).read_text())
-    try: return {m: Price(**{k: v for k, v in p.items() if k != "note"}) for m, p in table["models"].items()}, table["date"]
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{path} is no price table: {e}; it needs date and models, each with input and output") from None
+    try:
+        table = json.loads(Path(path).read_text())
+        return {m: Price(**{k: v for k, v in p.items() if k != "note"}) for m, p in table["models"].items()}, table["date"]
+    except (KeyError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"{path} is no price table: {type(e).__name__}: {e}; it needs date and models, each with input and output") from None
 
 def price_of(
     model:Model,          # who is asked
