@@ -26,6 +26,13 @@ def keys(monkeypatch):
     for k in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN"): monkeypatch.delenv(k, raising=False)
     for k in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"): monkeypatch.setenv(k, KEY)
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    "A background job inherits that Ctrl-C is ignored; here it never is"
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, was)
+
 @pytest.fixture
 def book(tmp_path):
     with Ledger(tmp_path/"ledger.db") as b: yield b
@@ -165,8 +172,9 @@ def test_retry_after_is_honoured(book):
 # killed clients, several clients
 
 CLIENT = """
-import sys, warnings
+import signal, sys, warnings
 from stars.llm import *
+signal.signal(signal.SIGINT, signal.default_int_handler)
 service, url, path, n, batch = sys.argv[1:]
 todo = [Request(f"question {i}", "Say it backwards.", max_tokens=50) for i in range(int(n))]
 warnings.simplefilter("ignore")
