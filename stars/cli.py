@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -130,7 +131,7 @@ STAGES = dict(
 @dataclass(frozen=True)
 class Asking:
     "How a hosted model is asked"
-    base_url:str|None=None   # address of another server that speaks the same API, e.g. http://localhost:8000/v1
+    base_url:str|None=None   # address of another server that speaks the same API: for openai: it ends in /v1, for anthropic: it does not
     batch:bool=False         # in batches: half the price, within a day
     dry_run:bool=False       # only say what it would cost
     max_cost:float|None=None # dollars for these requests, earlier attempts included
@@ -141,7 +142,7 @@ class Asking:
     temperature:float|None=None # default: the service's own (many models refuse one)
     max_tokens:int=1024      # longest reply, hidden reasoning included
     extra:str="{}"           # further fields of the API's request body, as JSON, e.g. '{"reasoning_effort": "low"}'
-    prices:Path|None=None    # price table (default: the one that comes with the package)
+    prices:Path|None=None    # price table, JSON: {"date": "2026-01-01", "models": {"openai:my-model": {"input": 1.0, "output": 4.0}}}, dollars per million tokens (default: the one that comes with the package)
     ledger:Path=Path("runs/ledger.db") # where replies are kept; an exported .parquet is replayed
 
     def open(self, name:str)->"tuple[llm.Model, dict]": # the model, and arguments of `ask`
@@ -152,6 +153,8 @@ class Asking:
         how = {n: getattr(self, n) for n in ("batch", "max_cost", "concurrency", "rpm", "tpm", "poll", "prices")}
         model = llm.Model.parse(name, self.base_url, extra)
         if model.service != "local" or self.ledger.suffix == ".parquet": return model, how # a recorded checkpoint is named as the ledger names it
+        if "/" not in model.name and model.name not in ex.BASES and not Path(model.name).is_dir():
+            raise ValueError(f"{model} is no folder with a checkpoint; a recorded model needs --ledger RECORDING.parquet")
         model, service = rollouts.local_service(model.name, ex.device())
         return model, how | dict(service=service)
 
@@ -196,7 +199,7 @@ def _teach(out:Path, teacher:str, condition:str, seed:int, set_:tuple[str, ...],
     if problems and set_: raise ValueError("--set draws problems and --problems brings its own; leave one out")
     whole(n, "--n", 1)
     mix = ex.Config("cpu").prime_mix if condition == "incorrect_only" else condition
-    drawn = from_parquet(problems) if problems else sample_problems(min(n, 5_000), seed, **asdict(replace(_space("priming", overrides(set_), None), split="prime")))
+    drawn = from_parquet(problems) if problems else sample_problems(min(ceil(n*over), 5_000), seed, **asdict(replace(_space("priming", overrides(set_), None), split="prime")))
     if bad := [p for p in drawn if split_of(p) != "prime"]: raise ValueError(f"--problems {problems}: {bad[0]} belongs to the split {split_of(bad[0])}, not prime ({len(bad)} of {len(drawn)})")
     (who, how), settings = asking.open(teacher), dict(over=over, max_tokens=asking.max_tokens, temperature=asking.temperature)
     with llm.Ledger(asking.ledger) as book:
@@ -212,10 +215,10 @@ def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(
     """Have a language model count the habits of completions, and compare it with the rules.
 
     Args:
-        source: a parquet file of completions, an eval-* folder, or a run store
-        judge: language model, service:name
-        task: what the texts are about
-        format: how it replies: json (structured output), tags, or json for models that are known to hold to a schema
+        source: an eval-* folder, a run store, or a parquet file with the columns model, condition, seed, step, index, generated
+        judge: language model, service:name; local:FOLDER is a checkpoint on this machine
+        task: what the texts are about; countdown needs the columns numbers and target
+        format: how it replies: json (structured output), tags, or auto: json for models known to hold to a schema, tags for others
         n: completions per checkpoint, stratified by verdict; 0: all
         seed: of their draw
         repeat: 1, 2, ...: ask again, as another rater
@@ -231,10 +234,12 @@ def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(
         before = _paid(book)
         ratings = judges.judge(texts, who, book, **settings, **how)
         paid = _paid(book) - before
-    silent = int((ratings.finish == "error").sum())
-    if silent == len(ratings): raise ConnectionError(f"none of {len(ratings):,} questions to {who} has a reply; nothing is written, the same command asks them again")
+    if (ratings.finish == "error").all(): raise ConnectionError(f"none of {len(ratings):,} questions to {who} has a reply; nothing is written, the same command asks them again")
     judges.write_ratings(ratings, texts, where, decides)
-    print(f"{where}: {len(ratings):,} ratings, {ratings['count'].isna().sum():,} missing" + (f" ({silent:,} without any reply: the same command asks them again)" if silent else "") + f", paid now ${paid:.4f}\n")
+    why = {f"cut at --max-tokens {asking.max_tokens}": "length", "refused": "refusal", "without any reply, which the same command asks again": "error", "unreadable": "stop"}
+    missing = {text: int((ratings["count"].isna() & (ratings.finish == finish)).sum()) for text, finish in why.items()}
+    print(f"{where}: {len(ratings):,} ratings, {sum(missing.values()):,} missing" + "".join(f", {n:,} {text}" for text, n in missing.items() if n) + f"; paid now ${paid:.4f}\n")
+    print(f"rules / {who}, {ratings.row.nunique():,} completions:\n")
     print(agreement.agreement_table(agreement.agreement(judges.rule_ratings(texts.loc[ratings.row.unique()]), ratings)).to_string())
 
 def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=None, load:Path|None=None, forget:str|None=None):
@@ -252,6 +257,10 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
     if to and to.suffix != ".parquet": raise ValueError(f"--to {to}: name it .parquet, by which a recorded ledger is known")
     with llm.Ledger(path) as book:
         if load: print(f"{load}: {book.load(load):,} rows taken over")
+        for b, n in book.under_way():
+            print(f"under way: batch {b.id or '(id not known yet)'} to {b.model}, {n:,} requests, handed in {time.strftime('%Y-%m-%d %H:%M', time.localtime(b.at))}; the same command with --batch collects it")
+        asked, errors = book.noted()
+        print(f"{asked:,} requests noted, {errors:,} failures")
         if forget: print(f"{forget}: {book.forget(forget):,} requests can be sent again")
         for model, mode, replies, tokens_in, tokens_out, cost in book.totals():
             print(f"{model}, {mode}: {replies:,} replies, {tokens_in:,} tokens in, {tokens_out:,} out" + ("" if cost is None else f", ${cost:,.4f}"))
@@ -335,5 +344,5 @@ def main(
         print(f"stars: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stars: interrupted; the same command goes on from here", file=sys.stderr)
+        print("stars: interrupted; the same command goes on from here (a batch that was handed in goes on at its service)", file=sys.stderr)
         sys.exit(130)

@@ -175,7 +175,7 @@ class Ledger:
     def note(self, model:Model, requests:Sequence[Request])->list[str]:
         "Remember what will be asked; returns the keys"
         keys, extra = [request_key(model, r) for r in requests], model.extra
-        params = lambda r: json.dumps(dict(extra=extra) | {p: getattr(r, p) for p in _PARAMS}, sort_keys=True)
+        params = lambda r: json.dumps(dict(extra=extra) | {p: getattr(r, p) for p in _PARAMS}) # as it came: a schema's order is part of the key
         for piece in _pieces(zip(keys, requests), 1000):
             with self._write() as run:
                 for key, r in piece:
@@ -295,6 +295,16 @@ class Ledger:
             run("UPDATE batches SET state = 'lost' WHERE id = ? AND state IN ('submitting', 'running')", (id,))
         if not n: raise ValueError(f"batch={id!r} is not under way in {self.path}")
         return n
+
+    def under_way(self)->list[tuple[Batch, int]]: # oldest first, with the number of requests in each
+        "All batches that are not closed"
+        with self._lock:
+            rows = self._db.execute("SELECT batches.*, count(*) FROM batches JOIN items ON batch = name WHERE state IN ('submitting', 'running') GROUP BY name ORDER BY batches.at").fetchall()
+        return [(Batch(*b), n) for *b, n in rows]
+
+    def noted(self)->tuple[int, int]: # requests, errors
+        "How much was ever asked, and how often in vain"
+        with self._lock: return self._db.execute("SELECT (SELECT count(*) FROM requests), (SELECT count(*) FROM errors)").fetchone()
 
     def open_batches(self, model:Model, keys:Iterable[str])->dict[Batch, list[str]]:
         "Batches under way that hold some of the keys, each with all its keys"

@@ -34,6 +34,7 @@ class Estimate:
     model:str                # who would be asked
     requests:int             # different ones
     recorded:int             # of them in the ledger, free
+    under_way:int            # of them in batches, paid for
     tokens:tuple[int, int]   # in and out, of those to be sent, at most
     likely_tokens:tuple[int, int]|None # if they are like the recorded ones; None: none are recorded
     most:dict                # dollars at most, by mode; None where no price is known
@@ -46,8 +47,9 @@ class Estimate:
         def dollars(mode):
             if self.most[mode] is None: return "no price known"
             return f"at most ${self.most[mode]:,.4f}" + (f", likely ${self.likely[mode]:,.4f}" if likely else "")
-        return (f"{self.model}: {self.requests:,} requests, {self.recorded:,} of them answered in the ledger\n"
-                f"to send      {self.requests - self.recorded:,} requests, at most {both(self.tokens)}{likely}\n"
+        inside = f", {self.under_way:,} in batches under way (--batch waits for them)" if self.under_way else ""
+        return (f"{self.model}: {self.requests:,} requests, {self.recorded:,} of them answered in the ledger{inside}\n"
+                f"to send      {self.requests - self.recorded - self.under_way:,} requests, at most {both(self.tokens)}{likely}\n"
                 f"concurrent   {dollars('concurrent')}\nbatch        {dollars('batch')}\nprices of    {self.prices}")
 
 def estimate(
@@ -59,11 +61,12 @@ def estimate(
     "Requests, tokens and cost, before anything is sent"
     unique = {request_key(model, r): r for r in requests}
     known = ledger.answered(unique)
-    todo = [r for k, r in unique.items() if k not in known]
+    inside = {k for keys in ledger.open_batches(model, unique).values() for k in keys} & unique.keys() - known
+    todo = [r for k, r in unique.items() if k not in known | inside]
     price, typical = price_of(model, prices), {s: ledger.typical(model, s) for s in {r.system for r in todo}}
     likely = [typical[r.system] for r in todo] if todo and all(typical.values()) else None
     by_mode = lambda cost: {mode: None if price is None else sum(cost(mode)) for mode in ("concurrent", "batch")}
-    return Estimate(str(model), len(unique), len(unique) - len(todo), (sum(map(input_ceiling, todo)), sum(r.max_tokens for r in todo)),
+    return Estimate(str(model), len(unique), len(known), len(inside), (sum(map(input_ceiling, todo)), sum(r.max_tokens for r in todo)),
                     likely and tuple(round(sum(t)) for t in zip(*likely)), by_mode(lambda mode: (cost_ceiling(price, r, mode) for r in todo)),
                     by_mode(lambda mode: (price.cost(Reply("", input_tokens=i, output_tokens=o, mode=mode)) for i, o in likely or ())), read_prices(prices)[1])
 
@@ -319,7 +322,7 @@ def ask(
     if batch and model.service == "local": raise ValueError(f"batch=True (--batch): {model} runs in this process, where there is nothing to wait for")
     price = price_of(model, prices)
     if max_cost is not None and price is None:
-        raise ValueError(f"max_cost={max_cost}: no price of {model} is known; add it to a price table (prices=FILE), or leave max_cost out")
+        raise ValueError(f"max_cost={max_cost}: no price of {model} is known; add it to a price table (--prices FILE, JSON: date, and models with dollars per million tokens of input and output), or leave max_cost out")
     if price and not price.temperature and any(r.temperature is not None for r in requests):
         raise ValueError(f"{model} takes no temperature; leave it out")
     if max_cost is not None:
@@ -331,8 +334,9 @@ def ask(
         if unknown := open_ - ledger.errors(open_).keys():
             raise LookupError(f"{ledger.path} has no reply to {len(unknown):,} of {len(todo):,} requests to {model}; it was recorded with other settings, or not to the end, and holds replies of {', '.join(dict.fromkeys(m for m, *_ in ledger.totals())) or 'nobody'}")
     elif open_:
+        service = service or connect(model)
         with tqdm(total=len(todo), initial=len(todo) - len(open_), desc=str(model), disable=not progress) as bar:
-            run = _Run(model, todo, ledger, service or connect(model), price, max_cost, bar)
+            run = _Run(model, todo, ledger, service, price, max_cost, bar)
             if model.service == "local": _here(run)
             elif batch: _batches(run, poll, tries)
             else: _concurrent(run, concurrency, rpm, tpm, retries)

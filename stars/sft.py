@@ -40,7 +40,7 @@ def encode(
     out = [Example([*q, *c, tokenizer.eos_token_id], len(q)) for q, c in zip(ids("query"), ids("completion"))]
     for i, e in enumerate(out):
         if not e.prompt: raise ValueError(f"row {i} has an empty query; a completion needs at least one token before it")
-        if len(e.ids) > max_length: raise ValueError(f"row {i} takes {len(e.ids)} tokens, max_length={max_length}; raise it or drop the row")
+        if len(e.ids) > max_length: raise ValueError(f"row {i} takes {len(e.ids)} tokens, max_length={max_length} (sft_max_length of a preset); raise it or drop the row")
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in e.ids:
             raise ValueError(f"row {i} holds a token the tokenizer does not know: {rows[i]['query']}{rows[i]['completion'][:60]}")
     return out

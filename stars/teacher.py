@@ -257,7 +257,7 @@ class TeacherReport:
     def row(self)->dict:
         "One line of a table"
         names = ("refusals", "truncated", "unparsable", "no_reply", "filtered", "input_tokens", "output_tokens", "cost")
-        first = {f: getattr(self, f) for f in ("mix", "teacher", "asked", "kept", "correct")}
+        first = {f: getattr(self, f) for f in ("mix", "teacher", "asked", "passed", "kept", "correct")}
         return first | self.shown | dict(forbidden=self.forbidden) | {f: getattr(self, f) for f in names}
 
 def _report(mix:str, model:Model, outcomes:Sequence[tuple[Reply|None, dict|None, str]], n:int)->TeacherReport:
@@ -317,5 +317,7 @@ def ask_teacher(
 
 def _too_few(report, n):
     rest = ", ".join(f"{reason} {k}" for reason, k in report.reasons.items())
+    habits = any(reason.startswith(("shows ", "lacks ")) for reason in report.reasons)
     return (f"mix={report.mix!r}: {report.passed} of {report.asked} requests led to a row, n={n} were wanted. The others: {rest}. "
-            f"Ask for fewer, or raise over, rounds or max_tokens; replies in the ledger are not paid for again")
+            + ("forbid=False (--any-habits) keeps traces with other habits than asked for; " if habits else "")
+            + "another model, fewer rows, or a larger over or max_tokens may help; replies in the ledger are not paid for again")

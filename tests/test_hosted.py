@@ -1,7 +1,10 @@
 "Teachers and judges from the command line, and what experiments make of their rows"
 import json
+import os
 import random
 import re
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +113,33 @@ def test_a_hosted_judge(capsys):
         assert set(results.rater) == {"anthropic:m"} and (results.judged == 5).all() and (results.avg_backtracking == 0).all()
         run(*command)
         assert sum(s.served.values()) == asked
+        run("ledger", "runs/ledger.db", "--to", "study.parquet")
+    run(*[c for c in command if c not in ("--base-url", s.url)], "--ledger", "study.parquet", "--out", "elsewhere") # nobody is there any more
+    assert pd.read_parquet("elsewhere/ratings.parquet").equals(ratings)
+    run("ledger", "other.db", "--load", "study.parquet")
+
+def test_a_pilot_is_part_of_the_whole(capsys):
+    with LLMServer(answer=teach, key=KEY) as s:
+        command = ["--teacher", "openai:m", "--base-url", s.openai_url, "--over", 2]
+        run("prime", "pilot.parquet", *command, "--n", 10)
+        run("prime", "all.parquet", *command, "--n", 40, "--dry-run")
+        assert "80 requests, 20 of them answered" in capsys.readouterr().out
+
+def test_batches_under_way_are_seen(capsys):
+    with LLMServer(answer=counted("verification"), key=KEY, faults=Faults(batch_latency_s=3600.)) as s:
+        pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet")).head(3).to_parquet("completions.parquet")
+        command = ["judge", "completions.parquet", "--judge", "openai:gpt-5.4-mini", "--base-url", s.openai_url, "--batch", "--poll", .1]
+        threading.Timer(2., lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        was = signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(SystemExit) as e: run(*command)
+        signal.signal(signal.SIGINT, was)
+        assert e.value.code == 130
+        run(*command, "--dry-run")
+        assert "12 in batches under way" in (said := capsys.readouterr().out) and "to send      0 requests" in said
+        run("ledger", "runs/ledger.db")
+        [id] = re.findall(r"under way: batch (\S+) to openai:gpt-5.4-mini, 12 requests", capsys.readouterr().out)
+        run("ledger", "runs/ledger.db", "--forget", id)
+        assert "12 requests can be sent again" in capsys.readouterr().out
 
 # what experiments make of rows from elsewhere
 
