@@ -69,7 +69,7 @@ def killed(service, mode, n, kills, how, honour, rng):
     faults = Faults(latency_s=.02, p_429=.02, p_500=.02, p_529=.01, p_drop_before=.01, p_drop_after=.01 if honour else 0., p_batch_item_expired=.05, p_batch_item_error=.05,
                     batch_latency_s=20., drop_submit_after=2, drop_results_after_n_lines=200, honour_idempotency=honour)
     with LLMServer(answer=backwards, faults=faults) as s, tempfile.TemporaryDirectory() as d:
-        m, done, lives, start = model(s, service), 0, [], time.perf_counter()
+        m, done, start = model(s, service), 0, time.perf_counter()
         run = lambda: subprocess.Popen([sys.executable, "-c", CLIENT, service, m.base_url, f"{d}/ledger.db", str(n), mode], stderr=subprocess.DEVNULL)
         while done < kills:
             p, goal = run(), s.received + (1 if mode == "batch" else rng.randint(n // (2*kills), n // kills))

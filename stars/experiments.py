@@ -18,8 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -33,12 +33,11 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from .behaviors import HABITS
 from .countdown import Problem, make_prompt, messages, score, split_of
 from .datasets import cores, follow_parent, from_parquet, replacing, to_parquet
 from .evals import complete, failures, summarize, write_completions
 from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, load_model, load_tokenizer, micro_model,
-                          micro_tokenizer, save_checkpoint, weights_digest)
+                          micro_tokenizer, weights_digest)
 from .ppo import PPOConfig, ppo
 from .problems import Space, sample_problems
 from .priming import (CONDITIONS, CONTROLS, MIXES, SCHEMA, control_rows, corpus_rows, dots, empty_cot, priming_rows, read_rows, reorder,

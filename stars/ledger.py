@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from uuid import uuid4
@@ -36,7 +36,8 @@ class Model:
     extra:dict=field(default_factory=dict) # further fields of the API's request body
 
     def __post_init__(self):
-        if taken := _OURS & self.extra.keys(): raise ValueError(f"extra={self.extra}: {', '.join(sorted(taken))} cannot be set there; requests have fields for what they need, and keys belong in the environment")
+        if taken := _OURS & self.extra.keys(): # names only: a value could be a secret
+            raise ValueError(f"extra: {', '.join(sorted(taken))} cannot be set there; requests have fields for what they need, and keys belong in the environment")
         if self.service not in SERVICES or not self.name:
             raise ValueError(f"model={(self.service and self.service + ':') + self.name!r} is unknown; write service:name with service one of {', '.join(SERVICES)}, e.g. openai:gpt-4o-mini")
 
@@ -324,7 +325,8 @@ class Ledger:
 
     def export(self, path:str|Path)->Path:
         "Write every request that has a reply, or else failed, with what came back, to a parquet file from which `Ledger(path)` replays"
-        last = "SELECT key, error AS text, 'error' AS finish, 0 AS input_tokens, 0 AS output_tokens, 0 AS cache_read, 0 AS cache_write, NULL AS cost, '' AS id, '' AS mode, max(at) AS at FROM errors WHERE key NOT IN (SELECT key FROM replies) GROUP BY key"
+        last = ("SELECT key, error, 'error', 0, 0, 0, 0, NULL, '', '', max(at) FROM errors " # in the order of the columns of `replies`
+                "WHERE key NOT IN (SELECT key FROM replies) GROUP BY key")
         with self._lock, replacing(path) as tmp, pq.ParquetWriter(tmp, _SCHEMA, compression="zstd") as out:
             rows = self._db.execute(f"SELECT key, model, params, systems.text, prompt, {', '.join('r.' + f for f in _REPLY)}, at FROM (SELECT * FROM replies UNION ALL {last}) r "
                                     "JOIN requests USING (key) JOIN systems ON system = systems.id ORDER BY requests.rowid")

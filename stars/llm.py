@@ -22,7 +22,7 @@ from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_
 from tqdm.auto import tqdm
 
 from .ledger import Batch, Ledger, Model, Reply, Request, request_key
-from .services import Busy, Failure, Gone, Lost, Price, Refused, Rejected, Service, Unusable, connect, cost_ceiling, input_ceiling, price_of, read_prices
+from .services import Failure, Gone, Lost, Price, Refused, Rejected, Service, Unusable, connect, cost_ceiling, input_ceiling, price_of, read_prices
 
 # %% ../nbs/02b_llm.ipynb #c018
 _all_ = ["Ledger", "Model", "Request", "Reply", "Refused", "Unusable"] # what users of `ask` need from the chapters before
@@ -224,7 +224,8 @@ def _collect(run:_Run, batch:Batch, keys:list[str])->dict[str, Failure]|None:
     try:
         if not run.service.ended(batch.id): return None
     except Gone as e:
-        raise Unusable(f"batch {batch.id} is unknown here ({e}): another key or workspace handed it in. Use that one, or give the batch up: stars ledger {run.ledger.path} --forget {batch.id}") from None
+        raise Unusable(f"batch {batch.id} is unknown here ({e}): another key or workspace handed it in. Use that one, or give the batch up: "
+                       f"stars ledger {run.ledger.path} --forget {batch.id}") from None
     failed, new, replies = dict.fromkeys(keys, Failure("the batch ended without it")), set(keys) - run.ledger.answered(keys), {}
     def keep():
         run.keep(replies)
@@ -332,7 +333,9 @@ def ask(
     open_ = todo.keys() - ledger.answered(todo)
     if ledger.replay: # what failed when it was recorded fails again
         if unknown := open_ - ledger.errors(open_).keys():
-            raise LookupError(f"{ledger.path} has no reply to {len(unknown):,} of {len(todo):,} requests to {model}; it was recorded with other settings, or not to the end, and holds replies of {', '.join(dict.fromkeys(m for m, *_ in ledger.totals())) or 'nobody'}")
+            known = ", ".join(dict.fromkeys(m for m, *_ in ledger.totals())) or "nobody"
+            raise LookupError(f"{ledger.path} has no reply to {len(unknown):,} of {len(todo):,} requests to {model}; it was recorded with other settings, or not to the end, "
+                              f"and holds replies of {known}")
     elif open_:
         service = service or connect(model)
         with tqdm(total=len(todo), initial=len(todo) - len(open_), desc=str(model), disable=not progress) as bar:

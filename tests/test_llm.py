@@ -137,7 +137,6 @@ def test_a_dead_service_is_given_up(service, book):
 @BOTH
 @MODES
 def test_the_budget_is_never_exceeded_and_goes_on_later(service, batch, tmp_path, book):
-    name = dict(anthropic="claude-haiku-4-5", openai="gpt-4o-mini")[service]
     table = tmp_path/"prices.json"
     table.write_text(json.dumps(dict(date="2026-01-01", models={f"{service}:own": dict(input=10., output=100., batch=.5)})))
     todo = questions(60)
