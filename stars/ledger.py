@@ -97,8 +97,8 @@ CREATE INDEX IF NOT EXISTS errors_key ON errors(key);
 CREATE TABLE IF NOT EXISTS claims(key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches(name TEXT PRIMARY KEY, model TEXT NOT NULL, id TEXT, owner TEXT NOT NULL, state TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS items(key TEXT NOT NULL, batch TEXT NOT NULL, PRIMARY KEY(key, batch)) WITHOUT ROWID;
+CREATE VIEW IF NOT EXISTS under_way AS SELECT * FROM batches WHERE state IN ('submitting', 'running');
 """
-_OPEN = "SELECT key FROM items JOIN batches ON batch = name WHERE state IN ('submitting', 'running')"
 _REPLY = [f.name for f in fields(Reply)]
 _SCHEMA = pa.schema([("key", pa.string()), ("model", pa.string()), ("params", pa.string()), ("system", pa.string()), ("prompt", pa.string()), ("text", pa.string()),
                      ("finish", pa.string()), *((f, pa.int64()) for f in ("input_tokens", "output_tokens", "cache_read", "cache_write")), ("cost", pa.float64()),
@@ -195,7 +195,8 @@ class Ledger:
 
     def get(self, model:Model, request:Request)->Reply|None:
         "The reply to one request, if there is one"
-        return self.replies([request_key(model, request)]).get(request_key(model, request))
+        key = request_key(model, request)
+        return self.replies([key]).get(key)
 
     def settle(self, replies:Iterable[tuple[str, Reply]]):
         "Record replies by key, the first of each for good, and give up the claims on them"
@@ -256,10 +257,10 @@ class Ledger:
         alive, mine = {}, []
         with self._write() as run:
             for key in keys:
-                if run("SELECT 1 FROM replies WHERE key = ?", (key,)).fetchone() or run(f"{_OPEN} AND key = ?", (key,)).fetchone(): continue
-                for owner, in run("SELECT owner FROM claims WHERE key = ?", (key,)).fetchall(): alive.setdefault(owner, self._alive(owner))
-                if owner := run("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone():
-                    if alive[owner[0]]: continue
+                if run("SELECT 1 FROM replies WHERE key = ?", (key,)).fetchone() or run("SELECT 1 FROM items JOIN under_way ON batch = name WHERE key = ?", (key,)).fetchone(): continue
+                [owner] = run("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone() or [None]
+                if owner and owner not in alive: alive[owner] = self._alive(owner)
+                if owner and alive[owner]: continue
                 run("INSERT OR REPLACE INTO claims VALUES (?, ?)", (key, self.owner))
                 mine.append(key)
         return mine
@@ -292,15 +293,15 @@ class Ledger:
     def forget(self, id:str)->int: # requests it held, which can now be sent again
         "Give up a batch that no key at hand can reach"
         with self._write() as run:
-            n = run("SELECT count(*) FROM items JOIN batches ON batch = name WHERE state IN ('submitting', 'running') AND id = ?", (id,)).fetchone()[0]
-            run("UPDATE batches SET state = 'lost' WHERE id = ? AND state IN ('submitting', 'running')", (id,))
+            n = run("SELECT count(*) FROM items JOIN under_way ON batch = name WHERE id = ?", (id,)).fetchone()[0]
+            run("UPDATE batches SET state = 'lost' WHERE name IN (SELECT name FROM under_way WHERE id = ?)", (id,))
         if not n: raise ValueError(f"batch={id!r} is not under way in {self.path}")
         return n
 
     def under_way(self)->list[tuple[Batch, int]]: # oldest first, with the number of requests in each
         "All batches that are not closed"
         with self._lock:
-            rows = self._db.execute("SELECT batches.*, count(*) FROM batches JOIN items ON batch = name WHERE state IN ('submitting', 'running') GROUP BY name ORDER BY batches.at").fetchall()
+            rows = self._db.execute("SELECT under_way.*, count(*) FROM under_way JOIN items ON batch = name GROUP BY name ORDER BY at").fetchall()
         return [(Batch(*b), n) for *b, n in rows]
 
     def noted(self)->tuple[int, int]: # requests, errors
@@ -310,7 +311,7 @@ class Ledger:
     def open_batches(self, model:Model, keys:Iterable[str])->dict[Batch, list[str]]:
         "Batches under way that hold some of the keys, each with all its keys"
         with self._lock:
-            found = [Batch(*row) for row in self._db.execute("SELECT * FROM batches WHERE state IN ('submitting', 'running') AND model = ?", (str(model),))]
+            found = [Batch(*row) for row in self._db.execute("SELECT * FROM under_way WHERE model = ?", (str(model),))]
             inside = {b: [k for k, in self._db.execute("SELECT key FROM items WHERE batch = ?", (b.name,))] for b in found}
         wanted = set(keys)
         return {b: ks for b, ks in inside.items() if not wanted.isdisjoint(ks)}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SPECIAL', 'BASES', 'micro_words', 'micro_tokenizer', 'check_spells', 'micro_model', 'n_params', 'attention',
-           'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'load_model', 'weights_digest',
-           'save_checkpoint', 'Critic', 'token_logprobs', 'save_state', 'load_state']
+           'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'load_model', 'digest', 'file_digest',
+           'weights_digest', 'save_checkpoint', 'Critic', 'token_logprobs', 'save_state', 'load_state']
 
 # %% ../nbs/04_models.ipynb #c002
 import copy
@@ -149,14 +149,19 @@ def load_model(
                                                  attn_implementation=attention(device, small, dtype))
     return model.to(device).eval()
 
+def digest(x)->str:
+    "Ten hex digits that identify anything JSON can hold"
+    return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:10]
+
+def file_digest(path:str|Path)->str:
+    "Ten hex digits that identify a file's content"
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:10]
+
 def weights_digest(
     path:str|Path, # folder with a checkpoint
 )->str: # ten hex digits
     "What tells one checkpoint's weights from another's"
-    found = hashlib.sha256()
-    for f in sorted(Path(path).glob("*.safetensors")):
-        with open(f, "rb") as weights: found.update(hashlib.file_digest(weights, "sha256").digest())
-    return found.hexdigest()[:10]
+    return digest([file_digest(f) for f in sorted(Path(path).glob("*.safetensors"))])
 
 def save_checkpoint(
     model:PreTrainedModel,             # what to save
