@@ -174,7 +174,7 @@ def instructions(
         f"Examples:\n\n{examples}", reply])
 
 # %% ../nbs/08a_judges.ipynb #c012
-_OURS = re.compile(r"<(?=[\s/]*+(?:problem|completion)\b)", re.I)
+_OURS = re.compile(r"<(?=[\s/]*+(?:problem|completion))", re.I)
 def _inert(text:str)->str: return _OURS.sub("&lt;", text)
 
 def _problem(row, task:str)->str:
