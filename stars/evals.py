@@ -10,30 +10,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .behaviors import HABITS, count_behaviors
 from .countdown import Problem, answer_of, make_prompt, score, split_of
 from .datasets import replacing
-from .rollouts import Engine, TransformersEngine
+from .rollouts import Engine, seeds_of
 
 # %% ../nbs/08_evals.ipynb #c005
 def complete(
-    model:PreTrainedModel,              # a checkpoint
-    tokenizer:PreTrainedTokenizerBase,  # its tokenizer
+    engine:Engine,                      # samples from a checkpoint
+    tokenizer:PreTrainedTokenizerBase,  # the checkpoint's
     problems:Sequence[Problem],         # held out
     max_tokens:int,                     # longest response
     samples:int=1,                      # responses per problem
     temperature:float=1.,               # 0 is greedy
-    seed:int=0,                         # of the draws
+    seed:int|str=0,                     # of the draws
     prompt:Callable[[Problem], str]=make_prompt, # problem → prompt
-    engine:Engine|None=None,            # sampler (default: the model itself)
     labels:dict|None=None,              # constant columns: model, condition, seed, step
 )->pd.DataFrame: # one row per response
     "Sample and score responses to held-out problems"
     prompts = [prompt(p) for p in problems for _ in range(samples)]
-    engine = engine or TransformersEngine(model, tokenizer.eos_token_id)
-    rollouts = engine.generate(tokenizer(prompts, add_special_tokens=False).input_ids, max_tokens, temperature, seed)
+    rollouts = engine.generate(tokenizer(prompts, add_special_tokens=False).input_ids, max_tokens, temperature, seeds_of(seed, len(prompts)))
     rows = []
     for i, (text, r) in enumerate(zip(prompts, rollouts)):
         p, generated = problems[i // samples], tokenizer.decode(r.ids, skip_special_tokens=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SPECIAL', 'BASES', 'micro_words', 'micro_tokenizer', 'check_spells', 'micro_model', 'n_params', 'attention',
-           'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'load_model', 'digest', 'file_digest',
-           'weights_digest', 'save_checkpoint', 'Critic', 'token_logprobs', 'save_state', 'load_state']
+           'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'known_ids', 'load_model', 'digest',
+           'file_digest', 'weights_digest', 'weights_of', 'save_checkpoint', 'Critic', 'token_logprobs']
 
 # %% ../nbs/04_models.ipynb #c002
 import copy
@@ -14,22 +14,22 @@ import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel,
                           PreTrainedTokenizerBase, PreTrainedTokenizerFast)
 
 from .countdown import TEMPLATES
-from .datasets import replacing
+
 from .priming import PHRASES
 
 # %% ../nbs/04_models.ipynb #c005
@@ -137,6 +137,12 @@ def load_tokenizer(
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
+def known_ids(
+    tokenizer:PreTrainedTokenizerBase, # any tokenizer
+)->int: # ids from here on are no tokens, though the embedding may have rows for them
+    "One more than the largest id of a tokenizer; `len(tokenizer)` is less where ids have gaps"
+    return max(tokenizer.get_vocab().values()) + 1
+
 def load_model(
     name:str|Path,                     # a base, a local folder, or a hub id
     device:str|torch.device="cpu",     # where to put it
@@ -163,17 +169,33 @@ def weights_digest(
     "What tells one checkpoint's weights from another's"
     return digest([file_digest(f) for f in sorted(Path(path).glob("*.safetensors"))])
 
+def weights_of(
+    model:nn.Module, # a transformers model, perhaps with LoRA adapters, perhaps sharded
+)->Iterator[tuple[str, Tensor]]: # name in a checkpoint, tensor; tied weights once
+    "The whole weights of a model, one by one: shards gathered, adapters added in"
+    whole = lambda p: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+    adapted = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    for name, p in model.named_parameters():
+        if ".lora_" in name: continue
+        w, owner = whole(p), name.removesuffix(".base_layer.weight")
+        if owner in adapted:
+            m = adapted[owner]
+            w = w + m.scaling["default"] * (whole(m.lora_B["default"].weight) @ whole(m.lora_A["default"].weight))
+        yield name.replace(".base_layer.", "."), w
+
 def save_checkpoint(
     model:PreTrainedModel,             # what to save
     tokenizer:PreTrainedTokenizerBase, # saved beside it
     path:str|Path,                     # folder
     dtype:torch.dtype|None=None,       # e.g. torch.bfloat16 to halve it
+    write:bool=True,                   # False on all workers of a team but the first
 )->Path: # the same folder
     "Save a transformers checkpoint; the folder appears complete or not at all"
     path, tmp = Path(path), Path(f"{path}.tmp")
+    weights = {n: w.to(dtype or w.dtype).contiguous() for n, w in weights_of(model)} # every worker takes part in gathering shards
+    if not write: return path
     shutil.rmtree(tmp, ignore_errors=True)
-    model = model if dtype is None else copy.deepcopy(model).to(dtype)
-    model.save_pretrained(tmp)
+    model.save_pretrained(tmp, state_dict=weights)
     tokenizer.save_pretrained(tmp)
     shutil.rmtree(path, ignore_errors=True)
     tmp.rename(path)
@@ -203,43 +225,11 @@ def token_logprobs(
     skip:int=0,            # positions at the start whose logprobs nobody needs (the shortest prompt)
     temperature:float=1.,  # of the sampling distribution
     entropy:bool=False,    # also return the entropy of each distribution
+    vocab:int|None=None,   # ids the tokenizer knows: others have probability 0 (default: all)
+    positions:Tensor|None=None, # of each token in its own document, where several are packed into a row [batch, time]
 )->Tensor|tuple[Tensor, Tensor]: # log p(ids[:, t] | ids[:, :t]) for t > skip, in nats [batch, time-1-skip]
     "Log-probabilities of the tokens of a batch"
-    logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - skip).logits[:, :-1]
+    logits = model(ids, position_ids=positions, use_cache=False, logits_to_keep=ids.shape[1] - skip).logits[:, :-1, :vocab]
     logp = (logits.float() / temperature).log_softmax(-1)
     taken = logp.gather(-1, ids[:, skip+1:, None]).squeeze(-1)
     return (taken, -(logp.exp() * logp).sum(-1)) if entropy else taken
-
-# %% ../nbs/04_models.ipynb #c022
-def save_state(
-    path:str|Path,                             # file to replace
-    modules:dict[str, nn.Module],              # name → module whose parameters are kept
-    optimizers:dict[str, torch.optim.Optimizer], # name → optimiser whose moments are kept
-    meta:dict,                                 # anything JSON can hold
-):
-    "Write parameters, optimiser moments and counters as one file, atomically"
-    tensors = {f"{n}/{k}": p.data for n, m in modules.items() for k, p in m.named_parameters()}
-    for n, opt in optimizers.items():
-        for i, st in opt.state_dict()["state"].items(): tensors |= {f"{n}/{i}/{k}": torch.as_tensor(v) for k, v in st.items()}
-    with replacing(path) as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"json": json.dumps(meta)})
-
-def load_state(
-    path:str|Path,                             # file written by `save_state`
-    modules:dict[str, nn.Module],              # filled in place
-    optimizers:dict[str, torch.optim.Optimizer], # filled in place
-)->dict: # the `meta` that was saved
-    "Restore what `save_state` wrote; raises ValueError if it belongs to another model"
-    with safe_open(path, "pt") as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["json"])
-    for n, m in modules.items():
-        for k, p in m.named_parameters():
-            saved = tensors.get(f"{n}/{k}")
-            if saved is None or saved.shape != p.shape:
-                raise ValueError(f"{path} holds {None if saved is None else tuple(saved.shape)} for {n}.{k}, the model has {tuple(p.shape)}; "
-                                 "it was written by a run with another config: use another output folder")
-            p.data.copy_(saved)
-    for n, opt in optimizers.items():
-        state, groups = {}, opt.state_dict()["param_groups"]
-        for k in tensors:
-            if k.startswith(f"{n}/") and k.count("/") == 2: state.setdefault(int(k.split("/")[1]), {})[k.split("/")[2]] = tensors[k]
-        opt.load_state_dict(dict(state=state, param_groups=groups))
-    return meta

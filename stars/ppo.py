@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGGREGATES', 'ESTIMATORS', 'gae', 'masked_mean', 'whiten', 'group_advantages', 'aggregate_total', 'aggregate',
            'policy_loss', 'value_loss', 'kl_estimate', 'explained_variance', 'Batch', 'collate', 'over_batch',
-           'token_rewards', 'PPOConfig', 'prompt_order', 'update', 'rollout_metrics', 'ppo']
+           'token_rewards', 'PPOConfig', 'prompt_order', 'update', 'rollout_metrics', 'sample', 'sync', 'ppo']
 
 # %% ../nbs/07_ppo.ipynb #c002
 import json
@@ -17,15 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .behaviors import HABITS, count_behaviors
 from .countdown import Problem, make_prompt, score
-from .models import Critic, load_state, save_checkpoint, save_state, token_logprobs
-from .rollouts import Engine, Rollout, TransformersEngine, probe
-from .sft import Log, micro_batches, pad, read_log, resumed
+from .models import Critic, known_ids, save_checkpoint, token_logprobs, weights_of
+from .parallel import Team, load_state, memory_for, save_state
+from .rollouts import Engine, LlamaEngine, Rollout, probe, seeds_of
+from .sft import Log, check_finite, pad, read_log, resumed
 
 # %% ../nbs/07_ppo.ipynb #c005
 def gae(
@@ -102,13 +103,14 @@ def policy_loss(
     clip:float=.2,      # ε
     mode:str="token-mean",
     total:float|None=None,
+    weights:Tensor|float=1., # of each token: truncated importance weights, where the sampler is not quite the trainer [batch, time]
 )->tuple[Tensor, dict[str, Tensor]]: # loss, and *sums* over tokens of what is worth logging
     "PPO's clipped surrogate (Schulman et al. 2017, eq. 7)"
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     stats = dict(clip_frac=((clipped > plain) * mask).sum(), approx_kl=((ratio - 1 - log_ratio) * mask).sum())
-    return aggregate(torch.maximum(plain, clipped), mask, mode, total), {k: v.detach() for k, v in stats.items()}
+    return aggregate(weights * torch.maximum(plain, clipped), mask, mode, total), {k: v.detach() for k, v in stats.items()}
 
 def value_loss(
     values:Tensor,      # of the critic being trained [batch, time]
@@ -154,6 +156,7 @@ class Batch:
     advantages:Tensor=None
     returns:Tensor=None
     values:Tensor=None
+    weights:Tensor=None      # truncated importance weights, where they are asked for
 
     def cut(self, rows:Sequence[int])->tuple[slice, slice, int]:
         "Row index, time slice over shifted positions, and how many to skip, for a micro-batch"
@@ -174,13 +177,15 @@ def over_batch(
     fn:Callable[[Tensor, int], Tensor], # (ids, skip) → one number per shifted position from `skip` on
     batch:Batch,
     micro_tokens:int,                   # padded tokens at once
+    team:Team=Team(),                   # who shares the work
 )->Tensor: # [batch, time-1], 0 where masked
     "Apply a model to a batch without gradients, in micro-batches of similar length"
     out = torch.zeros_like(batch.mask)
-    for rows in micro_batches(range(len(batch.lengths)), batch.lengths, micro_tokens):
+    for rows, weight, _ in team.share(range(len(batch.lengths)), batch.lengths, micro_tokens):
         i, t, skip = batch.cut(rows)
-        out[i, t] = fn(batch.ids[i, :t.stop + 1], skip)
-    return out * batch.mask
+        part = fn(batch.ids[i, :t.stop + 1], skip).float()
+        if weight: out[i, t] = part
+    return team.sum(out) * batch.mask
 
 def token_rewards(
     scores:Tensor,   # one per response [batch]
@@ -201,7 +206,7 @@ class PPOConfig:
     samples:int=4                 # rollouts per prompt
     minibatch:int=512             # rollouts per optimiser step
     epochs:int=1                  # passes over a step's rollouts
-    micro_tokens:int=32_768       # padded tokens per forward pass
+    micro_tokens:int=32_768       # padded tokens per forward pass: memory, not outcome
     max_tokens:int=1024           # longest response
     temperature:float=1.          # of sampling, and of every logprob
     lr:float=1e-6                 # actor
@@ -219,6 +224,8 @@ class PPOConfig:
     max_grad_norm:float=1.        # clipping of both gradients
     weight_decay:float=0.         # AdamW
     format_score:float=.1         # reward of a complete answer that is wrong
+    bf16:bool=False               # autocast to bfloat16 (the weights that are trained stay fp32), and checkpoints in bfloat16
+    is_cap:float=0.               # samplers that differ from the trainer: weigh tokens by min(trainer/sampler probability, is_cap); 0 trusts the sampler's logprobs
     mask_truncated:bool=False     # leave responses cut at max_tokens out of the loss (otherwise they earn what the verifier gives them)
     seed:int=0                    # prompt order and draws
     save_every:int=10             # steps between checkpoints, which are also where a killed run resumes
@@ -236,6 +243,7 @@ class PPOConfig:
         for f in ("lr", "critic_lr"):
             if not 0 < getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)} must lie between 0 and 1")
         if self.estimator == "group" and self.samples < 2: raise ValueError("estimator='group' needs samples of at least 2")
+        if self.is_cap and self.is_cap < 1: raise ValueError(f"is_cap={self.is_cap} must be 0 (off) or at least 1, a cap on a ratio that is 1 where sampler and trainer agree")
         if self.temperature <= 0: raise ValueError(f"temperature={self.temperature} must be above 0 to explore")
 
 def prompt_order(
@@ -255,13 +263,16 @@ def prompt_order(
 
 # %% ../nbs/07_ppo.ipynb #c022
 def update(
-    policy:PreTrainedModel, critic:Critic|None,
+    policy:nn.Module, critic:nn.Module|None,     # as the team wraps them
     optimizers:dict[str, torch.optim.Optimizer], # "policy" and, with a critic, "critic"
     batch:Batch, ref_logp:Tensor|None,           # reference logprobs, when the KL is in the loss
     cfg:PPOConfig, seed:str,                     # of the minibatch order
+    vocab:int|None=None, team:Team=Team(),       # ids that exist; who shares the work
+    check:Callable[[dict], None]=lambda norms: None, # raises before the optimiser moves, if the gradients are not finite
 )->dict[str, float]: # averages over the step
     "All optimiser steps on one batch of rollouts"
     sums, norms, n_tokens = {}, dict(policy=[], critic=[]), 0.
+    half = lambda: torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=cfg.bf16)
     add = lambda **kw: [sums.__setitem__(k, sums.get(k, 0.) + float(v)) for k, v in kw.items()]
     for epoch in range(cfg.epochs):
         order = list(range(len(batch.lengths)))
@@ -270,27 +281,32 @@ def update(
             members = order[j:j + cfg.minibatch]
             mask_all = batch.mask[members]
             tokens, total = float(mask_all.sum().clamp(min=1)), aggregate_total(mask_all, cfg.aggregate, cfg.max_tokens)
-            for rows in micro_batches(members, batch.lengths, cfg.micro_tokens):
+            for rows, weight, last in team.share(members, batch.lengths, cfg.micro_tokens):
                 i, t, skip = batch.cut(rows)
-                ids, mask = batch.ids[i, :t.stop + 1], batch.mask[i, t]
-                logp, entropy = token_logprobs(policy, ids, skip, cfg.temperature, entropy=True)
-                loss, stats = policy_loss(logp, batch.old_logp[i, t], batch.advantages[i, t], mask, cfg.clip, cfg.aggregate, total)
-                add(policy_loss=loss.detach() * tokens, entropy=(entropy.detach() * mask).sum(), **stats)
-                if cfg.entropy_coef: loss = loss - cfg.entropy_coef * aggregate(entropy, mask, cfg.aggregate, total)
-                if ref_logp is not None:
-                    loss = loss + cfg.kl_coef * aggregate(kl_estimate(logp, ref_logp[i, t], "k3"), mask, cfg.aggregate, total)
-                loss.backward()
+                ids, mask, scale = batch.ids[i, :t.stop + 1], batch.mask[i, t] * weight, team.size
+                with team.accumulate(policy, last):
+                    with half(): logp, entropy = token_logprobs(policy, ids, skip, cfg.temperature, entropy=True, vocab=vocab)
+                    loss, stats = policy_loss(logp, batch.old_logp[i, t], batch.advantages[i, t], mask, cfg.clip, cfg.aggregate, total, 1. if batch.weights is None else batch.weights[i, t])
+                    add(policy_loss=loss.detach() * tokens, entropy=(entropy.detach() * mask).sum(), **stats)
+                    if cfg.entropy_coef: loss = loss - cfg.entropy_coef * aggregate(entropy, mask, cfg.aggregate, total)
+                    if ref_logp is not None:
+                        loss = loss + cfg.kl_coef * aggregate(kl_estimate(logp, ref_logp[i, t], "k3"), mask, cfg.aggregate, total)
+                    (loss * scale).backward()
                 if critic is None: continue
-                vloss, stats = value_loss(critic(ids)[:, skip:-1], batch.values[i, t], batch.returns[i, t], mask, cfg.value_clip, tokens)
-                vloss.backward()
+                with team.accumulate(critic, last):
+                    with half(): values = critic(ids)[:, skip:-1].float()
+                    vloss, stats = value_loss(values, batch.values[i, t], batch.returns[i, t], mask, cfg.value_clip, tokens)
+                    (vloss * scale).backward()
                 add(value_loss=vloss.detach() * tokens, **stats)
             n_tokens += tokens
+            now = {name: team.clip([p for g in opt.param_groups for p in g["params"]], cfg.max_grad_norm) for name, opt in optimizers.items()}
+            check({f"grad_norm_{k}": v for k, v in now.items()})
             for name, opt in optimizers.items():
-                params = [p for g in opt.param_groups for p in g["params"]]
-                norms[name].append(torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item())
+                norms[name].append(now[name])
                 opt.step()
                 opt.zero_grad()
-    return {k: v / n_tokens for k, v in sums.items()} | {f"grad_norm_{k}": sum(v) / len(v) for k, v in norms.items() if v}
+    totals = team.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=batch.ids.device)).tolist()
+    return {k: v / n_tokens for k, v in zip(sums, totals)} | {f"grad_norm_{k}": sum(v) / len(v) for k, v in norms.items() if v}
 
 # %% ../nbs/07_ppo.ipynb #c024
 def rollout_metrics(
@@ -303,37 +319,63 @@ def rollout_metrics(
                 response_tokens=sum(len(r.ids) for r in rollouts) / n, truncated=sum(not r.finished for r in rollouts) / n,
                 **{f"avg_{h.column}": sum(c[h.name] for c in counts) / n for h in HABITS})
 
+def sample(
+    engine:Engine, team:Team,              # who samples
+    prompts:Sequence[Sequence[int]], max_tokens:int, temperature:float, seeds:Sequence[int],
+)->list[Rollout]: # the same on every worker
+    "Rollouts of all prompts, by the one engine of a team or by each worker's own"
+    if engine.shared: return team.agree(engine.generate(prompts, max_tokens, temperature, seeds) if team.first else None)
+    mine = slice(team.rank, None, team.size)
+    return team.gather(engine.generate(prompts[mine], max_tokens, temperature, seeds[mine]))
+
+def sync(engine:Engine, team:Team, policy:PreTrainedModel):
+    "Give the engine the policy's weights; every worker takes part in gathering shards"
+    weights = weights_of(policy)
+    if team.first or not engine.shared: engine.sync(weights)
+    for _ in weights: pass
+
 def ppo(
     policy:PreTrainedModel,            # trained in place
     tokenizer:PreTrainedTokenizerBase,
     problems:Sequence[Problem],        # of the `train` split
-    out:str|Path,                      # folder for `step-NNNN/` checkpoints, `metrics.jsonl`, `state.safetensors`
+    out:str|Path,                      # folder for `step-NNNN/` checkpoints, `metrics.jsonl`, `state-…`
     cfg:PPOConfig=PPOConfig(),         # how
     prompt:Callable[[Problem], str]=make_prompt, # problem → prompt
-    engine:Engine|None=None,           # sampler (default: the model itself)
+    engine:Engine|None=None,           # sampler (default: in this process, with a copy of the weights)
     reference:Callable[[], PreTrainedModel]|None=None, # makes the frozen initial policy; needed when kl_coef > 0
     reward:Callable[[str, Problem], float]|None=None,  # response, problem → score (default: the verifier)
     progress:bool=True,                # show a progress bar
+    team:Team=Team(),                  # the workers that train together; each calls this function with the same arguments
+    share_device:bool=False,           # let the engine give back its memory while the trainer works
 )->Path: # `out`
     "PPO on Countdown; goes on from `out` if it was interrupted"
     cfg.validate()
     if cfg.kl_coef and reference is None: raise ValueError(f"kl_coef={cfg.kl_coef} needs a reference model; pass reference=…, or set it to 0")
-    out, device = Path(out), policy.device
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    with team.locked(out): return _ppo(policy, tokenizer, problems, out, cfg, prompt, engine, reference, reward, progress and team.first, team, share_device)
+
+def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Sequence[Problem], out:Path, cfg:PPOConfig, prompt:Callable, engine:Engine|None, reference:Callable|None,
+         reward:Callable|None, progress:bool, team:Team, share_device:bool)->Path:
+    "The loop"
+    device, vocab = next(policy.parameters()).device, known_ids(tokenizer)
     reward = reward or (lambda text, p: score(text, p.numbers, p.target, cfg.format_score))
-    engine = engine or TransformersEngine(policy, tokenizer.eos_token_id)
+    half = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    engine = engine or LlamaEngine(policy, tokenizer.eos_token_id, vocab=vocab, dtype=torch.bfloat16 if cfg.bf16 else None)
     prompt_ids = tokenizer([prompt(p) for p in problems], add_special_tokens=False).input_ids
     critic = Critic.from_policy(policy) if cfg.estimator == "gae" else None
     ref = reference().eval().requires_grad_(False) if cfg.kl_coef else None
+    if ref is not None and team.shard: ref = team.wrap(ref, cfg.bf16)
     modules = dict(policy=policy) | (dict(critic=critic) if critic else {})
-    optimizers = {k: torch.optim.AdamW(m.parameters(), lr=0., weight_decay=cfg.weight_decay) for k, m in modules.items()}
-    state, done = out/"state.safetensors", 0
-    opts = {f"{k}_opt": o for k, o in optimizers.items()}
+    nets = {k: team.wrap(m, cfg.bf16) for k, m in modules.items()}
+    optimizers = {k: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0., weight_decay=cfg.weight_decay) for k, m in modules.items()}
     made_by = json.loads(json.dumps(dict(config=asdict(cfg), problems=len(problems), prompts=sum(map(len, prompt_ids)))))
-    if state.exists(): done = resumed(load_state(state, modules, opts), made_by, out)
-    else: save_checkpoint(policy, tokenizer, out/"step-0000")
-    log = Log(out/"metrics.jsonl", done)
-    engine.sync(policy)
+    checkpoint = lambda step: save_checkpoint(policy, tokenizer, out/f"step-{step:04d}", torch.bfloat16 if cfg.bf16 else None, write=team.first)
+    done = resumed(load_state(out, modules, optimizers, team), made_by, out)
+    if not done: checkpoint(0)
+    log = Log(out/"metrics.jsonl", done) if team.first else lambda **row: None
+    sync(engine, team, policy)
+    logprobs = lambda model: over_batch(lambda ids, skip: token_logprobs(model, ids, skip, cfg.temperature, vocab=vocab), batch, cfg.micro_tokens, team)
     bar = tqdm(total=cfg.steps, initial=done, desc="ppo", disable=not progress)
     for step in range(done, cfg.steps):
         clock = [time.perf_counter()]
@@ -341,24 +383,30 @@ def ppo(
         # sample: each prompt `samples` times, neighbours in the batch
         chosen = [i for i in prompt_order(len(problems), step, cfg.prompts, cfg.seed) for _ in range(cfg.samples)]
         batch_problems = [problems[i] for i in chosen]
-        rollouts = engine.generate([prompt_ids[i] for i in chosen], cfg.max_tokens, cfg.temperature, seed=cfg.seed * 1_000_003 + step)
+        rollouts = sample(engine, team, [prompt_ids[i] for i in chosen], cfg.max_tokens, cfg.temperature, seeds_of(f"{cfg.seed}/{step}", len(chosen)))
+        if share_device: engine.sleep()
         tick()
         # score
         texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
         scores = [reward(x, p) for x, p in zip(texts, batch_problems)]
-        row = dict(step=step + 1, **rollout_metrics(rollouts, batch_problems, texts, scores), rollout_gap=probe(policy, rollouts[::max(1, len(rollouts) // 4)], cfg.temperature))
+        with half(): gap, kl = probe(policy, rollouts[::max(1, len(rollouts) // 4)], cfg.temperature, vocab, device)
+        row = dict(step=step + 1, **rollout_metrics(rollouts, batch_problems, texts, scores), rollout_gap=gap, rollout_kl=kl)
         tick()
         # value
         batch, s = collate(rollouts, device), torch.tensor(scores, dtype=torch.float32, device=device)
         if cfg.mask_truncated: batch.mask *= torch.tensor([[float(r.finished)] for r in rollouts], device=device)
         rewards, ref_logp = token_rewards(s, batch.mask) * batch.mask, None
+        if cfg.is_cap: # the ratio is taken against the trainer's own old policy; that the sampler was another one is corrected by a weight
+            with half(): trainer = logprobs(policy)
+            ratio = (trainer - batch.old_logp).exp()
+            batch.weights, batch.old_logp, row["is_capped"] = ratio.clamp(max=cfg.is_cap), trainer, masked_mean((ratio > cfg.is_cap).float(), batch.mask).item()
         if ref is not None:
-            ref_logp = over_batch(lambda ids, skip: token_logprobs(ref, ids, skip, cfg.temperature), batch, cfg.micro_tokens)
+            with half(): ref_logp = logprobs(ref)
             kl = kl_estimate(batch.old_logp, ref_logp, "k1") * batch.mask
             row["kl"] = masked_mean(kl, batch.mask).item()
             if cfg.kl_in == "reward": rewards, ref_logp = rewards - cfg.kl_coef * kl, None
         if critic:
-            batch.values = over_batch(lambda ids, skip: critic(ids)[:, skip:-1], batch, cfg.micro_tokens)
+            with half(): batch.values = over_batch(lambda ids, skip: critic(ids)[:, skip:-1], batch, cfg.micro_tokens, team)
             advantages, batch.returns = gae(rewards, batch.values, batch.mask, cfg.gamma, cfg.lam)
             row["explained_variance"] = explained_variance(batch.values, batch.returns, batch.mask)
             batch.advantages = whiten(advantages, batch.mask)
@@ -367,8 +415,9 @@ def ppo(
         # improve
         rise = min(1., (step + 1) / max(1, cfg.warmup))
         for k, o in optimizers.items(): o.param_groups[0]["lr"] = rise * (cfg.lr if k == "policy" else cfg.critic_lr)
-        row |= update(policy, critic, optimizers, batch, ref_logp, cfg, f"{cfg.seed}/{step}")
-        engine.sync(policy)
+        with memory_for(f"training on micro-batches of {cfg.micro_tokens} tokens", "ppo_micro_tokens"):
+            row |= update(nets["policy"], nets.get("critic"), optimizers, batch, ref_logp, cfg, f"{cfg.seed}/{step}", vocab, team, lambda norms: check_finite(step + 1, norms, out))
+        sync(engine, team, policy)
         tick()
         phases = [b - a for a, b in zip(clock, clock[1:])]
         n_tokens = sum(len(r.ids) for r in rollouts)
@@ -377,7 +426,7 @@ def ppo(
         log(**row)
         bar.set_postfix(acc=f"{row['accuracy']:.2f}", len=f"{row['response_tokens']:.0f}"); bar.update()
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_checkpoint(policy, tokenizer, out/f"step-{step + 1:04d}")
-            save_state(state, modules, opts, dict(step=step + 1, made_by=made_by))
+            checkpoint(step + 1)
+            save_state(out, step + 1, modules, optimizers, dict(made_by=made_by), team)
     bar.close()
     return out
