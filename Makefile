@@ -6,13 +6,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := setup
-.PHONY: setup dev help reproduce test prepare lab docs bench clean
+.PHONY: setup dev help reproduce test test-verl prepare lab docs bench clean
 
 setup: .venv/.cpu ## the environment that runs everything (default)
 dev: .venv/.dev ## the same, with notebooks, tests, docs, Ray and vLLM
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 reproduce: .venv/.cpu ## the figures, from nothing (PRESET=cpu)
 	$(BIN)/stars reproduce --preset $(PRESET)
@@ -21,6 +21,11 @@ test: .venv/.dev ## exports and README agree with the notebooks, every notebook 
 	tests/drift.sh
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re '^(figures$$|[_.])'
 	$(BIN)/python -m pytest
+
+test-verl: .venv/.dev .venv-verl/.done ## exports for verl, under verl's own code (in an environment of its own)
+	rm -rf build/verl
+	$(BIN)/python tests/verl/export.py build/verl
+	STARS_VERL=build/verl .venv-verl/bin/python -m pytest -q -W ignore tests/verl/check_export.py
 
 prepare: .venv/.dev ## clean the notebooks, export the modules, write README.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/prepare
@@ -46,4 +51,10 @@ clean: ## drop what can be built again, but no runs
 
 .venv/.dev: requirements/dev.lock .venv/.cpu
 	$(PIP) --no-deps -r requirements/dev.lock
+	@touch $@
+
+.venv-verl/.done: requirements/verl.lock
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' requirements/verl.lock)
+	.venv-verl/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/verl.lock
 	@touch $@

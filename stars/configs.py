@@ -138,6 +138,9 @@ class Config:
         return {k: getattr(self, k) for k in ("n_numbers", "min_number", "max_number", "min_target", "max_target")}
 
     @property
+    def spreads(self)->bool: # does training start Ray workers of its own? Beside engines on other GPUs it does, for Ray must know which GPU is the trainer's
+        return self.workers > 1 or (self.engine == "vllm" and self.engines > 0)
+    @property
     def prime_world(self)->dict: # the same, for the problems of priming
         if not self.data_prime_space: return self.world
         return {k: getattr(SPACES[self.data_prime_space], k) for k in self.world}

@@ -110,7 +110,7 @@ class Decoder:
         else:
             with small_products():
                 scores = (q.reshape(n, self.kv, -1, self.size) * self.size**-.5) @ k + bias
-                out = (scores.softmax(-1) @ v).view(n, self.heads, 1, self.size)
+                out = (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).view(n, self.heads, 1, self.size)
         return out.transpose(1, 2).reshape(n, time, -1)
 
     def __call__(self,

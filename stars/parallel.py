@@ -284,6 +284,9 @@ def on_workers(
 
 def _worker(config:dict):
     "What runs on each worker"
+    if torch.cuda.is_available():
+        from ray.train.torch import get_device
+        torch.cuda.set_device(get_device())
     fast_cpu_math(None if torch.cuda.is_available() else config["threads"])
     config["fn"](*config["args"])
 

@@ -57,13 +57,16 @@ AT_ONCE = 32_768 # tokens of prompts that are worked on together: attention over
 LOW = -1e9       # added to the scores of what a query may not see; finite, since a row of padding sees nothing at all
 
 def check_lengths(
-    longest:int,    # prompt, tokens
-    max_tokens:int, # longest response
-    context:int,    # of the model
-):
-    "Raise ValueError where a response could not be sampled to its end"
+    prompts:Sequence[Sequence[int]], # token ids
+    max_tokens:int,                  # longest response
+    context:int,                     # tokens that fit into the model
+)->int: # tokens of the longest prompt
+    "Raise ValueError where a response could not be begun, or not be sampled to its end"
+    longest = max(map(len, prompts), default=0)
     if max_tokens < 1: raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    if empty := [i for i, p in enumerate(prompts) if not len(p)]: raise ValueError(f"prompt {empty[0]} is empty; give it at least one token")
     if longest + max_tokens > context: raise ValueError(f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's context of {context}")
+    return longest
 
 
 
@@ -137,6 +140,7 @@ class LlamaEngine:
         dtype:torch.dtype|None=None,   # of the copy that samples (default: the model's)
     ):
         self.eos, self.rows, self.slots, self.graphs = eos, rows, None, {}
+        self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None # one replays at a time: they share their scratch memory
         self.decoder, self.cuda = Decoder(model.config, vocab, model.device, dtype or model.dtype), model.device.type == "cuda"
         self.sync(weights_of(model))
 
@@ -161,15 +165,16 @@ class LlamaEngine:
         seeds:Sequence[int]|None=None,    # one per prompt (greedy needs none)
     )->list[Rollout]: # one per prompt, in order
         "Sample a response to each prompt"
-        longest, context = max(map(len, prompts), default=0), self.decoder.config.max_position_embeddings
-        check_lengths(longest, max_tokens, context)
+        longest = check_lengths(prompts, max_tokens, self.decoder.config.max_position_embeddings)
         if temperature and len(seeds or ()) != len(prompts): raise ValueError(f"{len(seeds or ())} seeds for {len(prompts)} prompts; each response needs one (`seeds_of`)")
         order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None]*len(prompts)
         with small_products() if self.decoder.config.hidden_size < 256 else nullcontext(), memory_for(f"sampling {min(self.rows, len(prompts))} responses of up to {longest + max_tokens} tokens at once", "engine_rows"):
-            for i in range(0, len(order), self.rows):
-                part = order[i:i + self.rows]
-                for j, r in zip(part, self._batch([prompts[j] for j in part], max_tokens, temperature, [seeds[j] for j in part] if temperature else None)): out[j] = r
-        if not self.cuda: self.sleep() # only graphs are worth the memory
+            try:
+                for i in range(0, len(order), self.rows):
+                    part = order[i:i + self.rows]
+                    for j, r in zip(part, self._batch([prompts[j] for j in part], max_tokens, temperature, [seeds[j] for j in part] if temperature else None)): out[j] = r
+            finally:
+                if not self.cuda or None in out: self.sleep() # only graphs are worth the memory
         return out
 
     def _captured(self, n:int)->int: # the number of rows, at least n, that a graph is captured for
@@ -227,7 +232,7 @@ class LlamaEngine:
             return self._step(s, n, length, temperature)
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key]): self._step(s, n, length, temperature)
+            with torch.cuda.graph(self.graphs[key], pool=self.pool): self._step(s, n, length, temperature)
         self.graphs[key].replay()
 
     def _batch(self, prompts:list, max_tokens:int, temperature:float, seeds:Sequence[int]|None)->list[Rollout]:
@@ -245,7 +250,7 @@ class LlamaEngine:
             if self.cuda: self._replay(s, n, min(s.cache.columns, -(-length // wide) * wide), temperature)
             else: self._step(s, n, length, temperature)
             drawn += 1
-        ids, logps, total = s.ids[:, :drawn].tolist(), s.logps[:, :drawn].tolist(), len(prompts)
+        ids, logps = s.ids[:, :drawn].tolist(), s.logps[:, :drawn].tolist()
         row = {w: r for r, w in enumerate(s.who.tolist())}
         out = []
         for w, p in enumerate(prompts):

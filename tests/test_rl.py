@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from stars import ppo as P
-from stars.models import Critic, load_model, load_tokenizer, micro_model, micro_tokenizer, token_logprobs
-from stars.rollouts import Rollout, TransformersEngine, probe
-from stars.sft import Example, SFTConfig, batches, encode, micro_batches, pad, sft_loss
+from stars.models import Critic, load_model, load_tokenizer, micro_model, micro_tokenizer, token_logprobs, weights_of
+from stars.parallel import micro_batches
+from stars.rollouts import LlamaEngine, Rollout, probe, seeds_of
+from stars.sft import Example, SFTConfig, batches, encode, pad, sft_loss
 
 
 def ragged_mask(rows, time, gen):
@@ -139,10 +140,10 @@ def test_batches_cover_everything_once(lengths, size, room):
 def test_shipped_bases_sample_what_they_score():
     for name in ("plain", "rich"):
         model, tok = load_model(name), load_tokenizer(name)
-        engine = TransformersEngine(model, tok.eos_token_id, rows=7)
+        engine = LlamaEngine(model, tok.eos_token_id, rows=7)
         prompts = tok(["using 3 , 4 , 5 make 17 : <think>", "using 3 , 4 make 12 : <think>"] * 10, add_special_tokens=False).input_ids
-        rollouts = engine.generate(prompts, 60, 1., seed=0)
-        assert probe(model, rollouts, 1.) < 1e-3
+        rollouts = engine.generate(prompts, 60, 1., seeds_of(0, len(prompts)))
+        assert probe(model, rollouts, 1.)[0] < 1e-3
         assert sum(r.finished and r.ids[-1] == tok.eos_token_id for r in rollouts) >= 18 # the base has learned to stop
         assert "<answer>" in tok.decode(rollouts[0].ids)
 
@@ -152,11 +153,11 @@ def test_stale_weights_are_seen_by_the_probe():
     a, b = (micro_model(tok, hidden=32, layers=2, heads=2, ffn=64, seed=s) for s in (0, 1))
     for m in (a, b):
         for p in m.parameters(): p.data *= 4
-    engine = TransformersEngine(a, tok.eos_token_id)
+    engine = LlamaEngine(a, tok.eos_token_id)
     prompt = [tok("using 3 , 4 make 12 : <think>").input_ids]
-    assert probe(b, engine.generate(prompt, 20), 1.) > .01
-    engine.sync(b)
-    assert probe(b, engine.generate(prompt, 20), 1.) < 1e-4
+    assert probe(b, engine.generate(prompt, 20, 1., [0]), 1.)[0] > .01
+    engine.sync(weights_of(b))
+    assert probe(b, engine.generate(prompt, 20, 1., [0]), 1.)[0] < 1e-4
 
 
 def test_reward_reaches_the_policy():

@@ -20,7 +20,7 @@ from stars.ledger import Ledger, Model, Reply
 from stars.models import load_model, load_tokenizer
 from stars.priming import MIXES, SCHEMA, dots, empty_cot, read_rows, write_rows
 from stars.problems import sample_problems
-from stars.rollouts import TransformersEngine
+from stars.rollouts import LlamaEngine, seeds_of
 from stars.services import Refused
 from stars.sft import encode
 
@@ -296,7 +296,7 @@ def test_failures_are_learned_as_they_were_sampled(base):
     model, tok = load_model(base), load_tokenizer(base)
     problems = sample_problems(30, 1, split="prime", n_numbers=(3,), min_number=1, max_number=12, min_target=10, max_target=30)
     prompts = tok([make_prompt(p) for p in problems], add_special_tokens=False).input_ids
-    rollouts = TransformersEngine(model, tok.eos_token_id).generate(prompts, 80, 1., 0)
+    rollouts = LlamaEngine(model, tok.eos_token_id).generate(prompts, 80, 1., seeds_of(0, len(prompts)))
     df = pd.concat([completions([tok.decode(r.ids, skip_special_tokens=True)], p, truncated=not r.finished) for p, r in zip(problems, rollouts)])
     rows = failures(df)
     assert len(rows) >= 15
