@@ -152,7 +152,7 @@ def base_stage(job:Job)->Path:
         tok = micro_tokenizer(cfg.top)
         model = micro_model(tok, cfg.base_hidden, cfg.base_layers, cfg.base_heads, cfg.base_ffn, cfg.base_context, cfg.base_seed)
         rows = list(corpus_rows(cfg.base_docs + cfg.base_val, cfg.base_seed, settings["base_share"], prompt=partial(make_prompt, template=cfg.template), top=cfg.top, **cfg.world))
-        model.to(device())
+        model.to(device()).set_attn_implementation(attention(device(), micro=True))
         sft(model, tok, rows[:cfg.base_docs], out, cfg.pretraining(), rows[cfg.base_docs:], job.progress)
         model.to(torch.bfloat16).save_pretrained(out/"model") # what is shipped is what is used
     return stage(job.model_dir, "base", settings, {}, run, **job.how)/"model"
@@ -302,6 +302,7 @@ def eval_stage(job:Job)->Path:
                 model, step = load_model(ckpt, device(), torch.bfloat16 if cfg.ppo_bf16 else torch.float32), int(ckpt.name[5:])
                 if engine is None: engine = make_engine(cfg, model, ckpt, tok, map(prompt, problems))
                 else: engine.sync(weights_of(model))
+                del model # the engine has its own copy
                 labels = dict(model=job.model, condition=job.condition, seed=job.seed, step=step)
                 write_completions(complete(engine, tok, problems, cfg.ppo_max_tokens, cfg.eval_samples, cfg.eval_temperature, f"{cfg.eval_seed}/{job.seed}/{step}", prompt, labels), out/f"completions-{ckpt.name}.parquet")
         finally:

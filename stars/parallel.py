@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -108,8 +108,7 @@ class Team:
 
     @contextmanager
     def accumulate(self, net:nn.Module, last:bool):
-        "Forward and backward in here; gradients are exchanged after the last micro-batch only"
-        if isinstance(net, FSDPModule): net.set_requires_gradient_sync(last)
+        "Forward and backward in here; copies exchange their gradients after the last micro-batch only, shards after each, or every worker would hold them whole"
         if last or not isinstance(net, DistributedDataParallel): yield
         else:
             with net.no_sync(): yield
