@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tqdm import tqdm
 
 from .countdown import split_of
 from .datasets import from_parquet, read_problems, to_parquet, write_problems
@@ -406,6 +407,7 @@ def main(
     if args is None: signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C: what is in the air arrives and is kept
     try: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="stars", description="Cognitive behaviours that let language models improve themselves: data, priming, PPO, evaluation, figures.", args=args)
     except (ValueError, OSError, LookupError, RuntimeError, ImportError, ArithmeticError, MemoryError) as e:
+        for bar in list(tqdm._instances): bar.close() # or the message stands behind it
         print(f"stars: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from itertools import product
+from math import inf
 from pathlib import Path
 
 import pandas as pd
@@ -84,7 +85,7 @@ def stage(
     if final.exists(): return final
     if not build: raise NotBuilt(final)
     where.mkdir(parents=True, exist_ok=True)
-    with held(final, wait):
+    with held(final, inf if wait else 0.):
         if final.exists(): return final
         partial_.mkdir(exist_ok=True)
         _write_json(partial_/"config.json", config)

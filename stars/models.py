@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -153,8 +154,9 @@ def load_model(
     "A causal language model from a checkpoint, from safetensors only"
     where = _where(name)
     small = (Path(where)/"model.safetensors").is_file() and (Path(where)/"model.safetensors").stat().st_size < 50e6
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                 attn_implementation=attention(device, small, torch.bfloat16 if bf16 else dtype))
+    how = attention(device, small, torch.bfloat16 if bf16 else dtype)
+    try: model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=how)
+    except SafetensorError as e: raise ValueError(f"the weights in {where} are damaged ({e}): put a good copy there, or remove the stage it belongs to (the folder NAME-HASH) and run the same command, which makes it again") from None
     return model.to(device).eval()
 
 def digest(x)->str:
@@ -194,13 +196,17 @@ def save_checkpoint(
 )->Path: # the same folder
     "Save a transformers checkpoint; the folder appears complete or not at all"
     path, tmp = Path(path), Path(f"{path}.tmp")
-    weights = {n: w.to(dtype or w.dtype).contiguous() for n, w in weights_of(model)} # every worker takes part in gathering shards
+    weights = {n: w.to("cpu", dtype or w.dtype).contiguous() for n, w in weights_of(model) if write} # every worker takes part in gathering shards, one keeps them
     if not write: return path
-    shutil.rmtree(tmp, ignore_errors=True)
-    model.save_pretrained(tmp, state_dict=weights)
-    tokenizer.save_pretrained(tmp)
-    shutil.rmtree(path, ignore_errors=True)
-    tmp.rename(path)
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        model.save_pretrained(tmp, state_dict=weights)
+        tokenizer.save_pretrained(tmp)
+        shutil.rmtree(path, ignore_errors=True)
+        tmp.rename(path)
+    except Exception as e: # a full disk comes as whatever its library makes of it
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f"the checkpoint {path} could not be written ({e}). Make room: the same command goes on from the last state") from e
     return path
 
 # %% ../nbs/04_models.ipynb #c016

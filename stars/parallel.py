@@ -14,8 +14,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -104,7 +106,7 @@ class Team:
         half = torch.bfloat16 if bf16 else None
         how = dict(mesh=init_device_mesh(device, (self.size,)), mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if bf16 else None))
         for block in next(m for m in model.modules() if isinstance(m, nn.ModuleList)): fully_shard(block, **how)
-        return fully_shard(model, **how)
+        return fully_shard(model, reshard_after_forward=True, **how) # or what is outside the blocks stays whole after a forward pass without a backward one: no state could be saved then
 
     @contextmanager
     def accumulate(self, net:nn.Module, last:bool):
@@ -147,24 +149,36 @@ class Team:
         "Until everybody is here"
         if self.size > 1: dist.barrier()
 
+    @contextmanager
+    def as_one(self):
+        "What fails on one worker fails on all, with the same error: nobody waits for one that gave up"
+        mine = None
+        try: yield
+        except Exception as e: mine = e
+        for e in self.gather([mine]):
+            if e is not None: raise e
+
     def clip(self, parameters:Sequence[nn.Parameter], limit:float)->float: # norm before clipping
         "Clip the gradient's norm over all workers' parts"
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
+    @contextmanager
     def locked(self, folder:Path):
-        "Hold a folder against other runs; raises RuntimeError where somebody else has it"
-        return held(folder) if self.first else held(None)
+        "Hold a folder against other runs; raises RuntimeError where somebody else has it (a team that takes over from one that lost a worker gives it a minute to end)"
+        with ExitStack() as stack:
+            with self.as_one():
+                if self.first: stack.enter_context(held(folder, 60. if self.size > 1 else 0.))
+            yield
 
 @contextmanager
 def held(
-    folder:Path|None,  # a run's folder
-    wait:bool=False,   # wait for another process to be done with it, instead of refusing
+    folder:Path,    # a run's folder
+    wait:float=0.,  # seconds to wait for another process to be done with it, before refusing; inf: as long as it takes
 ):
     "Keep other processes out of a folder"
-    if folder is None: return (yield)
     lock = FileLock(folder.parent/f".{folder.name}.lock")
-    try: lock.acquire(timeout=-1 if wait else 0)
+    try: lock.acquire(timeout=-1 if wait == inf else wait)
     except Timeout: raise RuntimeError(f"{folder} is being written by another process: wait until it is done, or stop it") from None
     try: yield
     finally: lock.release()
@@ -179,11 +193,12 @@ def _tensors(modules:dict[str, nn.Module], optimizers:dict[str, torch.optim.Opti
     return out
 
 @contextmanager
-def _alone(team:Team):
-    "Without the warning that one process is one process"
+def _storage(team:Team):
+    "Around torch's checkpoints: their errors as what they come from, and no warning that one process is one process"
     with warnings.catch_warnings():
         if team.size == 1: warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try: yield
+        except CheckpointException as e: raise next(iter(e.failures.values()))[0] from None # not an Exception to Python
 
 def _content(folder:Path)->str: return digest([(f.name, file_digest(f)) for f in sorted(folder.iterdir())])
 
@@ -202,30 +217,29 @@ def save_state(
     team:Team=Team(),                            # who writes
 ):
     "Write a state of the run; raises OSError, with the earlier states intact, where the disk does not take it"
-    out = Path(out)
-    tmp, failed = out/".state.tmp", None
-    if team.first:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir()
-    team.wait()
+    tmp, tensors = Path(out)/".state.tmp", _tensors(modules, optimizers)
     try:
-        with _alone(team): dcp.save(_tensors(modules, optimizers), storage_writer=dcp.HuggingFaceStorageWriter(str(tmp), save_distributed=team.size > 1), no_dist=team.size == 1)
-        if team.first: (tmp/"state.json").write_text(json.dumps(dict(step=step, **meta)))
-    except Exception as e: failed = e # a full disk comes as whatever its library makes of it
-    if any(team.gather([failed is not None])):
+        with team.as_one():
+            if team.first:
+                shutil.rmtree(tmp, ignore_errors=True)
+                tmp.mkdir()
+        with team.as_one():
+            with _storage(team): dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp), save_distributed=team.size > 1), no_dist=team.size == 1)
+            if team.first: (tmp/"state.json").write_text(json.dumps(dict(step=step, **meta)))
+        with team.as_one():
+            if team.first: _keep(Path(out), step, tmp)
+    except OSError as e:
         if team.first: shutil.rmtree(tmp, ignore_errors=True)
         kept = saved_states(out)
-        raise OSError(f"the state of step {step} could not be written to {out} ({_reason(failed)}); {'the last good one is ' + kept[0].name if kept else 'there is none before it'}. "
-                      "Make room: the same command goes on from there") from failed
-    if team.first:
-        tmp.rename(out/f"state-{step:06d}-{_content(tmp)}")
-        for old in saved_states(out)[2:]: shutil.rmtree(old)
-    team.wait()
+        raise OSError(f"the state of step {step} could not be written to {out} ({e}); {'the last good one is ' + kept[0].name if kept else 'there is none before it'}. "
+                      "Make room: the same command goes on from there") from e
 
-def _reason(e:BaseException|None)->str:
-    "The root of a chain of errors"
-    while e is not None and (e.__cause__ or e.__context__): e = e.__cause__ or e.__context__
-    return str(e).strip().split("\n")[0] if e is not None else "another worker failed"
+def _keep(out:Path, step:int, tmp:Path):
+    "Give a state its name; the one before it stays, too"
+    before, new = [s for s in saved_states(out) if int(s.name.split("-")[1]) < step], out/f"state-{step:06d}-{_content(tmp)}"
+    if new.exists(): shutil.rmtree(new) # damaged, and made again
+    tmp.rename(new)
+    for old in set(saved_states(out)) - {new, *before[:1]}: shutil.rmtree(old)
 
 def load_state(
     out:str|Path,                                # folder of the run
@@ -235,18 +249,19 @@ def load_state(
 )->dict|None: # what `meta` held, and the step; None where there is nothing to go on from
     "Restore the newest state whose content is what it was; raises ValueError if it belongs to another model"
     good = None
-    for path in saved_states(out) if team.first else ():
-        if _content(path) == path.name.rsplit("-", 1)[1]:
-            good = path
-            break
-        warnings.warn(f"{path} is damaged: its content does not match the hash in its name. Going on from the state before it")
+    with team.as_one():
+        for path in saved_states(out) if team.first else ():
+            if _content(path) == path.name.rsplit("-", 1)[1]:
+                good = path
+                break
+            warnings.warn(f"{path} is damaged: its content does not match the hash in its name. Going on from the state before it, or from the beginning if there is none")
     if (path := team.agree(good)) is None: return None
     tensors = _tensors(modules, optimizers)
     saved = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     for name, t in tensors.items():
         shape = saved[name].size if name in saved else None
         if shape != t.shape: raise ValueError(f"{path} holds {None if shape is None else tuple(shape)} for {name}, the model has {tuple(t.shape)}; it was written by a run with another config: use another output folder")
-    with _alone(team): dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=team.size == 1)
+    with _storage(team): dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=team.size == 1)
     for n, opt in optimizers.items():
         flat = get_optimizer_state_dict(modules[n], opt, options=FLAT)
         set_optimizer_state_dict(modules[n], opt, flat | {k.removeprefix(f"{n}_opt/"): v for k, v in tensors.items() if k.startswith(f"{n}_opt/")}, options=FLAT)
@@ -276,10 +291,27 @@ def on_workers(
     have, what = (ray.cluster_resources()["GPU"], "GPUs") if gpu else (cpus, "CPUs")
     if workers > have: raise ValueError(f"workers={workers}, but Ray has {have:.0f} {what}; lower it, or join a larger cluster (RAY_ADDRESS)")
     scaling = ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=dict(GPU=gpus) if gpu else dict(CPU=max(1, cpus // workers // 2)))
-    run = RunConfig(name="workers", storage_path=str(Path(out).resolve()/"ray"), failure_config=FailureConfig(max_failures=restarts))
+    run = RunConfig(name="workers", storage_path=str(Path(out).resolve()/"ray"), failure_config=FailureConfig(max_failures=0)) # Ray would try our own errors again, too
     trainer = TorchTrainer(_worker, train_loop_config=dict(fn=fn, args=args, threads=max(1, int(cores() // workers))), scaling_config=scaling, run_config=run)
-    result = trainer.fit()
-    if result.error: raise result.error
+    for left in reversed(range(restarts + 1)):
+        try: return _fit(trainer)
+        except _Lost as e:
+            if not left: raise RuntimeError(f"a worker was lost {restarts + 1} times, the last time by: {e}. What was saved is kept, and the same command goes on from there (restarts={restarts})") from None
+            warnings.warn(f"a worker was lost ({e}): the team starts again from its last state")
+        finally: shutil.rmtree(Path(out)/"ray", ignore_errors=True)
+
+class _Lost(Exception): "A worker died, or lost touch with one that did"
+
+def _fit(trainer):
+    "Run a team once; raises what its function raised"
+    from ray.exceptions import RayTaskError
+    from ray.train import WorkerGroupError
+    try: trainer.fit()
+    except WorkerGroupError as e:
+        lost = lambda x: isinstance(x, dist.DistError) or "by peer" in str(x) or type(x).__module__.startswith("ray.") and not isinstance(x, RayTaskError)
+        for x in e.worker_failures.values():
+            if not lost(x): raise x from None
+        raise _Lost(str(next(iter(e.worker_failures.values()))).strip().split("\n")[0]) from None
 
 def _worker(config:dict):
     "What runs on each worker"

@@ -123,7 +123,7 @@ def value_loss(
     "Half the squared error, the larger of clipped and unclipped"
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     a, b = (values - returns)**2, (clipped - returns)**2
-    return .5 * aggregate(torch.maximum(a, b), mask, "token-mean", total), dict(value_clip_frac=((b > a) * mask).sum().detach())
+    return .5 * aggregate(torch.maximum(a, b), mask, "token-mean", total), dict(value_clip_frac=(((values - old_values).abs() > clip) & (b > a)).mul(mask).sum().detach()) # old + (new - old) is new up to rounding only
 
 def kl_estimate(
     logp:Tensor,      # of the policy, on tokens it sampled [batch, time]
@@ -181,10 +181,11 @@ def over_batch(
 )->Tensor: # [batch, time-1], 0 where masked
     "Apply a model to a batch without gradients, in micro-batches of similar length"
     out = torch.zeros_like(batch.mask)
-    for rows, weight, _ in team.share(range(len(batch.lengths)), batch.lengths, micro_tokens):
-        i, t, skip = batch.cut(rows)
-        part = fn(batch.ids[i, :t.stop + 1], skip).float()
-        if weight: out[i, t] = part
+    with memory_for(f"valuing micro-batches of {micro_tokens} tokens", "ppo_micro_tokens"):
+        for rows, weight, _ in team.share(range(len(batch.lengths)), batch.lengths, micro_tokens):
+            i, t, skip = batch.cut(rows)
+            part = fn(batch.ids[i, :t.stop + 1], skip).float()
+            if weight: out[i, t] = part
     return team.sum(out) * batch.mask
 
 def token_rewards(

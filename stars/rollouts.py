@@ -97,7 +97,7 @@ def draw(
     else:
         cdf = logp.exp().cumsum(-1)
         total = cdf[:, -1:] # 1, up to rounding: staying below it never draws an id of probability 0
-        ids = torch.searchsorted(cdf, torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total))), right=True)
+        ids = torch.searchsorted(cdf, torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total))), right=True).clamp(max=logp.shape[-1] - 1) # NaN would be past the end
     return ids.squeeze(-1), logp.gather(-1, ids).squeeze(-1)
 
 # %% ../nbs/05_rollouts.ipynb #c010
@@ -250,6 +250,7 @@ class LlamaEngine:
             if self.cuda: self._replay(s, n, min(s.cache.columns, -(-length // wide) * wide), temperature)
             else: self._step(s, n, length, temperature)
             drawn += 1
+        if not s.logps[:, :drawn].isfinite().all(): raise FloatingPointError("the model's probabilities are not finite: its weights hold NaN or infinity, or its activations overflow; look at the checkpoint it was made from, or lower the learning rate that made it")
         ids, logps = s.ids[:, :drawn].tolist(), s.logps[:, :drawn].tolist()
         row = {w: r for r, w in enumerate(s.who.tolist())}
         out = []

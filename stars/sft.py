@@ -128,7 +128,9 @@ class Log:
         with replacing(self.path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
 
     def __call__(self, **row):
-        with self.path.open("a") as f: f.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a") as f: f.write(json.dumps(row) + "\n")
+        except OSError as e: raise OSError(f"{self.path} could not be written ({e}). Make room: the same command goes on from the last state") from e
 
 def resumed(
     meta:dict|None, # from `load_state`
@@ -193,7 +195,8 @@ def mean_loss(
 )->float: # nats per completion token
     "Validation loss"
     lengths = [len(e.ids) for e in examples]
-    parts = [weight * sft_loss(model, [examples[i] for i in b])[0] for b, weight, _ in team.share(range(len(examples)), lengths, micro_tokens)]
+    with memory_for(f"validating on micro-batches of {micro_tokens} tokens", "sft_micro_tokens"):
+        parts = [weight * sft_loss(model, [examples[i] for i in b])[0] for b, weight, _ in team.share(range(len(examples)), lengths, micro_tokens)]
     return float(team.sum(torch.stack(parts).sum())) / sum(e.counted for e in examples)
 
 def check_finite(

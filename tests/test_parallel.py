@@ -1,0 +1,222 @@
+"Two workers compute what one computes: losses, gradients, rollouts, checkpoints, states; and what Ray does with them"
+import json
+import os
+import queue
+import shutil
+import signal
+import threading
+import time
+import traceback
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import PPO, TOK, cut_short, forked, model, run, untimed
+
+from stars import experiments as ex
+from stars.models import fast_cpu_math, load_model, save_checkpoint, weights_of
+from stars.parallel import Team, on_workers, saved_states
+
+
+def whole(path, shard):
+    "Save a model that a team shares"
+    team, m = Team.join(shard), model()
+    team.wrap(m)
+    save_checkpoint(m, TOK, path, write=team.first)
+    team.wait()
+
+
+def fail(out):
+    "One worker's disk is full; the other one's is not"
+    team = Team.join()
+    with team.as_one():
+        if team.first: raise OSError(28, "No space left on device")
+
+
+WORK = dict(run=run, cut_short=cut_short, whole=whole, fail=fail)
+
+
+def serve(rank, folder, tasks, answers):
+    "A worker that does what it is told until it is told to stop"
+    torch.set_num_threads(1)
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for name, args, kwargs in iter(tasks.get, None):
+        try: answers.put((rank, WORK[name](*args, **kwargs), None))
+        except Exception as e: answers.put((rank, None, f"{type(e).__name__}: {e}\n{traceback.format_exc()}"))
+
+
+class Pair:
+    "Two processes in one group"
+    def __init__(self, folder):
+        ctx = forked()
+        self.tasks, self.answers = [ctx.Queue() for _ in range(2)], ctx.Queue()
+        self.processes = [ctx.Process(target=serve, args=(r, folder, self.tasks[r], self.answers), daemon=True) for r in range(2)]
+        for p in self.processes: p.start()
+
+    def both(self, name, *args, **kwargs):
+        "What each of the two returns or raises"
+        for t in self.tasks: t.put((name, args, kwargs))
+        try: said = sorted([self.answers.get(timeout=100) for _ in range(2)], key=lambda a: a[0])
+        except queue.Empty:
+            self.close()
+            raise AssertionError(f"{name}{args}: one worker waits for the other") from None
+        return [(result, error) for _, result, error in said]
+
+    def __call__(self, name, *args, **kwargs):
+        said = self.both(name, *args, **kwargs)
+        assert not any(error for _, error in said), "\n".join(filter(None, (e for _, e in said)))
+
+    def close(self):
+        for p in self.processes: p.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    with closing(Pair(tmp_path_factory.mktemp("group"))) as pair: yield pair
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    "What one process computes, once per setting"
+    made, was = {}, torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee" # as in the two; another file's commands may have changed it here
+    def of(kind, **how):
+        key = json.dumps([kind, how], sort_keys=True)
+        if key not in made: run(kind, made.setdefault(key, tmp_path_factory.mktemp("alone")), **how)
+        return made[key]
+    torch.set_num_threads(1)
+    yield of
+    torch.backends.mkldnn.matmul.fp32_precision = was
+
+
+def close_logs(a, b, tol=1e-5):
+    a, b = untimed(a), untimed(b)
+    assert len(a) == len(b) and a
+    for x, y in zip(a, b): assert y == pytest.approx(x, rel=tol, abs=tol), x["step"]
+
+
+def close_weights(a, b, tol=1e-4):
+    a, b = load_model(a).state_dict(), load_model(b).state_dict()
+    assert a.keys() == b.keys()
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=tol, atol=tol, msg=lambda m: f"{k}: {m}")
+
+
+# one short batch per epoch; more pieces here than there; several documents in a row; recomputed activations; adapters
+@pytest.mark.parametrize("how", [dict(), dict(packing=True), dict(remat=True), dict(lora=2), dict(micro_tokens=4096)], ids=str)
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_sft(pair, alone, tmp_path, shard, how):
+    pair("run", "sft", tmp_path, shard=shard, **how)
+    one = alone("sft", **how)
+    close_logs(one, tmp_path)
+    close_weights(one/"model", tmp_path/"model")
+
+
+@pytest.mark.parametrize("how", [dict(), dict(estimator="group", kl_in="loss", is_cap=2.), dict(is_cap=1.5, remat=True, mask_truncated=True, epochs=2), dict(lora=2, aggregate="sequence-mean")], ids=str)
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_ppo(pair, alone, tmp_path, shard, how):
+    pair("run", "ppo", tmp_path, shard=shard, **how)
+    one = alone("ppo", **how)
+    close_logs(one, tmp_path)
+    for step in range(PPO["steps"] + 1): close_weights(one/f"step-{step:04d}", tmp_path/f"step-{step:04d}", 3e-4) # a tenth of a step of Adam
+    assert len(list(tmp_path.glob("step-*"))) == PPO["steps"] + 1
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_a_shared_model_is_saved_whole(pair, tmp_path, shard):
+    pair("whole", str(tmp_path/"model"), shard)
+    m = model()
+    save_checkpoint(m, TOK, tmp_path/"alone")
+    a, b = load_model(tmp_path/"alone").state_dict(), load_model(tmp_path/"model").state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path/"alone/model.safetensors").read_bytes() == (tmp_path/"model/model.safetensors").read_bytes()
+    assert dict(weights_of(m)).keys() == dict(load_model(tmp_path/"model").named_parameters()).keys()
+
+
+@pytest.mark.parametrize("kind,how", [("sft", dict()), ("sft", dict(lora=2)), ("ppo", dict())], ids=str)
+def test_a_state_fits_any_number_of_workers(pair, alone, tmp_path, kind, how):
+    "Written by two (split), taken up by one; written by one, taken up by two; copied, taken up split"
+    stop = 2 if kind == "ppo" else 3
+    one = alone(kind, **how)
+    for name, write, read in (("two to one", lambda d: pair("cut_short", kind, d, stop, shard=True, **how), lambda d: run(kind, d, **how)),
+                              ("one to two", lambda d: cut_short(kind, d, stop, **how), lambda d: pair("run", kind, d, shard=True, **how)),
+                              ("copied to split", lambda d: pair("cut_short", kind, d, stop, **how), lambda d: pair("run", kind, d, shard=True, **how))):
+        out = tmp_path/name
+        write(out)
+        assert len(untimed(out)) == stop and saved_states(out)[0].name.startswith(f"state-{stop:06d}"), name
+        read(out)
+        close_logs(one, out)
+        close_weights(*((d/"model" if kind == "sft" else d/f"step-{PPO['steps']:04d}") for d in (one, out)))
+
+
+def test_an_error_of_one_worker_is_everybodys(pair, tmp_path):
+    assert [error.split("\n")[0] for _, error in pair.both("fail", tmp_path)] == ["OSError: [Errno 28] No space left on device"]*2
+
+
+# Ray
+
+def diverge(out):
+    "What a training function may raise"
+    with (Path(out)/"tried").open("a") as f: f.write(f"{os.getpid()}\n")
+    raise FloatingPointError("step 3: loss is nan")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "Two CPUs, as a laptop has them"
+    import ray
+    forked() # a worker imports this file
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def test_the_functions_own_error_is_raised_once(cluster, tmp_path):
+    with pytest.raises(FloatingPointError, match="^step 3: loss is nan$"): on_workers(diverge, (tmp_path,), 2, tmp_path)
+    assert len(set((tmp_path/"tried").read_text().split())) <= 2 and [p.name for p in tmp_path.iterdir()] == ["tried"]
+
+
+def test_more_workers_than_there_are(cluster, tmp_path):
+    with pytest.raises(ValueError, match="workers=64, but Ray has 2 CPUs; lower it"): on_workers(diverge, (tmp_path,), 64, tmp_path)
+
+
+@contextmanager
+def fast_math():
+    "The precision that workers compute with"
+    was = torch.backends.mkldnn.matmul.fp32_precision
+    fast_cpu_math(1)
+    try: yield
+    finally: torch.backends.mkldnn.matmul.fp32_precision = was
+
+
+def test_a_lost_worker_is_replaced(cluster, tmp_path):
+    "kill -9 to one of two workers in the middle of PPO: the run ends as one worker alone, undisturbed, would have ended it"
+    cfg = ex.preset("smoke", base_docs=300, ppo_steps=8, ppo_save_every=2)
+    job = ex.Job(cfg, "plain", "base", 0, str(tmp_path/"alone"), progress=False)
+    with fast_math(): want = ex.ppo_stage(job)
+    shutil.copytree(tmp_path/"alone", tmp_path/"team")
+    shutil.rmtree(next((tmp_path/"team").rglob(want.name)))
+    killed = []
+
+    def kill():
+        while not killed:
+            time.sleep(.05)
+            if sum(p.read_bytes().count(b"\n") for p in (tmp_path/"team").rglob("ppo-*.partial/metrics.jsonl")) < 3: continue
+            team = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline() or [p.name()]) and os.getpid() in [q.pid for q in p.parents()]]
+            assert len(team) == 2
+            p = next(p for p in team if not any(f.path.endswith(".lock") for f in p.open_files())) # the other one, which holds the folder, goes on living for a while
+            p.send_signal(signal.SIGKILL)
+            killed.append(p.pid)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    with pytest.warns(UserWarning, match="a worker was lost .*the team starts again"): got = ex.ppo_stage(replace(job, runs=str(tmp_path/"team"), cfg=replace(cfg, workers=2)))
+    thread.join(5)
+    assert len(killed) == 1 and got.name == want.name
+    close_logs(want, got)
+    for step in (0, 4, 8): close_weights(want/f"step-{step:04d}", got/f"step-{step:04d}", 3e-4)
+    assert sorted(p.name for p in got.iterdir()) == sorted(p.name for p in want.iterdir())
