@@ -4,13 +4,12 @@ Generation is measured in the published RL distribution (3-4 numbers 1-99, targe
 reasoning-gym is installed into an environment of its own (.bench/) on the first run. Give --quick for a tenth of the work.
 """
 import argparse, json, random, subprocess, sys, tempfile, time, venv
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from stars.behaviors import find_behaviors
-from stars.countdown import Problem, explain, make_prompt, score, solve
+from stars.countdown import explain, score, solve
 from stars.datasets import write_problems
 from stars.priming import priming_rows
 from stars.problems import SPACES, Space, Stream, difficulty_many, sample_problems, solvable_many

@@ -9,7 +9,6 @@ __all__ = ['AGGREGATES', 'ESTIMATORS', 'gae', 'masked_mean', 'whiten', 'group_ad
 
 # %% ../nbs/07_ppo.ipynb #c002
 import json
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from .countdown import Problem, make_prompt, score
 from .models import Critic, known_ids, save_checkpoint, token_logprobs, weights_of
 from .parallel import Team, load_state, memory_for, save_state
 from .rollouts import Engine, LlamaEngine, Rollout, probe, seeds_of
-from .sft import Log, check_finite, pad, read_log, resumed
+from .sft import Log, check_finite, pad, resumed
 
 # %% ../nbs/07_ppo.ipynb #c005
 def gae(

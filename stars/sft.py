@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .datasets import replacing
 from .models import save_checkpoint, token_logprobs
-from .parallel import Team, load_state, memory_for, micro_batches, save_state, saved_states
+from .parallel import Team, load_state, memory_for, save_state, saved_states
 
 # %% ../nbs/06_sft.ipynb #c005
 @dataclass(frozen=True)

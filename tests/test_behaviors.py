@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from stars.behaviors import HABIT_NAMES, RULES, Rule, count_behaviors, equations, find_behaviors, plain, precision_recall, restarts
-from stars.phrases import _Index, _written, hits
+from stars.phrases import _written, hits
 from stars.problems import sample_problems
 from stars.priming import MIXES, priming_rows, shown_habits
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import HealthCheck,given,settings,strategies as st
 from stars.countdown import (MAX_CHARS,MAX_DEPTH,SPLITS,TEMPLATES,Problem,answer_of,explain,make_prompt,messages,parse_answer,
-                             parse_expression,score,score_batch,solvable,solve,split_of)
+                             parse_expression,score,solvable,solve,split_of)
 from stars.datasets import from_parquet,problems_from_rows,to_parquet
 from stars.problems import Space,all_problems,sample_problems
 

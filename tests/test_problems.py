@@ -1,16 +1,14 @@
 "Drawing problems, how hard they are, and files of them: against oracles that share no code, and against interruption"
 import json,os,signal,subprocess,sys,time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from itertools import islice,product
-from pathlib import Path
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given,settings,strategies as st
-from stars.countdown import Problem,score,solvable,split_of
+from stars.countdown import Problem,solvable,split_of
 from stars.datasets import from_parquet,read_problems,to_parquet,write_problems
-from stars.problems import SPACES,Space,Stream,_permute,all_problems,difficulty,difficulty_many,read_exclusions,sample_problems,solvable_many
+from stars.problems import SPACES,Space,Stream,_permute,all_problems,difficulty,read_exclusions,sample_problems,solvable_many
 
 MICRO = dict(n_numbers=3, max_number=12, min_target=10, max_target=30)
 WIDE = dict(max_number=99, max_target=99)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from stars import ppo as P
-from stars.models import Critic, load_model, load_tokenizer, micro_model, micro_tokenizer, token_logprobs, weights_of
+from stars.models import load_model, load_tokenizer, micro_model, micro_tokenizer, token_logprobs, weights_of
 from stars.parallel import micro_batches
-from stars.rollouts import LlamaEngine, Rollout, probe, seeds_of
-from stars.sft import Example, SFTConfig, batches, encode, pad, sft_loss
+from stars.rollouts import LlamaEngine, probe, seeds_of
+from stars.sft import Example, SFTConfig, batches, encode, sft_loss
 
 
 def ragged_mask(rows, time, gen):

@@ -1,7 +1,6 @@
 "Exports for verl, as far as they can be checked without it (tests/verl/ runs verl's own code on them)"
 import json
 import random
-import runpy
 import subprocess
 from dataclasses import fields, replace
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl import DataProto
 from verl.trainer.ppo import core_algos
@@ -23,7 +22,7 @@ from verl.trainer.sft_trainer import create_sft_dataset
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.tokenizer import normalize_token_ids
-from verl.utils.torch_functional import get_cosine_schedule_with_warmup, masked_whiten
+from verl.utils.torch_functional import get_cosine_schedule_with_warmup
 
 ROOT = Path(os.environ["STARS_VERL"]).resolve()
 NAMES = ("gae", "group", "sequence", "chat")
