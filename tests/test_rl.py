@@ -10,7 +10,7 @@ from stars import ppo as P
 from stars.models import load_model, load_tokenizer, micro_model, micro_tokenizer, token_logprobs, weights_of
 from stars.parallel import micro_batches
 from stars.rollouts import LlamaEngine, probe, seeds_of
-from stars.sft import Example, SFTConfig, batches, encode, sft_loss
+from stars.sft import Example, SFTConfig, batches, encode, read_log, sft_loss
 
 
 def ragged_mask(rows, time, gen):
@@ -170,7 +170,7 @@ def test_reward_reaches_the_policy():
         cfg = P.PPOConfig(steps=25, prompts=8, samples=8, minibatch=32, max_tokens=4, lr=3e-3, critic_lr=3e-3, kl_coef=0., micro_tokens=4096, estimator=estimator)
         with tempfile.TemporaryDirectory() as d:
             P.ppo(model, tok, [Problem((3, 4), 12)] * 8, d, cfg, reward=lambda text, p: text.count("7") / 4, progress=False)
-            log = P.read_log(f"{d}/metrics.jsonl")
+            log = read_log(f"{d}/metrics.jsonl")
         assert log[-1]["reward"] > 2 * log[0]["reward"], (estimator, log[0]["reward"], log[-1]["reward"])
 
 
