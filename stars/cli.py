@@ -324,7 +324,7 @@ def sweep(conditions:str, models:str="", seeds:str="", preset:str="cpu", gpus_pe
     cfg, names = ex.preset(preset, **overrides(set_)), lambda text: [x for x in text.split(",") if x]
     try: numbers = [int(x) for x in names(seeds)]
     except ValueError: raise ValueError(f"--seeds {seeds!r} is not a list of whole numbers such as 0,1,2") from None
-    jobs = sweeps.grid(cfg, names(models) or cfg.models, names(conditions), numbers or cfg.seeds, runs)
+    jobs = ex.grid(cfg, names(models) or cfg.models, names(conditions), numbers if seeds else cfg.seeds, runs)
     result = sweeps.sweep(jobs, gpus_per_run, cpus_per_run, retries)
     failed = int((result.state == "failed").sum())
     if not sys.stdout.isatty(): print(result.drop(columns="folder").to_string(index=False))

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from .models import known_ids
 from .parallel import start_ray
-from .rollouts import Engine, Rollout
+from .rollouts import Engine, Rollout, check_lengths
 
 # %% ../nbs/05a_engines.ipynb #c006
 class EngineDied(RuntimeError):
@@ -86,14 +86,10 @@ def check_request(
 ):
     "Raise ValueError if an engine could not answer as it was asked to"
     if len(seeds) != len(prompts): raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed per prompt")
-    if max_tokens < 1: raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    check_lengths(prompts, max_tokens, context)
     if temperature != 0 and not .01 <= temperature <= 100: raise ValueError(f"temperature={temperature} must be 0 (greedy) or from 0.01 to 100")
     for i, p in enumerate(prompts):
-        if not len(p): raise ValueError(f"prompt {i} is empty; give it at least one token")
         if not 0 <= min(p) <= max(p) < vocab: raise ValueError(f"prompt {i} holds an id outside of the model's 0 to {vocab - 1}; was it made by another tokenizer?")
-    longest = max(map(len, prompts), default=0)
-    if longest + max_tokens > context:
-        raise ValueError(f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the engine's context of {context}")
 
 class VLLMEngine:
     "vLLM in this process, on one device"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'environment', 'NotBuilt', 'stage', 'Job', 'data_stage', 'base_stage', 'prime_stage', 'sft_stage',
-           'make_engine', 'ppo_stage', 'eval_stage', 'device', 'is_built', 'run_jobs', 'results', 'manifest']
+           'make_engine', 'ppo_stage', 'eval_stage', 'device', 'is_built', 'run_jobs', 'grid', 'results', 'manifest']
 
 # %% ../nbs/10_experiments.ipynb #c002
 import json
@@ -123,8 +123,6 @@ class Job:
     def model_dir(self)->Path: return self.store/self.model.strip("/").replace("/", "--")
     @property
     def dir(self)->Path: return self.model_dir/self.condition/f"seed{self.seed}"
-
-
 
 def data_stage(job:Job)->Path:
     "Problems of the three splits: prime.parquet, train.parquet, eval.parquet"
@@ -367,6 +365,19 @@ def run_jobs(
     for j, e in failed.items(): print(f"{j.model}/{j.condition}/seed{j.seed} failed: {e}", file=sys.stderr)
     return {j: done[j].result() for j in jobs} # raises the first failure, after all the others have finished
 
+def grid(
+    cfg:Config,                # from `preset`
+    models:Sequence[str],      # bases to start from
+    conditions:Sequence[str],  # of `CONDITIONS`
+    seeds:Sequence[int],       # each repeats priming, SFT and PPO
+    runs:str|Path="runs",      # folder of the run store
+)->list[Job]: # one per combination
+    "The jobs of an experiment; ValueError for a list that is none, or empty"
+    for what, given in dict(models=models, conditions=conditions, seeds=seeds).items():
+        if isinstance(given, (str, int)): raise ValueError(f"{what}={given!r} must be a list, e.g. [{given!r}]")
+        if not given: raise ValueError(f"{what} is empty; name at least one")
+    return [Job(cfg, m, c, s, str(runs)) for m, c, s in product(models, conditions, seeds)]
+
 def results(
     cfg:Config,                # from `preset`
     models:Sequence[str],      # bases to start from
@@ -376,10 +387,7 @@ def results(
     workers:int|None=None,     # processes
 )->pd.DataFrame: # one row per (model, condition, seed, step, rater)
     "The tidy results of an experiment; builds whatever is missing"
-    for what, given in dict(models=models, conditions=conditions, seeds=seeds).items():
-        if isinstance(given, (str, int)): raise ValueError(f"{what}={given!r} must be a list, e.g. [{given!r}]")
-    jobs = [Job(cfg, m, c, s, str(runs)) for m, c, s in product(models, conditions, seeds)]
-    if not jobs: raise ValueError(f"nothing to do: models={list(models)}, conditions={list(conditions)}, seeds={list(seeds)}; each needs at least one entry")
+    jobs = grid(cfg, models, conditions, seeds, runs)
     done = run_jobs(jobs, workers)
     return pd.concat([pd.read_csv(done[j]/"results.csv") for j in jobs], ignore_index=True)
 

@@ -68,8 +68,6 @@ def check_lengths(
     if longest + max_tokens > context: raise ValueError(f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's context of {context}")
     return longest
 
-
-
 # %% ../nbs/05_rollouts.ipynb #c007
 def seeds_of(
     seed:int|str, # of the whole

@@ -162,7 +162,7 @@ if __name__ == "__main__": ex.results(ex.preset("smoke", ppo_steps=500, **{TINY_
     (["data", "x", "--source", "nowhere.parquet"], "nowhere.parquet does not exist"),
     (["figure", "fig_none"], "figure='fig_none' is unknown; choose one of fig_controls"),
     (["figure", "fig_controls", "-p", "condition=[]"], "has no parameter 'condition'"),
-    (["figure", "fig_controls", "-p", "seeds=[]"], "nothing to do"),
+    (["figure", "fig_controls", "-p", "seeds=[]"], "seeds is empty"),
 ])
 def test_wrong_input_is_one_line(args, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -83,7 +83,7 @@ def started(monkeypatch):
 def test_results_are_those_of_an_ordinary_run(cluster, started, tmp_path):
     "Shared stages run once, also the SFT that incorrect_only samples from; a second sweep finds all of it"
     cfg = ex.preset("smoke", prime_failures="sampled", **TINY | dict(prime_val=0, sft_epochs=20)) # long enough to end its answers
-    jobs = sweeps.grid(cfg, ["plain"], CONDITIONS, [0], tmp_path/"swept")
+    jobs = ex.grid(cfg, ["plain"], CONDITIONS, [0], tmp_path/"swept")
     swept = sweeps.sweep(jobs, gpus=0)
     assert sorted(started) == sorted([f"data plain/{CONDITIONS[0]}/0", f"base plain/{CONDITIONS[0]}/0", f"sft plain/{CONDITIONS[0]}/0", *(f"eval plain/{c}/0" for c in CONDITIONS)])
     want = ex.results(cfg, ["plain"], CONDITIONS, [0], tmp_path/"plainly", workers=1)
@@ -126,7 +126,7 @@ def test_a_killed_worker_is_retried_where_it_was(shared, started, tmp_path):
     "kill -9 in the middle of PPO"
     shutil.copytree(shared, tmp_path/"killed")
     cfg, killed = ex.preset("smoke", ppo_steps=12, **TINY), []
-    jobs = sweeps.grid(cfg, ["plain"], ["base"], [0, 1], tmp_path/"killed")
+    jobs = ex.grid(cfg, ["plain"], ["base"], [0, 1], tmp_path/"killed")
     def kill():
         wait_for(lambda: any(p.read_bytes().count(b"\n") >= 3 for p in jobs[0].dir.glob("ppo-*/metrics.jsonl")))
         killed.append(workers("eval plain/base/0")[0])
@@ -145,7 +145,7 @@ def test_a_killed_worker_is_retried_where_it_was(shared, started, tmp_path):
 
 
 def test_a_run_that_dies_too_often_has_failed(shared, started, monkeypatch):
-    jobs = sweeps.grid(ex.preset("smoke", **TINY), ["plain"], ["base"], [7], shared)
+    jobs = ex.grid(ex.preset("smoke", **TINY), ["plain"], ["base"], [7], shared)
     monkeypatch.setattr(sweeps, "_build", lambda stage, *rest: os.kill(os.getpid(), signal.SIGKILL))
     swept = sweeps.sweep(jobs, gpus=.5, retries=0, show=False)
     assert list(swept.state) == ["failed"] and "WorkerCrashedError: the process died, 0 restarts included" in swept.reason[0]
@@ -195,7 +195,7 @@ def test_wrong_input_is_one_line_before_ray_starts(args, said, tmp_path, monkeyp
 
 
 def test_surroundings_in_which_results_would_be_lost(tmp_path, monkeypatch):
-    jobs = sweeps.grid(ex.preset("smoke"), ["plain"], ["base"], [0])
+    jobs = ex.grid(ex.preset("smoke"), ["plain"], ["base"], [0])
     monkeypatch.setattr(sweeps.ray, "init", lambda *a, **k: pytest.fail("Ray was started"))
     with monkeypatch.context() as m:
         m.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
