@@ -1,22 +1,22 @@
 """Seconds per PPO step: the settings of the `cpu` preset against PyTorch's and transformers' defaults.
 
 Each variant changes one thing about the same step (same model, same prompts, same seed): the BLAS that
-multiplies, the attention kernel, and how micro-batches are filled. Variants alternate in one process;
-medians over the repeats, and their ratio to the shipped settings, are printed.
+multiplies, the attention kernel, and how micro-batches are filled. Each runs in a process of its own, so that its
+peak of memory is its own; rounds go through all variants. Medians over the steps, the first left out.
 
-    python benchmarks/ppo_step.py [--steps 3] [--threads 1]
+    python benchmarks/ppo_step.py [--steps 3] [--rounds 1] [--threads 1] [--out FILE]
 """
-import argparse
-import statistics
-import tempfile
+import argparse, multiprocessing, resource, statistics, sys, tempfile, time
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from transformers.utils import logging
 
+from common.report import report
 from stars import experiments
-from stars.problems import sample_problems
 from stars.models import fast_cpu_math, load_model, load_tokenizer
 from stars.ppo import PPOConfig, ppo
+from stars.problems import sample_problems
 from stars.sft import read_log
 
 VARIANTS = {
@@ -25,42 +25,50 @@ VARIANTS = {
     "fused attention": dict(attention="sdpa"),
     "one micro-batch of everything": dict(micro_tokens=10**6),
     "no reference (kl_coef=0)": dict(kl_coef=0.),
+    "autocast to bfloat16": dict(bf16=True),
 }
+PHASES = ("sample", "score", "value", "update")
 
+def memory()->float: # GB, the most this process has held so far
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
-def run(cfg, tok, problems, blas="bf16", attention="eager", **change):
+def run(steps:int, threads:int, blas:str="bf16", attention:str="eager", **change)->tuple: # rows of metrics, CPU s per step, GB before, peak GB
+    logging.disable_progress_bar()
+    fast_cpu_math(threads)
     torch.backends.mkldnn.matmul.fp32_precision = blas
-
+    preset = experiments.preset("cpu", ppo_steps=steps + 1, ppo_save_every=100)
+    tok, problems = load_tokenizer("rich"), sample_problems(500, 0, split="train", **preset.world)
     def load():
         model = load_model("rich")
         model.set_attn_implementation(attention)
         return model
-
+    cfg = preset.ppo(0)
     cfg = PPOConfig(**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__} | change)
+    policy, before = load(), memory()
     with tempfile.TemporaryDirectory() as d:
-        ppo(load(), tok, problems, d, cfg, reference=load, progress=False)
-        return read_log(f"{d}/metrics.jsonl")[1:] # the first step warms up
-
+        start = time.process_time()
+        ppo(policy, tok, problems, d, cfg, reference=load, progress=False)
+        return read_log(f"{d}/metrics.jsonl")[1:], (time.process_time() - start) / (steps + 1), before, memory()
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument("--steps", type=int, default=3)
-    ap.add_argument("--threads", type=int, default=1)
+    for name, default in dict(steps=3, rounds=1, threads=1).items(): ap.add_argument(f"--{name}", type=int, default=default)
+    ap.add_argument("--out", help="markdown file to append the table to")
     args = ap.parse_args()
-    logging.disable_progress_bar()
-    fast_cpu_math(args.threads)
-    preset = experiments.preset("cpu", ppo_steps=args.steps + 1, ppo_save_every=100)
-    tok, problems = load_tokenizer("rich"), sample_problems(500, 0, split="train", **preset.world)
-    print(f"rich base, {preset.ppo_prompts} rollouts per step, {args.threads} threads; median seconds over {args.steps} steps")
-    base = None
-    for name, change in VARIANTS.items():
-        rows = run(preset.ppo(0), tok, problems, **change)
-        phases = {k: statistics.median(r[f"s_{k}"] for r in rows) for k in ("sample", "score", "value", "update")}
-        tokens = statistics.median(r["tokens_per_s_update"] for r in rows)
+    got = {k: [] for k in VARIANTS}
+    for _ in range(args.rounds):
+        for name, change in VARIANTS.items():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool: got[name].append(pool.submit(run, args.steps, args.threads, **change).result())
+            print(f"{name}:", *(f"{sum(r['s_' + p] for p in PHASES):.2f}" for r in got[name][-1][0]), "s", flush=True)
+    rows, base = [], None
+    for name, runs in got.items():
+        steps = [r for run_ in runs for r in run_[0]]
+        phases = {p: statistics.median(r[f"s_{p}"] for r in steps) for p in PHASES}
         total = sum(phases.values())
         base = base or total
-        print(f"{name:>30}: {total:5.2f} s ({'  '.join(f'{k} {v:.2f}' for k, v in phases.items())})  update {tokens:7,.0f} tokens/s  ×{total / base:.2f}")
+        rows.append([name, f"{total:.2f}", f"{total/base:.2f}", *(f"{v:.2f}" for v in phases.values()), f"{statistics.median(r['tokens_per_s_update'] for r in steps):,.0f}",
+                     f"{statistics.median(r[1] for r in runs):.2f}", f"{max(r[3] - r[2] for r in runs):.2f}"])
+    report(f"One PPO step of the `cpu` preset (rich base, 128 rollouts), {args.threads} threads, median of {args.rounds * args.steps}",
+           ["variant", "s per step", "×", *PHASES, "tokens/s of update", "CPU s", "GB above the loaded model"], rows, args.out)
 
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__": main()

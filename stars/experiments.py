@@ -238,14 +238,15 @@ def sft_stage(job:Job)->Path:
 
 def _sft(job:Job, base:Path, prime:Path, out:Path):
     "SFT, as each worker runs it"
-    cfg, team = job.cfg, Team.join(job.cfg.shard)
-    model = prepare(load_model(base, device(), bf16=cfg.sft_bf16), cfg.remat, cfg.lora_rank, cfg.lora_alpha, job.seed)
+    cfg, team = job.cfg, Team.join(job.cfg.shard) # below: flash-attn tells packed sequences apart in batches of one row only
+    model = prepare(load_model(base, device(), bf16=cfg.sft_bf16 and not cfg.sft_packing), cfg.remat, cfg.lora_rank, cfg.lora_alpha, job.seed)
     sft(model, load_tokenizer(base), read_rows(prime/"train.parquet"), out, cfg.sft(job.seed), read_rows(prime/"val.parquet"), job.progress, team)
 
 def _train(fn:Callable, job:Job, *paths:Path):
     "Train in this process, or on the workers of a team; the last path is where"
     cfg = job.cfg
     if not cfg.spreads: return fn(job, *paths)
+    if torch.cuda.is_available(): torch.cuda.empty_cache() # what this process did before, on a GPU that a worker now has
     start_ray()
     on_workers(fn, (job, *(p.resolve() if p.exists() else p for p in paths)), cfg.workers, paths[-1], cfg.restarts, 1. - SHARED*_shared(cfg))
 
@@ -253,8 +254,10 @@ SHARED = .4 # of a GPU that Ray books for an engine, where it books the rest for
 
 def _shared(cfg:Config)->bool:
     "Are there too few GPUs for workers and engines to have one each?"
+    if cfg.engine != "vllm": return False
+    start_ray()
     import ray
-    return cfg.engine == "vllm" and 0 < ray.cluster_resources().get("GPU", 0) < cfg.workers + cfg.engines
+    return 0 < ray.cluster_resources().get("GPU", 0) < cfg.workers + cfg.engines
 
 def make_engine(
     cfg:Config,

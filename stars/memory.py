@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from .models import SOFTMAX, n_params
-from .rollouts import AT_ONCE
+from .rollouts import AT_ONCE, WIDE
 
 # %% ../nbs/05b_memory.ipynb #c006
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ def sampling_bytes(
 )->dict[str, int]: # bytes: cache, graphs, logits, activations
     "The engine in this process at work, its weights aside"
     rows, columns = min(most, 1 << (responses - 1).bit_length() if cuda else responses), prompt + max_tokens
+    if cuda: columns = -(-columns // WIDE) * WIDE
     cache, logits = cache_bytes(shape, rows, columns, size), (12 + size) * rows * shape.vocab
     token = size * (2*shape.hidden + shape.head_dim*(2*shape.heads + 3*shape.kv_heads) + 4*shape.ffn) # a block's tensors
     drawing, moving = rows * (token + 3*shape.heads*columns*size), cache // (2*shape.layers)

@@ -384,7 +384,9 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
         chosen = [i for i in prompt_order(len(problems), step, cfg.prompts, cfg.seed) for _ in range(cfg.samples)]
         batch_problems = [problems[i] for i in chosen]
         rollouts = sample(engine, team, [prompt_ids[i] for i in chosen], cfg.max_tokens, cfg.temperature, seeds_of(f"{cfg.seed}/{step}", len(chosen)))
-        if share_device: engine.sleep()
+        if share_device:
+            engine.sleep()
+            team.wait() # nobody works beside an engine that is still awake
         tick()
         # score
         texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
@@ -417,6 +419,9 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
         for k, o in optimizers.items(): o.param_groups[0]["lr"] = rise * (cfg.lr if k == "policy" else cfg.critic_lr)
         with memory_for(f"training on micro-batches of {cfg.micro_tokens} tokens", "ppo_micro_tokens"):
             row |= update(nets["policy"], nets.get("critic"), optimizers, batch, ref_logp, cfg, f"{cfg.seed}/{step}", vocab, team, lambda norms: check_finite(step + 1, norms, out))
+        if share_device and device.type == "cuda":
+            torch.cuda.empty_cache()
+            team.wait() # engines take their memory again
         sync(engine, team, policy)
         tick()
         phases = [b - a for a, b in zip(clock, clock[1:])]

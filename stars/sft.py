@@ -261,7 +261,8 @@ def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list
             opt.zero_grad()
             row = dict(step=step + 1, epoch=epoch, loss=loss, lr=opt.param_groups[0]["lr"], grad_norm=norm,
                        tokens_per_s=sum(lengths[i] for i in index) / (time.perf_counter() - start))
-            if step + 1 == (epoch + 1)*per_epoch and val: row["val_loss"] = mean_loss(model, val, cfg.micro_tokens, team)
+            if step + 1 == (epoch + 1)*per_epoch and val: # on a GPU, flash-attn may need it in 16 bits
+                with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda"): row["val_loss"] = mean_loss(model, val, cfg.micro_tokens, team)
             log(**row)
             bar.set_postfix(loss=f"{loss:.3f}"); bar.update()
             if (step + 1) % cfg.save_every == 0 and step + 1 < total: save_state(out, step + 1, modules, opts, dict(made_by=made_by), team)
