@@ -119,13 +119,13 @@ def compare(size:str, rows:int, tokens:int, ends:bool, args, cuda:bool)->list[li
     return out
 
 def scaling(args, cuda:bool)->list[list]: # table rows
-    batches, lengths, rows = (8, 32, 128, 512), (32, 64, 128, 256), []
+    rows = []
     for size in (SMALL, LARGE):
         model, tok = make(size, args.device)
         engine = LlamaEngine(model, -1, vocab=known_ids(tok))
-        for b in batches:
+        for b in args.batches:
             cells = []
-            for n in lengths:
+            for n in args.lengths:
                 speed = []
                 for i in range(args.repeats + (3 if cuda else 1)):
                     prompts, start = prompts_for(size, tok, b, i), time.perf_counter()
@@ -142,6 +142,8 @@ def main():
     ap.add_argument("--threads", type=int, default=torch.get_num_threads())
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--scaling", action="store_true", help="tokens/s of the default engine over batch and length")
+    ap.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128, 512], help="of --scaling")
+    ap.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256], help="of --scaling")
     ap.add_argument("--no-vllm", action="store_true", help="leave vLLM out")
     ap.add_argument("--out", help="markdown file to append the table to")
     args = ap.parse_args()
@@ -151,7 +153,7 @@ def main():
     if cuda and not torch.cuda.is_available(): raise SystemExit(f"--device {args.device}: there is no CUDA device here")
     if not cuda: fast_cpu_math(args.threads)
     if args.scaling:
-        return report(f"Default engine, tokens/s, forced lengths, fp32, {args.device}", ["model", "batch", *(f"{n} tokens" for n in (32, 64, 128, 256))], scaling(args, cuda), args.out)
+        return report(f"Default engine, tokens/s, forced lengths, fp32, {args.device}", ["model", "batch", *(f"{n} tokens" for n in args.lengths)], scaling(args, cuda), args.out)
     n, k, tokens = (1024, 1024, 256) if cuda else (128, 64, 128)
     cases = (SMALL, n, tokens, False), (RICH, n, tokens, True), (LARGE, k, tokens, False)
     rows = [r for c in cases for r in compare(*c, args, cuda)]
