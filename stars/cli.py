@@ -9,6 +9,7 @@ __all__ = ['ex', 'notebooks', 'viewer', 'sweeps', 'plan_', 'verl_', 'llm', 'teac
 
 # %% ../nbs/12_cli.ipynb #c002
 import json
+import os
 import signal
 import sys
 import time
@@ -108,10 +109,18 @@ def _space(name:str, changes:dict[str, str], exclude:Path|None)->Space:
     if "n_numbers" in changes: changes = dict(weights=None) | changes
     return replace(SPACES[name], exclude=read_exclusions(exclude) if exclude else (), **changes)
 
+def _check_fits(job:"ex.Job"):
+    "Raise ValueError, before anything is loaded, where this machine's GPUs cannot hold a job; a cluster's are not known here"
+    from torch import cuda
+    if not cuda.is_available() or "RAY_ADDRESS" in os.environ: return
+    plan_.check(plan_.plan(job.cfg, job.model, cuda.device_count(), cuda.get_device_properties(0).total_memory / 2**30))
+
 def _command(name:str, text:str):
     "A subcommand for a stage of one job"
     def command(condition:str="backtracking_verification", model:str|None=None, seed:int=0, preset:str="cpu", runs:Path=Path("runs"), set_:Set=()):
-        print(getattr(ex, f"{name}_stage")(_job(preset, model, condition, seed, runs, set_)))
+        job = _job(preset, model, condition, seed, runs, set_)
+        if name != "base": _check_fits(job)
+        print(getattr(ex, f"{name}_stage")(job))
     command.__doc__ = f"""{text}
 
     Args:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stars.cli import main
 from stars.configs import PRESETS, preset
 from stars.memory import Shape, block_bytes, cache_bytes, cast_bytes, sampling_bytes, shape_of
 from stars.models import Critic, base_path, micro_model, micro_tokenizer, n_params, token_logprobs
@@ -278,3 +279,11 @@ def test_the_table_adds_up():
     assert (t.total + t.headroom).tolist() == pytest.approx([80*.94 - 1.5]*len(p.phases))
     text = show_plan(p)
     for piece in ("256 prompts × 4 = 1,024 rollouts", "reserve", "ppo update", "GiB"): assert piece in text
+
+def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
+    class Card: total_memory = 8 * 2**30
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in dict(is_available=True, device_count=1, get_device_properties=Card()).items(): monkeypatch.setattr(f"torch.cuda.{name}", lambda *a, value=value: value)
+    with pytest.raises(SystemExit) as e: main(["ppo", "--preset", "smollm2"])
+    assert e.value.code == 2 and "This fits: --set" in capsys.readouterr().err and not list(tmp_path.iterdir())
