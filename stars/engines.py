@@ -34,7 +34,7 @@ def undisturbed(
 ):
     "Build an engine without a trace in this process's settings and random generators"
     before, threads = {k: os.environ.get(k) for k in settings}, torch.set_num_threads
-    states = random.getstate(), np.random.get_state()
+    states, products = (random.getstate(), np.random.get_state()), torch.backends.mkldnn.matmul.fp32_precision
     os.environ.update(settings)
     try:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []), warnings.catch_warnings():
@@ -47,6 +47,7 @@ def undisturbed(
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_num_threads = threads
+        torch.backends.mkldnn.matmul.fp32_precision = products
 
 def check_vllm()->bool: # is it vLLM for the CPU?
     "Raise ImportError or RuntimeError if there is no vLLM that can run on this machine"

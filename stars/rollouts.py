@@ -9,7 +9,6 @@ __all__ = ['AT_ONCE', 'WIDE', 'LOW', 'Rollout', 'Engine', 'Elsewhere', 'check_le
 # %% ../nbs/05_rollouts.ipynb #c002
 import hashlib
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .decoder import Decoder, KVCache
 from .ledger import Model, Reply, Request
-from .models import BASES, base_path, check_spells, known_ids, load_model, load_tokenizer, small_products, token_logprobs, weights_digest, weights_of
+from .models import BASES, base_path, check_spells, known_ids, load_model, load_tokenizer, token_logprobs, weights_digest, weights_of
 from .parallel import memory_for
 from .sft import pad
 
@@ -170,7 +169,7 @@ class LlamaEngine:
         longest = check_lengths(prompts, max_tokens, self.decoder.config.max_position_embeddings)
         if temperature and len(seeds or ()) != len(prompts): raise ValueError(f"{len(seeds or ())} seeds for {len(prompts)} prompts; each response needs one (`seeds_of`)")
         order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None]*len(prompts)
-        with small_products() if self.decoder.config.hidden_size < 256 else nullcontext(), memory_for(f"sampling {min(self.rows, len(prompts))} responses of up to {longest + max_tokens} tokens at once", "engine_rows"):
+        with memory_for(f"sampling {min(self.rows, len(prompts))} responses of up to {longest + max_tokens} tokens at once", "engine_rows"):
             try:
                 for i in range(0, len(order), self.rows):
                     part = order[i:i + self.rows]

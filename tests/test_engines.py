@@ -47,12 +47,14 @@ def other():
 @pytest.fixture(scope="module")
 def engine():
     random.seed(5), torch.manual_seed(5)
-    was = random.getstate(), torch.get_rng_state(), torch.set_num_threads, {k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))}
+    before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "bf16"
+    was = random.getstate(), torch.get_rng_state(), torch.set_num_threads, torch.backends.mkldnn.matmul.fp32_precision, {k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))}
     engine = MAKE()
-    assert random.getstate() == was[0] and (torch.get_rng_state() == was[1]).all() and torch.set_num_threads is was[2]
-    assert {k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))} == was[3]
+    assert random.getstate() == was[0] and (torch.get_rng_state() == was[1]).all() and torch.set_num_threads is was[2] and torch.backends.mkldnn.matmul.fp32_precision == was[3]
+    assert {k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))} == was[4]
     yield engine
     engine.close()
+    torch.backends.mkldnn.matmul.fp32_precision = before
 
 @pytest.mark.parametrize("temperature", [1., .7])
 def test_logprobs_are_the_trainers(engine, base, temperature):
