@@ -33,6 +33,14 @@ def logprobs(model, r, temperature, vocab=None):
 def gap(model, rollouts, temperature, vocab=None):
     return max((logprobs(model, r, temperature, vocab) - torch.tensor(r.logprobs)).abs().max().item() for r in rollouts)
 
+@pytest.fixture(scope="module", autouse=True)
+def same_environment():
+    "What vLLM leaves in the environment must not reach the programs that other tests start"
+    was = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(was)
+
 @pytest.fixture(scope="module")
 def base(): return load_model("plain")
 

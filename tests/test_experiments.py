@@ -36,7 +36,9 @@ def wait_for(condition, seconds=120):
 
 
 def lines(folder, pattern):
-    return sum(p.read_bytes().count(b"\n") for p in Path(folder).glob(pattern))
+    while True:
+        try: return sum(p.read_bytes().count(b"\n") for p in Path(folder).glob(pattern))
+        except FileNotFoundError: pass # a folder was renamed or removed while we looked into it
 
 
 def untimed(path):

@@ -81,7 +81,7 @@ def test_a_real_language_model_goes_the_whole_way(tmp_path):
     assert sft[1]["loss"] < sft[0]["loss"] < 3 # nats per token: it reads the traces as text, and learns from six of them
     assert ppo[0]["rollout_gap"] < 1e-3 and ppo[0]["response_tokens"] <= 24
     done = pd.concat(map(pd.read_parquet, store.glob("backtracking_verification/seed0/eval-*/completions-*.parquet")))
-    assert set(done.step) == {0, 1} and done.prompt.str.contains("equation").all()
+    assert set(done.step) == {0, 1} and done.prompt.str.contains("arithmetic expression").all()
     base, ckpt = next(store.glob("base-*/model")), next(store.glob("backtracking_verification/seed0/ppo-*/step-0001"))
     tok = load_tokenizer(ckpt)
     ids = tok("The capital of France is Paris.", return_tensors="pt").input_ids

@@ -158,14 +158,14 @@ def test_ctrl_c_stops_the_tasks_and_keeps_what_is_saved(cluster, shared, tmp_pat
     p = subprocess.Popen([sys.executable, "-c", "from stars.cli import main; main()", "sweep", "--preset", "smoke", "--conditions", "base", "--gpus-per-run", "0",
                           "--set", *SETS, "ppo_steps=5000"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                          env=os.environ | {"RAY_ADDRESS": cluster}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    wait_for(lambda: p.poll() is not None or len(list(tmp_path.glob("runs/smoke/plain/base/*/ppo-*/state.safetensors"))))
+    wait_for(lambda: p.poll() is not None or len(list(tmp_path.glob("runs/smoke/plain/base/*/ppo-*/state-*-*"))))
     assert p.poll() is None and len(workers("eval")) == 1
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and "interrupted" in err, err
     wait_for(lambda: not workers("eval"))
     assert [r["state"] for r in json.loads((tmp_path/"runs/smoke/sweep.json").read_text())["runs"]] == ["ppo"]
-    assert len(list(tmp_path.glob("runs/smoke/plain/base/*/ppo-*.partial/state.safetensors"))) == 1
+    assert len(list(tmp_path.glob("runs/smoke/plain/base/*/ppo-*.partial/state-*-*"))) == 1
 
 
 @pytest.mark.parametrize("args,said", [
