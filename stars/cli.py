@@ -279,18 +279,18 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
         if to: print(book.export(to))
 
 # %% ../nbs/12_cli.ipynb #c031
-def plan(preset:str="paper", model:str|None=None, gpus:int=1, memory:float=80., prompt:int|None=None, set_:Set=()):
+def plan(preset:str="paper", model:str|None=None, gpus:int|None=None, memory:float=80., prompt:int|None=None, set_:Set=()):
     """What an experiment needs of each GPU, phase by phase; exit status 2 and what would fit, if it does not.
 
     Args:
         preset: smoke, cpu, gpu, smollm2 or paper
         model: plain, rich, smollm2, a folder with a checkpoint, or a hub id (default: the preset's first)
-        gpus: GPUs there are
-        memory: of each, GiB
+        gpus: GPUs there are (default: one per worker of the preset)
+        memory: memory of each GPU, GiB
         prompt: longest prompt, tokens (default: what the micro template needs, 256 for others)
     """
     cfg = ex.preset(preset, **overrides(set_))
-    p = plan_.plan(cfg, model or cfg.models[0], gpus, memory, prompt)
+    p = plan_.plan(cfg, model or cfg.models[0], gpus or cfg.workers, memory, prompt)
     print(plan_.show_plan(p))
     plan_.check(p)
 

@@ -179,11 +179,12 @@ class Config:
         for f in ("engines", "lora_rank", "restarts"):
             if getattr(self, f) < 0: raise ValueError(f"{f}={getattr(self, f)} must be at least 0")
         if self.engine == "vllm" and not self.engines and self.workers > 1: raise ValueError(f"engines=0 puts vLLM into the training process, which workers={self.workers} cannot share; set engines=1 or more")
+        if self.engines and self.engine != "vllm": raise ValueError(f"engines={self.engines} are vLLM's; set engine=vllm, or leave them out")
         if not 0 < self.engine_memory < 1: raise ValueError(f"engine_memory={self.engine_memory} must lie between 0 and 1")
         if self.engine == "vllm" and self.ppo_temperature < .01: raise ValueError(f"ppo_temperature={self.ppo_temperature}: vLLM takes 0.01 and more")
         for prefix, c in dict(base=self.pretraining(), sft=self.sft(0), ppo=self.ppo(0)).items():
             try: c.validate()
-            except ValueError as e: raise ValueError(f"{prefix}_: {e}") from None
+            except ValueError as e: raise ValueError(f"{prefix}_{e}") from None
         return self
 
 # %% ../nbs/10_configs.ipynb #c008

@@ -12,6 +12,9 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -293,6 +296,7 @@ def on_workers(
     scaling = ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=dict(GPU=gpus) if gpu else dict(CPU=max(1, cpus // workers // 2)))
     run = RunConfig(name="workers", storage_path=str(Path(out).resolve()/"ray"), failure_config=FailureConfig(max_failures=0)) # Ray would try our own errors again, too
     trainer = TorchTrainer(_worker, train_loop_config=dict(fn=fn, args=args, threads=max(1, int(cores() // workers))), scaling_config=scaling, run_config=run)
+    print(f"training on {workers} workers; their steps are in {out}/metrics.jsonl", file=sys.stderr)
     for left in reversed(range(restarts + 1)):
         try: return _fit(trainer)
         except _Lost as e:
@@ -306,12 +310,16 @@ def _fit(trainer):
     "Run a team once; raises what its function raised"
     from ray.exceptions import RayTaskError
     from ray.train import WorkerGroupError
+    ours = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
     try: trainer.fit()
+    except SystemExit: raise KeyboardInterrupt from None # Ray's answer to Ctrl-C
     except WorkerGroupError as e:
         lost = lambda x: isinstance(x, dist.DistError) or "by peer" in str(x) or type(x).__module__.startswith("ray.") and not isinstance(x, RayTaskError)
         for x in e.worker_failures.values():
             if not lost(x): raise x from None
         raise _Lost(str(next(iter(e.worker_failures.values()))).strip().split("\n")[0]) from None
+    finally:
+        if ours is not None: signal.signal(signal.SIGINT, ours)
 
 def _worker(config:dict):
     "What runs on each worker"
@@ -328,5 +336,5 @@ def start_ray()->bool: # did it have to?
     if ray.is_initialized(): return False
     ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     has = ray.cluster_resources()
-    print(f"Ray {'cluster' if os.environ.get('RAY_ADDRESS') else 'started on this machine'}: {has.get('CPU', 0):.0f} CPUs, {has.get('GPU', 0):.0f} GPUs")
+    print(f"Ray {'cluster' if os.environ.get('RAY_ADDRESS') else 'started on this machine'}: {has.get('CPU', 0):.0f} CPUs, {has.get('GPU', 0):.0f} GPUs", file=sys.stderr)
     return True

@@ -118,7 +118,8 @@ def plan(
 )->Plan: # raises nothing if it does not fit: see `check`
     "Count what each phase needs of a device"
     if gpus < 1: raise ValueError(f"gpus={gpus} must be at least 1")
-    if memory <= 0: raise ValueError(f"memory={memory} GiB must be above 0")
+    if not 0 < memory < 1e6: raise ValueError(f"memory={memory} GiB must be above 0, and that of one GPU")
+    if prompt is not None and prompt < 1: raise ValueError(f"prompt={prompt} tokens must be at least 1")
     shape, total = micro_shape(cfg) if model in BASES else shape_of(model), memory * GIB
     prompt = prompt or (3*max(cfg.n_numbers) + 8 if cfg.template == "micro" else 256)
     size, room, vllm = 2 if cfg.ppo_bf16 else 4, max(0, total * (1 - RESERVE_SHARE) - RESERVE_FIXED), cfg.engine == "vllm"
@@ -178,6 +179,7 @@ def _changes(p:Plan)->Iterator[dict]:
     yield dict(remat=True)
     if c.workers > 1: yield dict(shard=True)
     if c.workers < p.gpus: yield dict(workers=p.gpus, shard=True)
+    for n in _halves(c.base_micro_tokens, c.base_context): yield dict(base_micro_tokens=n)
     for n in _halves(c.sft_micro_tokens, c.sft_max_length): yield dict(sft_micro_tokens=n)
     for n in _halves(c.ppo_micro_tokens, p.prompt + c.ppo_max_tokens): yield dict(ppo_micro_tokens=n)
     for n in _halves(c.engine_rows, 16): yield dict(engine_rows=n)

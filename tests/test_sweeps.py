@@ -165,7 +165,7 @@ def test_ctrl_c_stops_the_tasks_and_keeps_what_is_saved(cluster, shared, tmp_pat
     assert p.returncode == 130 and "interrupted" in err, err
     wait_for(lambda: not workers("eval"))
     assert [r["state"] for r in json.loads((tmp_path/"runs/smoke/sweep.json").read_text())["runs"]] == ["ppo"]
-    assert len(list(tmp_path.glob("runs/smoke/plain/base/*/ppo-*.partial/state-*-*"))) == 1
+    assert len(list(tmp_path.glob("runs/smoke/plain/base/*/ppo-*.partial/state-*-*"))) >= 1
 
 
 @pytest.mark.parametrize("args,said", [
