@@ -247,7 +247,6 @@ def _train(fn:Callable, job:Job, *paths:Path):
     cfg = job.cfg
     if not cfg.spreads: return fn(job, *paths)
     if torch.cuda.is_available(): torch.cuda.empty_cache() # what this process did before, on a GPU that a worker now has
-    start_ray()
     on_workers(fn, (job, *(p.resolve() if p.exists() else p for p in paths)), cfg.workers, paths[-1], cfg.restarts, 1. - SHARED*_shared(cfg))
 
 SHARED = .4 # of a GPU that Ray books for an engine, where it books the rest for a worker: two workers never meet

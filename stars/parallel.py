@@ -290,10 +290,10 @@ def on_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     start_ray()
-    gpu, cpus = ray.cluster_resources().get("GPU", 0) > 0, ray.cluster_resources().get("CPU", 0)
-    have, what = (ray.cluster_resources()["GPU"], "GPUs") if gpu else (cpus, "CPUs")
-    if workers > have: raise ValueError(f"workers={workers}, but Ray has {have:.0f} {what}; lower it, or join a larger cluster (RAY_ADDRESS)")
-    scaling = ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=dict(GPU=gpus) if gpu else dict(CPU=max(1, cpus // workers // 2)))
+    has = ray.cluster_resources()
+    kind = "GPU" if has.get("GPU", 0) else "CPU"
+    if workers > has.get(kind, 0): raise ValueError(f"workers={workers}, but Ray has {has.get(kind, 0):.0f} {kind}s; lower it, or join a larger cluster (RAY_ADDRESS)")
+    scaling = ScalingConfig(num_workers=workers, use_gpu=kind == "GPU", resources_per_worker={kind: gpus if kind == "GPU" else max(1, has["CPU"] // workers // 2)})
     run = RunConfig(name="workers", storage_path=str(Path(out).resolve()/"ray"), failure_config=FailureConfig(max_failures=0)) # Ray would try our own errors again, too
     trainer = TorchTrainer(_worker, train_loop_config=dict(fn=fn, args=args, threads=max(1, int(cores() // workers))), scaling_config=scaling, run_config=run)
     print(f"training on {workers} workers; their steps are in {out}/metrics.jsonl", file=sys.stderr)
@@ -329,12 +329,17 @@ def _worker(config:dict):
     fast_cpu_math(None if torch.cuda.is_available() else config["threads"])
     config["fn"](*config["args"])
 
-def start_ray()->bool: # did it have to?
-    "Connect to the cluster of RAY_ADDRESS, or start Ray on this machine, unless that was done before"
+def start_ray(
+    quiet:bool=False, # do not say what Ray has
+    **private,        # arguments of `ray.init` for a Ray that is started here
+)->bool: # did it have to?
+    "Connect to the cluster of RAY_ADDRESS, or start Ray on this machine, unless that was done before; raises RuntimeError where that fails"
     if importlib.util.find_spec("ray") is None: raise ImportError("several workers or engines need Ray: pip install 'stars[ray]'")
     import ray
     if ray.is_initialized(): return False
-    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS")
+    try: ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else dict(include_dashboard=False) | private))
+    except Exception as e: raise RuntimeError(f"Ray did not {f'connect to RAY_ADDRESS={address}' if address else 'start'}: {e}") from e # Ray raises no narrower one
     has = ray.cluster_resources()
-    print(f"Ray {'cluster' if os.environ.get('RAY_ADDRESS') else 'started on this machine'}: {has.get('CPU', 0):.0f} CPUs, {has.get('GPU', 0):.0f} GPUs", file=sys.stderr)
+    if not quiet: print(f"Ray {'cluster' if address else 'started on this machine'}: {has.get('CPU', 0):.0f} CPUs, {has.get('GPU', 0):.0f} GPUs", file=sys.stderr)
     return True

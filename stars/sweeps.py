@@ -29,6 +29,7 @@ from rich.table import Column, Table
 from . import experiments as ex
 from .datasets import cores
 from .experiments import Config, Job, NotBuilt
+from .parallel import start_ray
 
 # %% ../nbs/10b_sweeps.ipynb #c006
 def label(job:Job)->str:
@@ -88,15 +89,10 @@ def check_place(runs:str, env:dict[str, str]):
 @contextmanager
 def connected(retries:int):
     "Ray: the one of this process, the cluster of RAY_ADDRESS, or a private one that ends with the block"
-    if ray.is_initialized():
-        yield
-        return
-    quiet, address = dict(log_to_driver=False, logging_level="ERROR"), os.environ.get("RAY_ADDRESS")
-    private = dict(num_cpus=cores(), include_dashboard=False, _system_config=dict(task_oom_retries=retries)) # out of memory: not without end
-    try: ray.init(address or "local", **(quiet if address else private | quiet))
-    except Exception as e: raise RuntimeError(f"Ray did not {f'connect to RAY_ADDRESS={address}' if address else 'start'}: {e}") from e # Ray raises no narrower one
+    mine = start_ray(quiet=True, num_cpus=cores(), _system_config=dict(task_oom_retries=retries)) # out of memory: not without end
     try: yield
-    finally: ray.shutdown()
+    finally:
+        if mine: ray.shutdown()
 
 # %% ../nbs/10b_sweeps.ipynb #c018
 def begun(
