@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HABITS', 'HABIT_NAMES', 'COLORS', 'Habit', 'Equation', 'equations', 'restarts', 'Span', 'find_behaviors',
-           'count_behaviors', 'precision_recall']
+           'count_behaviors', 'precision_recall', 'wilson']
 
 # %% ../nbs/01_behaviors.ipynb #c002
 import re
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .countdown import solvable
-from .phrases import RULES, TARGET, Rule, hits, plain
+from .phrases import RULES, TARGET, Rule, habits_of, hits, plain
 
 # %% ../nbs/01_behaviors.ipynb #c004
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def count_behaviors(
 )->dict[str, int]: # count per habit of the rules
     "How often a text shows each habit"
     _, _, said, done = _acts(text, numbers, target, rules)
-    counts = dict.fromkeys(HABIT_NAMES if rules is None else (r.habit for r in rules), 0)
+    counts = dict.fromkeys(habits_of(rules), 0)
     for habit, _ in said: counts[habit] += 1
     for s in done: counts[s.habit] = counts.get(s.habit, 0) + 1
     return counts
@@ -160,8 +160,10 @@ def _acts(text, numbers, target, rules):
     rules, game = RULES if rules is None else rules, numbers is not None
     low = plain(text, target if game else None)
     eqs = _equations(low, target) if game else []
+    found = hits(low, rules, "countdown" if game else "general")
+    if not found and not game: return low, [], {}, []
     ends = [m.end() for m in _CLAUSE.finditer(low)] + [len(low)]
-    found = _standing(hits(low, rules, "countdown" if game else "general"), low, eqs, ends, game)
+    found = _standing(found, low, eqs, ends, game)
     said = {} # one act per habit and clause
     for a, b, r in found:
         c = bisect_right(ends, a)
@@ -251,3 +253,15 @@ def precision_recall(
                                                       texts=bool(acts), labelled_texts=bool(labelled), right_texts=bool(acts and labelled))
     return [dict(habit=h, labelled=t["labelled"], precision=ratio(t["right"], t["acts"]), recall=ratio(t["seen"], t["labelled"]),
                  text_precision=ratio(t["right_texts"], t["texts"]), text_recall=ratio(t["right_texts"], t["labelled_texts"])) for h, t in tally.items()]
+
+# %% ../nbs/01_behaviors.ipynb #c030
+def wilson(
+    k:float,      # successes
+    n:float,      # trials
+    z:float=1.96, # standard normal quantile; 1.96: 95 %
+)->tuple[float, float]: # lower and upper end
+    "Score interval of a proportion (Wilson 1927)"
+    if not 0 <= k <= n or n <= 0: raise ValueError(f"a proportion needs 0 <= k <= n and n > 0, got k={k}, n={n}")
+    p, d = k / n, 1 + z*z / n
+    mid, half = (p + z*z / (2*n)) / d, z * (p*(1-p)/n + z*z / (4*n*n))**.5 / d
+    return (0. if k == 0 else mid - half), (1. if k == n else mid + half)

@@ -74,6 +74,24 @@ class Config:
     # lora: of sft and ppo
     lora_rank:int=0                   # 0: train every weight
     lora_alpha:float=32.              # the correction is scaled by alpha / rank
+    # corpus: synthetic pretraining text
+    corpus_docs:int=24_000            # documents
+    corpus_worked:float=.5            # share of worked problems
+    corpus_noise:float=.1             # share of noise; the rest explains something
+    corpus_puzzles:float=.2           # of the worked problems: Countdown puzzles
+    corpus_rates:tuple[float, ...]=(.12, .06, .08, .03) # documents that show verification, backtracking, subgoals, backward chaining
+    corpus_seed:int=0                 # of the documents
+    # curate: what is rewritten, and how much of it is kept
+    curate_budget:int=550_000         # completion tokens of each of the two sets
+    curate_length:int=128             # tokens of a completion, at most
+    curate_seed:int=0                 # of the rewriter
+    curate_file:str=""                # take the rows from this folder of `stars curate` instead; {condition} in it stands for curated or negated
+    # cpt: continued pretraining on it
+    cpt_epochs:int=3                  # passes
+    cpt_batch_size:int=32             # examples per update
+    cpt_lr:float=2e-3                 # peak learning rate
+    cpt_max_length:int=512            # tokens per example
+    cpt_packing:bool=False            # put several examples into one sequence of cpt_max_length
     # ppo
     ppo_steps:int=100
     ppo_prompts:int=128               # prompts per step
@@ -124,6 +142,10 @@ class Config:
         "The trainer's configuration for priming"
         return SFTConfig(seed=seed, **{f: getattr(self, f"sft_{f}") for f in ("epochs", "batch_size", "lr", "micro_tokens", "max_length", "bf16", "packing")})
 
+    def continued(self, seed:int)->SFTConfig:
+        "The trainer's configuration for continued pretraining"
+        return replace(self.sft(seed), **{f: getattr(self, f"cpt_{f}") for f in ("epochs", "batch_size", "lr", "max_length", "packing")})
+
     def pretraining(self)->SFTConfig:
         "The trainer's configuration for the micro bases"
         return SFTConfig(epochs=self.base_epochs, batch_size=self.base_batch, micro_tokens=self.base_micro_tokens, lr=self.base_lr, max_length=self.base_context,
@@ -151,7 +173,7 @@ class Config:
 
     def validate(self)->"Config":
         "Raise ValueError naming a field that cannot work; checks everything that can be checked without running"
-        for f in ("data_prime", "data_train", "data_eval", "data_rows", "prime_rows", "eval_samples", "base_docs"):
+        for f in ("data_prime", "data_train", "data_eval", "data_rows", "prime_rows", "eval_samples", "base_docs", "corpus_docs", "curate_budget", "curate_length"):
             if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)} must be at least 1")
         Space(**self.world)
         messages(Problem((1, 2), 3), self.template)
@@ -161,10 +183,13 @@ class Config:
             raise ValueError(f"ppo_max_tokens={self.ppo_max_tokens} and a prompt do not fit into base_context={self.base_context}")
         if self.template == "micro" and self.prime_budget > self.ppo_max_tokens:
             raise ValueError(f"prime_budget={self.prime_budget} exceeds ppo_max_tokens={self.ppo_max_tokens}: the model would learn responses that are cut")
-        for f in ("prime_slip", "prime_insight", "prime_incorrect_slip", "base_share"):
+        for f in ("prime_slip", "prime_insight", "prime_incorrect_slip", "base_share", "corpus_worked", "corpus_noise", "corpus_puzzles"):
             if not 0 <= getattr(self, f) <= 1: raise ValueError(f"{f}={getattr(self, f)} must lie between 0 and 1")
         if self.max_number > self.top or self.max_target > self.top:
             raise ValueError(f"max_number={self.max_number} and max_target={self.max_target} must not exceed top={self.top}, the largest integer that can be written")
+        if len(self.corpus_rates) != 4 or not all(0 <= r <= 1 for r in self.corpus_rates): raise ValueError(f"corpus_rates={self.corpus_rates} must be four shares between 0 and 1: of verification, backtracking, subgoals, backward chaining")
+        if self.corpus_worked + self.corpus_noise > 1: raise ValueError(f"corpus_worked={self.corpus_worked} and corpus_noise={self.corpus_noise} exceed 1 together")
+        if self.curate_length > self.cpt_max_length: raise ValueError(f"curate_length={self.curate_length} exceeds cpt_max_length={self.cpt_max_length}; a completion must fit")
         if self.prime_val < 0: raise ValueError(f"prime_val={self.prime_val} must be at least 0")
         if not max(self.max_number, self.max_target) <= self.prime_top <= self.top:
             raise ValueError(f"prime_top={self.prime_top} must lie between the largest number or target and top={self.top}")
@@ -182,7 +207,7 @@ class Config:
         if self.engines and self.engine != "vllm": raise ValueError(f"engines={self.engines} are vLLM's; set engine=vllm, or leave them out")
         if not 0 < self.engine_memory < 1: raise ValueError(f"engine_memory={self.engine_memory} must lie between 0 and 1")
         if self.engine == "vllm" and self.ppo_temperature < .01: raise ValueError(f"ppo_temperature={self.ppo_temperature}: vLLM takes 0.01 and more")
-        for prefix, c in dict(base=self.pretraining(), sft=self.sft(0), ppo=self.ppo(0)).items():
+        for prefix, c in dict(base=self.pretraining(), sft=self.sft(0), cpt=self.continued(0), ppo=self.ppo(0)).items():
             try: c.validate()
             except ValueError as e: raise ValueError(f"{prefix}_{e}") from None
         return self
@@ -192,18 +217,21 @@ PRESETS = dict(
     cpu=Config("cpu"),
     smoke=Config("smoke", data_prime=60, data_train=100, data_eval=20, data_rows=100, base_docs=1_500, base_val=100, base_epochs=1, base_batch=64, base_hidden=32,
                  base_layers=2, base_heads=2, base_ffn=64, prime_rows=300, prime_val=30, prime_attempts=2, prime_patience=2, prime_budget=50, sft_epochs=1, sft_lr=3e-3, ppo_steps=4, ppo_prompts=16, ppo_minibatch=8,
-                 ppo_max_tokens=60, ppo_save_every=2, figures=("fig_controls", "fig_priming", "fig_dynamics")),
+                 ppo_max_tokens=60, ppo_save_every=2,
+                 corpus_docs=1_500, curate_budget=8_000, curate_length=60, cpt_epochs=1, cpt_lr=3e-3, figures=("fig_controls", "fig_priming", "fig_dynamics", "fig_pretraining", "fig_curated")),
     gpu=Config("gpu", n_numbers=(3, 4), max_number=20, max_target=50, prime_top=100, data_prime=2_000, data_train=8_000, data_eval=1_024, data_rows=16_384,
                base_docs=400_000, base_batch=512, base_lr=1e-3, base_hidden=256, base_layers=6, base_heads=8, base_ffn=768, base_micro_tokens=131_072,
                prime_rows=10_000, sft_lr=1e-3, sft_batch_size=64, sft_micro_tokens=65_536, ppo_prompts=256, ppo_samples=4, ppo_minibatch=512, ppo_micro_tokens=65_536, ppo_max_tokens=160,
-               ppo_lr=3e-5, ppo_critic_lr=1e-4, engine_rows=1_024, seeds=(0, 1, 2), figures=("fig_controls", "fig_priming", "fig_dynamics")),
+               ppo_lr=3e-5, ppo_critic_lr=1e-4, engine_rows=1_024, corpus_docs=60_000, curate_budget=1_200_000, curate_length=150, cpt_batch_size=64, cpt_lr=1e-3, seeds=(0, 1, 2),
+               figures=("fig_controls", "fig_priming", "fig_dynamics", "fig_pretraining", "fig_curated")),
     smollm2=Config("smollm2", n_numbers=(3, 4), max_number=20, max_target=50, prime_top=100, template="base", data_prime=1_000, data_train=4_000, data_eval=512, data_rows=16_384, models=("smollm2",),
                    prime_rows=1_000, sft_epochs=5, sft_batch_size=64, sft_lr=1e-4, sft_max_length=1_024, sft_micro_tokens=16_384, ppo_steps=50, ppo_prompts=64, ppo_samples=8, ppo_minibatch=256,
-                   ppo_max_tokens=256, ppo_lr=1e-5, ppo_estimator="group", ppo_kl_in="loss", ppo_micro_tokens=16_384, ppo_bf16=True, ppo_is_cap=2.),
+                   ppo_max_tokens=256, ppo_lr=1e-5, ppo_estimator="group", ppo_kl_in="loss", ppo_micro_tokens=16_384, ppo_bf16=True, ppo_is_cap=2.,
+                   corpus_docs=60_000, curate_budget=1_000_000, curate_length=256, cpt_epochs=2, cpt_batch_size=64, cpt_lr=1e-4, cpt_max_length=1_024),
     paper=Config("paper", n_numbers=(3, 4), max_number=99, max_target=99, prime_top=199, template="base", data_prime=1_200, data_prime_space="priming", data_train=327_680, data_eval=1_024, data_rows=327_680,
                  models=("meta-llama/Llama-3.2-3B", "Qwen/Qwen2.5-3B"), prime_rows=1_000, sft_epochs=5, sft_batch_size=64, sft_lr=1e-5, sft_max_length=2_048, sft_micro_tokens=16_384,
                  ppo_steps=250, ppo_prompts=256, ppo_samples=4, ppo_minibatch=512, ppo_max_tokens=1_024, ppo_lr=1e-6, ppo_critic_lr=1e-5, ppo_micro_tokens=8_192, ppo_bf16=True, ppo_is_cap=2.,
-                 engine_rows=128, workers=4, shard=True, remat=True, figures=("fig_controls", "fig_priming", "fig_dynamics")),
+                 curate_budget=83_000_000, curate_length=4_096, cpt_epochs=1, cpt_batch_size=64, cpt_lr=1e-5, cpt_max_length=8_192, cpt_packing=True, engine_rows=128, workers=4, shard=True, remat=True, figures=("fig_controls", "fig_priming", "fig_dynamics")),
 )
 
 def preset(
