@@ -154,23 +154,24 @@ def match_sets(
     sizes = {row: [g[row]["tokens"] for g in good.values()] for row in both}
     alike = sorted((row for row in both if max(sizes[row]) <= how.factor * min(sizes[row])), key=lambda row: hashlib.sha256(f"{how.seed}/{row}".encode()).digest())
     picked, spent = [], [0] * len(good)
-    for row in _even(alike, sizes, how.slack)[0]:
+    for row in _even(alike, sizes, len(good), how.slack)[0]:
         if max(grown := [a + b for a, b in zip(spent, sizes[row])]) > how.budget: break
         picked.append(row)
         spent = grown
-    picked, spent = _even(picked, sizes, how.slack)
+    picked, spent = _even(picked, sizes, len(good), how.slack)
     report = dict(documents=len(picked), tokens=dict(zip(good, spent)), texts={m: len(t) for m, t in rewrites.items()}, dropped=dropped,
                   other_version_missing={m: len(g) - len(both) for m, g in good.items()}, unlike_in_length=len(both) - len(alike), beyond_budget_or_lopsided=len(alike) - len(picked))
     return {m: [g[row] for row in picked] for m, g in good.items()}, report
 
-def _even(picked:list[int], sizes:dict[int, list[int]], slack:float)->tuple[list[int], list[int]]: # documents, tokens per set
-    "Take out the documents that make one set longer than another, the most lopsided first"
-    spent = [sum(column) for column in zip(*(sizes[row] for row in picked))]
-    if len(spent) < 2: return picked, spent
+def _even(picked:list[int], sizes:dict[int, list[int]], n:int, slack:float)->tuple[list[int], list[int]]: # documents, tokens per set
+    "Take out the documents that make one set longer than another, the most lopsided first; what is left of the difference is less than a document's"
+    spent = [sum(sizes[row][i] for row in picked) for i in range(n)]
     long, short = spent.index(max(spent)), spent.index(min(spent))
     out = set()
     for row in sorted(picked, key=lambda row: sizes[row][short] - sizes[row][long]):
-        if spent[long] - spent[short] <= slack * spent[long]: break
+        gap, step = spent[long] - spent[short], sizes[row][long] - sizes[row][short]
+        if gap <= slack * spent[long] or step <= 0: break
+        if step > 1.5 * gap: continue # the other set would be the longer one then, by as much
         out.add(row)
         spent = [a - b for a, b in zip(spent, sizes[row])]
     return [row for row in picked if row not in out], spent

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUES', 'DOMAINS', 'LABELS', 'SCHEMA', 'Labeller', 'NONE', 'RULES_LABELLER', 'LENGTHS', 'Text', 'Shard', 'read_shard',
            'plan_shards', 'rule_labels', 'spread', 'rule_labeller', 'label_corpus', 'write_labels', 'label_files',
-           'read_labels', 'count_missing', 'statistics', 'show_statistics']
+           'read_labels', 'count_missing', 'statistics', 'read_statistics', 'show_statistics']
 
 # %% ../nbs/09_pretraining.ipynb #c002
 import hashlib
@@ -84,6 +84,8 @@ def _listed(column:pa.Array)->list:
     try: return column.to_pylist()
     except UnicodeDecodeError: return column.cast(pa.large_binary()).to_pylist()
 
+def _flat(e:Exception)->str: return " ".join(str(e).split()) # Arrow's messages have several lines
+
 def read_shard(
     shard:Shard,
 )->Iterator[Text]: # as many as `count`; raises ValueError naming file and rows if they cannot be read
@@ -96,7 +98,7 @@ def read_shard(
             for read, value in enumerate(_values(shard), 1): yield _text(rows[read - 1], value)
         except (pa.ArrowException, OSError) as e:
             if shard.skip_corrupt: yield from (Text(r, None, "damaged file") for r in rows[read:])
-            else: raise ValueError(f"{shard.file}, rows {shard.start + shard.skip:,} to {shard.start + shard.skip + shard.count - 1:,}: damaged ({e}); fetch the file again, or skip what is damaged (--skip-corrupt)") from e
+            else: raise ValueError(f"{shard.file}, rows {shard.start + shard.skip:,} to {shard.start + shard.skip + shard.count - 1:,}: damaged ({_flat(e)}); fetch the file again, or skip what is damaged (--skip-corrupt)") from e
     else:
         with open(shard.file, "rb") as lines:
             lines.seek(shard.start)
@@ -110,7 +112,7 @@ def _rows_of(path:Path, column:str, every:int)->Iterator[tuple[int, int]]: # (ro
     if path.suffix == ".parquet":
         try:
             with pq.ParquetFile(path) as f: names, n = f.schema_arrow.names, f.metadata.num_rows
-        except (pa.ArrowException, OSError) as e: raise ValueError(f"{path} is not a complete parquet file ({e}); fetch it again, or skip what is damaged (--skip-corrupt)") from e
+        except (pa.ArrowException, OSError) as e: raise ValueError(f"{path} is not a complete parquet file ({_flat(e)}); fetch it again, or skip what is damaged (--skip-corrupt)") from e
         if column not in names: raise LookupError(f"{path} has no column {column!r}; choose one of {', '.join(names)} (--column)")
         yield from ((min(every, n - i), i) for i in range(0, n, every))
         return
@@ -175,16 +177,17 @@ def _hub_pieces(source:str, column:str, every:int, split:str)->Iterator[tuple[st
 
 # %% ../nbs/09_pretraining.ipynb #c011
 _LINE = r"(?<![a-z0-9,;'] )(?<![a-z0-9'])" # where a sentence or a line begins
+_FIRST = r"(?:(?<![^\n])|(?<=\n  )|(?<=\n )|(?<=# ))" # the first word of a line
 CUES = (
-    Rule("problem", "heading", (_LINE + r"(?:problem|exercise|question|puzzle|riddle|homework|q) ?\d{0,3}[a-z]?[.:)]",)),
+    Rule("problem", "heading", (_FIRST + r"(?:problem|exercise|question|puzzle|riddle|homework|q) ?\d{0,3}[a-z]?[.:)]",)),
     Rule("problem", "task", (_LINE + r"(?:find|determine|compute|calculate|evaluate|give|write|combine|pick) (?:[\w',]+ ){0,4}(?:values?|numbers?|sums?|products?|areas?|volume|probability|length|solutions?|roots?"
                              r"|integers?|equation|expression|limit|integral|derivative|remainder|angle|distance|speed|maximum|minimum|x|y|n)\b", _LINE + r"solve (?:for|the|this|x)\b", r"\b(?:prove|show) that\b",
-                             r"\b(?:is|are) to be (?:found|determined|shown|proved)\b", r"\b(?:find|pick) (?:[\w',]+ ){1,8}so that\b", _LINE + r"starting (?:at|from|with) [^.\n]{1,30}\b(?:reach|get|make)\b")),
+                             r"\b(?:is|are) to be (?:found|determined|shown|proved)\b", r"\bfind an expression\b", r"\b(?:find|pick) (?:[\w',]+ ){1,8}so that\b", _LINE + r"starting (?:at|from|with) [^.\n]{1,30}\b(?:reach|get|make)\b")),
     Rule("problem", "question", (r"\bhow (?:many|much|far|long|old|fast)\b[^.?\n]{3,200}\?", r"\bwhich (?:of|two|three|numbers?|values?)\b[^.?\n]{3,200}\?",
                                  r"\bwhat is the (?:value|sum|number|probability|area|product|remainder|length|smallest|largest)\b[^.?\n]{3,200}\?")),
-    Rule("solution", "heading", (_LINE + r"(?:solution|answer|proof|ans) ?\d{0,3}[.:)]",)),
-    Rule("solution", "result", (r"\b(?:answer|result|solution|value) is [^.\n]{0,20}\d", r"\b(?:we|i|you) (?:then |finally |thus |now )?(?:get|obtain|find|have|conclude)\b[^\n]{0,60}=",
-                                r"\b(?:hence|therefore|thus|so)\b[^.\n]{0,60}=", r"\bq\.?e\.?d\b", r"[∎□■]")),
+    Rule("solution", "heading", (_FIRST + r"(?:solution|answer|proof|ans) ?\d{0,3}[.:)]",)),
+    Rule("solution", "result", (r"\b(?:answer|result|solution) is [^.\n]{0,20}\d", r"\b(?:we|i|you) (?:then |finally |thus |now )?(?:get|obtain|find|have|conclude)\b[^\n]{0,60} = ",
+                                r"\b(?:hence|therefore|thus|so)\b[^.\n]{0,60} = ", r"\bq\.?e\.?d\b", r"[∎□■]")),
 )
 _TELLING = dict(
     mathematics="theorem lemma proof equation equations integer integers polynomial algebra geometry triangle derivative integral matrix prime fraction fractions arithmetic sum product divisible "
@@ -351,6 +354,12 @@ def statistics(
                         mean=mean, mean_lo=mean - 1.96*se, mean_hi=mean + 1.96*se))
     place = {name: i for i, name in enumerate(("all", "domain", "length", *DOMAINS, *_CLASSES, *LABELS))}
     return pd.DataFrame(out).sort_values(["by", "group", "label"], key=lambda c: c.map(lambda x: place.get(x, 99)), ignore_index=True)
+
+def read_statistics(
+    folder:str|Path, # of `label_corpus`
+)->pd.DataFrame: # as from `statistics`
+    "The statistics that lie beside the labels"
+    return pd.read_parquet(Path(folder)/"statistics.parquet")
 
 def show_statistics(
     table:pd.DataFrame, # from `statistics`
