@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from common.report import report
 from stars.countdown import make_prompt
-from stars.models import attention, fast_cpu_math, known_ids, load_model, load_tokenizer, micro_model, n_params, save_checkpoint
+from stars.models import attention, fast_cpu_math, known_ids, load_model, load_tokenizer, micro_model, save_checkpoint
 from stars.problems import sample_problems
 from stars.rollouts import LlamaEngine, seeds_of
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ex', 'notebooks', 'viewer', 'sweeps', 'plan_', 'verl_', 'llm', 'teacher_', 'rollouts', 'judges', 'agreement',
-           'pretraining', 'curation', 'Set', 'STAGES', 'AskingArgs', 'COMMANDS', 'overrides', 'data', 'Asking', 'prime',
-           'judge', 'ledger', 'label', 'plan', 'verl', 'sweep', 'run_figure', 'figure', 'reproduce', 'inspect', 'main']
+           'pretraining', 'curation', 'models', 'Set', 'STAGES', 'AskingArgs', 'COMMANDS', 'overrides', 'data',
+           'Asking', 'prime', 'judge', 'ledger', 'label', 'curate', 'plan', 'verl', 'sweep', 'run_figure', 'figure',
+           'reproduce', 'inspect', 'main']
 
 # %% ../nbs/12_cli.ipynb #c002
 import json
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from .countdown import split_of
 from .datasets import from_parquet, read_problems, to_parquet, write_problems
-from .priming import CONDITIONS, MIXES, write_rows
+from .priming import CONDITIONS, METHODS, MIXES, write_rows
 from .problems import SPACES, Space, read_exclusions, sample_problems, whole
 
 # %% ../nbs/12_cli.ipynb #c005
@@ -35,7 +36,7 @@ class _Later:
 
 ex, notebooks, viewer = _Later("stars.experiments"), _Later("stars.notebooks"), _Later("stars.viewer")
 sweeps, plan_, verl_ = _Later("stars.sweeps"), _Later("stars.plan"), _Later("stars.verl")
-llm, teacher_, rollouts, judges, agreement, pretraining, curation = (_Later(f"stars.{m}") for m in ("llm", "teacher", "rollouts", "judges", "agreement", "pretraining", "curation"))
+llm, teacher_, rollouts, judges, agreement, pretraining, curation, models = (_Later(f"stars.{m}") for m in ("llm", "teacher", "rollouts", "judges", "agreement", "pretraining", "curation", "models"))
 
 Set = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE ...", help="fields to change, e.g. max_number=50 n_numbers=3,4")]
 
@@ -303,6 +304,35 @@ def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], colu
     print(f"{out}: {report['labelled']:,} of {report['rows']:,} texts labelled{missing}" + "".join(f"\nskipped: {s}" for s in report["skipped_files"]))
     print(pretraining.show_statistics(pretraining.read_statistics(out)).to_string())
 
+# %% ../nbs/12_cli.ipynb #c042
+def curate(labels:tyro.conf.Positional[Path], out:tyro.conf.Positional[Path], method:Literal["curated", "negated", "both"]="both", rewriter:str="embedded", tokenizer:str="plain",
+           template:Literal["micro", "base", "chat"]="base", budget:int=83_000_000, length:int=4_096, test:float=.05, acts:int=2, seed:int=0, workers:int|None=None):
+    """Texts with problem and solution, rewritten as question, thoughts and answer: OUT/curated and OUT/negated with train.parquet and test.parquet for SFT.
+
+    Both sets hold the same documents in about as many tokens. With one method only, the other's rewritten texts are used if they are there already.
+
+    Args:
+        labels: folder that `stars label` has filled
+        out: folder to write to
+        method: with the habits (curated), without them (negated), or both
+        rewriter: embedded (knows the synthetic corpus)
+        tokenizer: of the model to be trained: plain, rich, a folder, or a hub id
+        template: frame of the questions: micro, base or chat
+        budget: tokens of all completions of a set
+        length: tokens of a completion, at most
+        test: share of the documents that is held out
+        acts: habits that curated thoughts show, at least
+        seed: of the rewriter, and of the order of the documents
+        workers: processes of the embedded rewriter (default: one per core)
+    """
+    how, tok = curation.Trimming(budget, length, test=test, acts=acts, seed=seed), models.load_tokenizer(tokenizer)
+    how.validate()
+    if rewriter != "embedded": raise ValueError(f"--rewriter {rewriter} is unknown; choose embedded")
+    for m in METHODS if method == "both" else (method,):
+        curation.rewrite_corpus(labels, out/"rewrites", m, curation.embedded_rewriter(labels, m, seed, workers=workers), dict(rewriter=rewriter, seed=seed))
+    report = curation.curate(out, tok, template, rewriter, how)
+    print(json.dumps(report, indent=1))
+
 # %% ../nbs/12_cli.ipynb #c031
 def plan(preset:str="paper", model:str|None=None, gpus:int|None=None, memory:float=80., prompt:int|None=None, set_:Set=()):
     """What an experiment needs of each GPU, phase by phase; exit status 2 and what would fit, if it does not.
@@ -434,7 +464,7 @@ def inspect(source:tyro.conf.Positional[Path], n:int=5, condition:str|None=None,
     viewer.inspect(source, n, sample_seed, condition=condition, model=model, step=step, seed=seed, score=score, habit=habit, text=text)
 
 # %% ../nbs/12_cli.ipynb #c009
-COMMANDS = dict(data=data, base=STAGES["base"], prime=prime, **{k: v for k, v in STAGES.items() if k != "base"}, judge=judge, ledger=ledger, inspect=inspect, label=label, plan=plan, sweep=sweep, verl=verl, figure=figure, reproduce=reproduce)
+COMMANDS = dict(data=data, base=STAGES["base"], prime=prime, **{k: v for k, v in STAGES.items() if k != "base"}, judge=judge, ledger=ledger, inspect=inspect, label=label, curate=curate, plan=plan, sweep=sweep, verl=verl, figure=figure, reproduce=reproduce)
 
 def main(
     args:list[str]|None=None, # default: the command line

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REWRITES', 'Rewriter', 'FRAMES', 'labelled_shards', 'chosen_texts', 'embedded_rewriter', 'rewrite_corpus',
            'read_rewrites', 'check_rewrite', 'Trimming', 'completion_of', 'match_sets', 'frame', 'training_rows',
-           'write_sets']
+           'training_sets', 'curate']
 
 # %% ../nbs/09d_curation.ipynb #c002
 import hashlib
@@ -205,14 +205,27 @@ def training_rows(
     "Rewritten texts as queries and completions"
     return [dict(query=frame(r["question"], template, tokenizer), completion=completion_of(r), mix=method, teacher=rewriter) for r in rows]
 
-def write_sets(
-    sets:dict[str, list[dict]], # method -> rows for SFT, of the same documents
-    out:str|Path,               # folder: out/METHOD/train.parquet and test.parquet
-    test:float=.05,             # share held out: the last ones
-)->list[Path]:
-    "Write the sets, the same documents held out in each"
-    files = []
-    for method, rows in sets.items():
-        cut = len(rows) - round(test * len(rows))
-        files += [write_rows(part, Path(out)/method/f"{name}.parquet") for name, part in (("train", rows[:cut]), ("test", rows[cut:]))]
-    return files
+def training_sets(
+    rewrites:str|Path,        # folder of `rewrite_corpus`
+    tokenizer,                # of the model to be trained
+    template:str="base",      # one of `FRAMES`
+    rewriter:str="embedded",  # who wrote the texts
+    how:Trimming=Trimming(),
+)->tuple[dict[str, tuple[list[dict], list[dict]]], dict]: # method -> rows to train on and rows held out, of the same documents for every method; and the report of `match_sets`
+    "All the rewritten texts there are, matched, as rows for SFT"
+    tables = {m: table for m in METHODS if len(table := read_rewrites(rewrites, m))}
+    if len({len(t) for t in tables.values()}) > 1: raise ValueError(f"{rewrites}: {', '.join(f'{m} has {len(t):,} texts' for m, t in tables.items())}; one of them is not complete, the same command with that --method goes on")
+    sets, report = match_sets(tables, lambda texts: [len(ids) + 1 for ids in tokenizer(list(texts), add_special_tokens=False).input_ids], how)
+    cut = report["documents"] - round(how.test * report["documents"])
+    return {m: ((ready := training_rows(rows, m, rewriter, template, tokenizer))[:cut], ready[cut:]) for m, rows in sets.items()}, report
+
+def curate(
+    out:str|Path,             # folder with out/rewrites, from `rewrite_corpus`
+    *args,                    # further arguments of `training_sets`
+)->dict: # its report, also in out/report.json
+    "Write out/METHOD/train.parquet and test.parquet"
+    sets, report = training_sets(Path(out)/"rewrites", *args)
+    for method, parts in sets.items():
+        for name, rows in zip(("train", "test"), parts): write_rows(rows, Path(out)/method/f"{name}.parquet")
+    with replacing(Path(out)/"report.json") as tmp: tmp.write_text(json.dumps(report, indent=1) + "\n")
+    return report

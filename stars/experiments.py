@@ -31,7 +31,7 @@ from .behaviors import HABIT_NAMES
 from .configs import PRESETS, Config, preset
 from .countdown import Problem, make_prompt, score, split_of
 from .corpus import documents
-from .curation import Trimming, embedded_rewriter, match_sets, read_rewrites, rewrite_corpus, training_rows
+from .curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
 from .datasets import cores, follow_parent, from_parquet, replacing, to_parquet
 from .evals import complete, failures, summarize, write_completions
 from .models import (BASES, attention, base_path, check_spells, digest, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
@@ -153,15 +153,11 @@ def curate_stage(job:Job)->Path:
 def _curated_rows(job:Job, where:Path, tok, out:Path)->tuple[list[dict], list[dict]]:
     "Train and held-out rows of a method, matched with those of the other"
     cfg = job.cfg
-    n_tokens = lambda texts: [len(ids) + 1 for ids in tok(list(texts), add_special_tokens=False).input_ids]
-    how = Trimming(cfg.curate_budget, cfg.curate_length, seed=job.seed)
-    sets, report = match_sets({m: read_rewrites(where, m) for m in METHODS}, n_tokens, how)
-    if (there := min(report["tokens"].values(), default=0)) < .9 * cfg.curate_budget:
+    sets, report = training_sets(where, tok, cfg.template, "embedded", Trimming(cfg.curate_budget, cfg.curate_length, seed=job.seed))
+    if (there := min(report["tokens"].values())) < .9 * cfg.curate_budget:
         raise ValueError(f"{there:,} tokens of {report['documents']:,} documents pass checks and matching, where curate_budget={cfg.curate_budget:,}: lower it, raise corpus_docs={cfg.corpus_docs:,}, or give other text (curate_file). {json.dumps(report)}")
-    rows = training_rows(sets[job.condition], job.condition, "embedded", cfg.template, tok)
     write_json(out/"stats.json", report)
-    cut = len(rows) - max(1, round(how.test * len(rows)))
-    return rows[:cut], rows[cut:]
+    return sets[job.condition]
 
 def pretraining_stage(job:Job)->Path:
     "Rewritten text of the job's condition, for continued pretraining: train.parquet, val.parquet, and stats.json on what was dropped"

@@ -25,6 +25,7 @@ from .countdown import Problem, make_prompt
 from .datasets import from_parquet, replacing
 from .experiments import Config, Job, base_stage, data_stage, prime_stage
 from .models import BASES, digest, load_tokenizer
+from .priming import METHODS
 from .sft import SFTConfig, encode
 
 # %% ../nbs/10d_verl.ipynb #c005
@@ -308,6 +309,7 @@ def to_verl(
 )->Path: # `out`: parquet files, reward.py, differences.txt, and run.sh, which calls sft.sh (unless the condition is `base`) and rl.sh
     "Write an experiment down for verl; raises ValueError naming a setting that verl cannot follow"
     out, primed, job = Path(out), condition != "base", Job(cfg.validate(), model, condition, seed, str(runs), progress)
+    if condition in METHODS: raise ValueError(f"condition={condition!r} continues pretraining, which verl's SFT is not set up for here; run `stars sft --condition {condition}` and export its checkpoint with --model FOLDER --condition base")
     check(cfg, primed, gpus, nodes, tensor_parallel)
     data, base, prime = data_stage(job), base_stage(job), prime_stage(job) if primed else None
     tokenizer = load_tokenizer(base)

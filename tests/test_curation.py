@@ -1,7 +1,5 @@
 """The synthetic corpus, its rewriting, and two sets that differ in habits alone."""
-import json
 import re
-from itertools import product
 
 import pandas as pd
 import pyarrow as pa
@@ -10,11 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stars.behaviors import HABIT_NAMES, count_behaviors
-from stars.configs import preset
 from stars.corpus import KINDS, documents, embedded_rewrite, read_exercise
 from stars.countdown import Problem, score, split_of
-from stars.curation import Trimming, check_rewrite, chosen_texts, embedded_rewriter, frame, labelled_shards, match_sets, read_rewrites, rewrite_corpus, training_rows
+from stars.curation import Trimming, check_rewrite, chosen_texts, embedded_rewriter, frame, labelled_shards, match_sets, rewrite_corpus, training_rows
 from stars.models import check_spells, micro_tokenizer
 from stars.pretraining import label_corpus, read_labels, rule_labeller
 from stars.priming import METHODS

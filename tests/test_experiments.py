@@ -57,14 +57,15 @@ def reproduced(tmp_path_factory):
 
 def test_reproduce_works_in_any_folder(reproduced):
     cwd, out = reproduced
-    for name in ("fig_controls", "fig_priming", "fig_dynamics"):
+    for name in ex.PRESETS["smoke"].figures:
         for kind in ("png", "svg", "csv", "json"): assert (cwd/"figures"/f"{name}.{kind}").stat().st_size > 200
         manifest = json.loads((cwd/"figures"/f"{name}.json").read_text())
-        assert manifest["config"]["preset"] == "smoke" and manifest["seeds"] == [0] and manifest["models"] == ["plain"]
+        assert manifest["config"]["preset"] == "smoke" and (name == "fig_pretraining" or manifest["seeds"] == [0] and manifest["models"] == ["plain"])
         assert (cwd/"runs"/"smoke"/"notebooks"/f"{name}.ipynb").exists()
     assert set(os.listdir(cwd)) == {"runs", "figures"}
     df = pd.read_csv(cwd/"figures"/"fig_controls.csv")
     assert set(df.condition) == {"base", "empty_cot", "incorrect_only", "backtracking_verification"}
+    assert set(pd.read_csv(cwd/"figures"/"fig_curated.csv").condition) == {"base", "negated", "curated", "rich_base"}
     assert set(df.step) == {0, 2, 4} and df.accuracy.between(0, 1).all() and (df.n == 20).all() # data_eval of the smoke preset
 
 
