@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ex', 'notebooks', 'viewer', 'sweeps', 'plan_', 'verl_', 'llm', 'teacher_', 'rollouts', 'judges', 'agreement',
-           'pretraining', 'curation', 'models', 'Set', 'STAGES', 'AskingArgs', 'COMMANDS', 'overrides', 'data',
-           'Asking', 'prime', 'judge', 'ledger', 'label', 'curate', 'plan', 'verl', 'sweep', 'run_figure', 'figure',
-           'reproduce', 'inspect', 'main']
+           'pretraining', 'labellers', 'rewriting', 'curation', 'models', 'Set', 'STAGES', 'AskingArgs', 'ServingArgs',
+           'COMMANDS', 'overrides', 'data', 'Asking', 'prime', 'judge', 'ledger', 'Serving', 'label', 'curate', 'plan',
+           'verl', 'sweep', 'run_figure', 'figure', 'reproduce', 'inspect', 'main']
 
 # %% ../nbs/12_cli.ipynb #c002
 import json
@@ -14,7 +14,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from math import ceil
 from pathlib import Path
@@ -36,7 +39,7 @@ class _Later:
 
 ex, notebooks, viewer = _Later("stars.experiments"), _Later("stars.notebooks"), _Later("stars.viewer")
 sweeps, plan_, verl_ = _Later("stars.sweeps"), _Later("stars.plan"), _Later("stars.verl")
-llm, teacher_, rollouts, judges, agreement, pretraining, curation, models = (_Later(f"stars.{m}") for m in ("llm", "teacher", "rollouts", "judges", "agreement", "pretraining", "curation", "models"))
+llm, teacher_, rollouts, judges, agreement, pretraining, labellers, rewriting, curation, models = (_Later(f"stars.{m}") for m in ("llm", "teacher", "rollouts", "judges", "agreement", "pretraining", "labellers", "rewriting", "curation", "models"))
 
 Set = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE ...", help="fields to change, e.g. max_number=50 n_numbers=3,4")]
 
@@ -280,33 +283,76 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
         if to: print(book.export(to))
 
 # %% ../nbs/12_cli.ipynb #c041
+@dataclass(frozen=True)
+class Serving:
+    "How a language model reads a corpus"
+    format:Literal["json", "tags"]="json" # how it replies: as JSON, which vLLM and many services enforce, or in tags
+    max_bad:float=.2         # share of replies in the wrong format that ends the run
+    context:int|None=None    # vllm: tokens of a request and its reply (default: all that the model has room for)
+    engines:int=1            # vllm: engines, one GPU each
+    tensor_parallel:int=1    # vllm: GPUs that share one engine
+    gpu_memory:float=.9      # vllm: share of a GPU that an engine takes
+    cpu_cache:float=1.       # vllm: GiB of keys and values, without a GPU
+
+    @contextmanager
+    def open(self, name:str, asking:Asking, asks:Callable, shards:Callable)->"Iterator[labellers.LLMRows|None]": # None: it was a dry run
+        "A model that reads shards, by name"
+        if name.startswith("vllm:"):
+            if asking.dry_run: raise ValueError(f"--dry-run says what a hosted model would cost; {name} runs here")
+            model = name.removeprefix("vllm:")
+            replies = partial(labellers.offline_replies, model=model, context=self.context, engines=self.engines, tensor_parallel=self.tensor_parallel, memory=self.gpu_memory, cache=self.cpu_cache)
+            yield labellers.LLMRows(replies, asks(tokenizer=model, context=labellers.model_context(model, self.context)), self.max_bad)
+            return
+        who, how = asking.open(name)
+        with llm.Ledger(asking.ledger) as book:
+            if asking.dry_run: asking.say(who, [a.request for s in shards() for a in asks()(s) if a.request], book)
+            yield None if asking.dry_run else labellers.LLMRows(partial(labellers.hosted_replies, model=who, ledger=book, **how), asks(), self.max_bad)
+
+    def decides(self, name:str, asking:Asking, *prompts:str)->dict: # what decides the replies
+        known = dict(format=self.format, max_tokens=asking.max_tokens, temperature=asking.temperature, extra=asking.extra, prompts=models.digest(prompts))
+        return known | (dict(context=self.context) if name.startswith("vllm:") else {})
+
+ServingArgs = tyro.conf.OmitArgPrefixes[Serving]
+
+# %% ../nbs/12_cli.ipynb #c042
 def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], column:str="text", labeller:str="rules", start:int=0, end:int|None=None, max_examples:int|None=None,
-          save_every:int|None=None, workers:int|None=None, hub_split:str="train", skip_corrupt:bool=False):
+          save_every:int|None=None, workers:int|None=None, hub_split:str="train", skip_corrupt:bool=False, serving:ServingArgs=Serving(), asking:AskingArgs=Asking()):
     """Habits, problem, solution and domain of every text of a corpus: OUT/labels-*.parquet, statistics.parquet, report.json.
 
     Args:
         source: a .parquet or .jsonl file, a folder of them, or hub:organisation/name
         out: folder to write to
         column: with the text
-        labeller: rules
+        labeller: rules, vllm:FOLDER (or a hub id; for corpora), or a hosted model, service:name
         start: first row
         end: row to stop before
         max_examples: rows, at most
-        save_every: rows that are labelled between two writes, and may be lost by a kill (default: 20000)
-        workers: processes (default: one per core)
+        save_every: rows that are labelled between two writes, and may be lost by a kill (default: 20000; by a language model 500)
+        workers: processes of the rules (default: one per core)
         hub_split: split of a data set on the Hub
         skip_corrupt: leave out files and rows that cannot be read, and say so, instead of stopping
     """
     if max_examples is not None: end = min(filter(None, (end, start + whole(max_examples, "--max-examples", 1))))
-    if labeller != "rules": raise ValueError(f"--labeller {labeller} is unknown; choose rules")
-    report = pretraining.label_corpus(source, out, pretraining.rule_labeller(workers), column=column, save_every=save_every or 20_000, start=start, end=end, hub_split=hub_split, skip_corrupt=skip_corrupt)
+    by_rules = labeller == "rules"
+    where = dict(column=column, start=start, end=end, hub_split=hub_split, skip_corrupt=skip_corrupt)
+    every = save_every if save_every is not None else 20_000 if by_rules else 500
+    if by_rules: report = pretraining.label_corpus(source, out, pretraining.rule_labeller(workers), save_every=every, **where)
+    else:
+        asks = partial(labellers.Labelling, serving.format, max_tokens=asking.max_tokens, temperature=asking.temperature)
+        with serving.open(labeller, asking, asks, lambda: pretraining.plan_shards(source, every=every, **where)) as reader:
+            if reader is None: return
+            report = pretraining.label_corpus(source, out, reader, dict(labeller=labeller) | serving.decides(labeller, asking, labellers.label_instructions(serving.format)), save_every=every, **where)
     missing = "".join(f", {n:,} {why}" for why, n in report["missing"].items())
     print(f"{out}: {report['labelled']:,} of {report['rows']:,} texts labelled{missing}" + "".join(f"\nskipped: {s}" for s in report["skipped_files"]))
-    print(pretraining.show_statistics(pretraining.read_statistics(out)).to_string())
+    table = pretraining.read_statistics(out)
+    print(pretraining.show_statistics(table).to_string())
+    habits = table[(table.by == "all") & (table.n >= 50) & table.label.isin(pretraining.HABIT_NAMES)]
+    if len(habits) and (habits.mean_lo == habits.mean_hi).all(): print(f"Every text has the same four counts: {labeller} tells no text from another.")
 
-# %% ../nbs/12_cli.ipynb #c042
+# %% ../nbs/12_cli.ipynb #c043
 def curate(labels:tyro.conf.Positional[Path], out:tyro.conf.Positional[Path], method:Literal["curated", "negated", "both"]="both", rewriter:str="embedded", tokenizer:str="plain",
-           template:Literal["micro", "base", "chat"]="base", budget:int=83_000_000, length:int=4_096, test:float=.05, acts:int=2, seed:int=0, workers:int|None=None):
+           template:Literal["micro", "base", "chat"]="base", budget:int=83_000_000, length:int=4_096, test:float=.05, acts:int=2, seed:int=0, workers:int|None=None,
+           serving:ServingArgs=Serving(), asking:AskingArgs=Asking()):
     """Texts with problem and solution, rewritten as question, thoughts and answer: OUT/curated and OUT/negated with train.parquet and test.parquet for SFT.
 
     Both sets hold the same documents in about as many tokens. With one method only, the other's rewritten texts are used if they are there already.
@@ -315,7 +361,7 @@ def curate(labels:tyro.conf.Positional[Path], out:tyro.conf.Positional[Path], me
         labels: folder that `stars label` has filled
         out: folder to write to
         method: with the habits (curated), without them (negated), or both
-        rewriter: embedded (knows the synthetic corpus)
+        rewriter: embedded (knows the synthetic corpus), vllm:FOLDER (or a hub id), or a hosted model, service:name
         tokenizer: of the model to be trained: plain, rich, a folder, or a hub id
         template: frame of the questions: micro, base or chat
         budget: tokens of all completions of a set
@@ -327,11 +373,13 @@ def curate(labels:tyro.conf.Positional[Path], out:tyro.conf.Positional[Path], me
     """
     how, tok = curation.Trimming(budget, length, test=test, acts=acts, seed=seed), models.load_tokenizer(tokenizer)
     how.validate()
-    if rewriter != "embedded": raise ValueError(f"--rewriter {rewriter} is unknown; choose embedded")
     for m in METHODS if method == "both" else (method,):
-        curation.rewrite_corpus(labels, out/"rewrites", m, curation.embedded_rewriter(labels, m, seed, workers=workers), dict(rewriter=rewriter, seed=seed))
-    report = curation.curate(out, tok, template, rewriter, how)
-    print(json.dumps(report, indent=1))
+        if rewriter == "embedded": curation.rewrite_corpus(labels, out/"rewrites", m, curation.embedded_rewriter(labels, m, seed, workers=workers), dict(rewriter=rewriter, seed=seed))
+        else:
+            asks = partial(rewriting.Rewriting, m, serving.format, temperature=asking.temperature, sample=seed, read=partial(curation.chosen_texts, labels=str(labels)))
+            with serving.open(rewriter, asking, asks, lambda: curation.labelled_shards(labels)) as reader:
+                if reader: curation.rewrite_corpus(labels, out/"rewrites", m, reader, dict(rewriter=rewriter, seed=seed) | serving.decides(rewriter, asking, *(rewriting.rewrite_prompt(x, serving.format) for x in METHODS)))
+    if not asking.dry_run: print(json.dumps(curation.curate(out, tok, template, rewriter, how), indent=1))
 
 # %% ../nbs/12_cli.ipynb #c031
 def plan(preset:str="paper", model:str|None=None, gpus:int|None=None, memory:float=80., prompt:int|None=None, set_:Set=()):

@@ -216,7 +216,7 @@ LABELS = (*HABIT_NAMES, "problem", "solution", "domain")
 SCHEMA = pa.schema([("row", pa.int64()), ("characters", pa.int64()), *((h, pa.int32()) for h in HABIT_NAMES), ("problem", pa.bool_()), ("solution", pa.bool_()),
                     ("domain", pa.string()), ("cut", pa.bool_()), ("error", pa.string())])
 Labeller = Callable[[Iterable[Shard]], Iterator[tuple[Shard, list[dict]]]]
-NONE = dict.fromkeys(LABELS) # no labels
+NONE = dict.fromkeys(LABELS) # what is known of a text without labels
 
 def _rule_rows(shard:Shard)->list[dict]:
     "Labels of a shard by the rules"
@@ -320,7 +320,7 @@ def count_missing(
 )->dict: # rows, labelled, and why the others are not
     "How much of a corpus has labels"
     why = Counter()
-    for f in label_files(folder): why.update(pq.read_table(f, columns=["error"])["error"].to_pylist())
+    for f in label_files(folder): why.update(e.split(":")[0] for e in pq.read_table(f, columns=["error"])["error"].to_pylist()) # "the reply is unreadable: …" is one reason
     return dict(rows=sum(why.values()), labelled=why.pop("", 0), missing=dict(why.most_common()))
 
 # %% ../nbs/09_pretraining.ipynb #c020
