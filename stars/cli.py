@@ -117,6 +117,7 @@ def _check_fits(job:"ex.Job"):
     "Raise ValueError, before anything is loaded, where this machine's GPUs cannot hold a job; a cluster's are not known here"
     from torch import cuda
     if not cuda.is_available() or "RAY_ADDRESS" in os.environ: return
+    if job.condition in METHODS: job = replace(job, cfg=replace(job.cfg, **{f"sft_{f}": getattr(job.cfg, f"cpt_{f}") for f in ("epochs", "batch_size", "lr", "max_length", "packing")}))
     plan_.check(plan_.plan(job.cfg, job.model, cuda.device_count(), cuda.get_device_properties(0).total_memory / 2**30))
 
 def _command(name:str, text:str):
@@ -144,6 +145,13 @@ STAGES = dict(
 )
 
 # %% ../nbs/12_cli.ipynb #c015
+def _object(name:str, text:str)->dict:
+    "An argument that is a JSON object"
+    try: x = json.loads(text)
+    except json.JSONDecodeError as e: raise ValueError(f"{name} {text!r} is not JSON: {e}") from None
+    if not isinstance(x, dict): raise ValueError(f"{name} {text!r} must be a JSON object")
+    return x
+
 @dataclass(frozen=True)
 class Asking:
     "How a hosted model is asked"
@@ -163,9 +171,7 @@ class Asking:
 
     def open(self, name:str)->"tuple[llm.Model, dict]": # the model, and arguments of `ask`
         "A model by name, with the address and fields given; `local:` and a folder is a checkpoint on this machine"
-        try: extra = json.loads(self.extra)
-        except json.JSONDecodeError as e: raise ValueError(f"--extra {self.extra!r} is not JSON: {e}") from None
-        if not isinstance(extra, dict): raise ValueError(f"--extra {self.extra!r} must be a JSON object")
+        extra = _object("--extra", self.extra)
         how = {n: getattr(self, n) for n in ("batch", "max_cost", "concurrency", "rpm", "tpm", "poll", "prices")}
         model = llm.Model.parse(name, self.base_url, extra)
         if model.service != "local" or self.ledger.suffix == ".parquet": return model, how # a recorded checkpoint is named as the ledger names it
@@ -293,24 +299,26 @@ class Serving:
     tensor_parallel:int=1    # vllm: GPUs that share one engine
     gpu_memory:float=.9      # vllm: share of a GPU that an engine takes
     cpu_cache:float=1.       # vllm: GiB of keys and values, without a GPU
+    chat:str="{}"            # vllm: further arguments of the chat template, as JSON, e.g. '{"enable_thinking": false}'
 
     @contextmanager
     def open(self, name:str, asking:Asking, asks:Callable, shards:Callable)->"Iterator[labellers.LLMRows|None]": # None: it was a dry run
         "A model that reads shards, by name"
         if name.startswith("vllm:"):
             if asking.dry_run: raise ValueError(f"--dry-run says what a hosted model would cost; {name} runs here")
-            model = name.removeprefix("vllm:")
-            replies = partial(labellers.offline_replies, model=model, context=self.context, engines=self.engines, tensor_parallel=self.tensor_parallel, memory=self.gpu_memory, cache=self.cpu_cache)
+            model, chat = name.removeprefix("vllm:"), _object("--chat", self.chat)
+            replies = partial(labellers.offline_replies, model=model, context=self.context, engines=self.engines, tensor_parallel=self.tensor_parallel, memory=self.gpu_memory, cache=self.cpu_cache, chat=chat)
             yield labellers.LLMRows(replies, asks(tokenizer=model, context=labellers.model_context(model, self.context)), self.max_bad)
             return
         who, how = asking.open(name)
         with llm.Ledger(asking.ledger) as book:
-            if asking.dry_run: asking.say(who, [a.request for s in shards() for a in asks()(s) if a.request], book)
+            if asking.dry_run: print(llm.estimate(who, [a.request for s in shards() for a in asks()(s) if a.request], book, asking.prices))
             yield None if asking.dry_run else labellers.LLMRows(partial(labellers.hosted_replies, model=who, ledger=book, **how), asks(), self.max_bad)
 
     def decides(self, name:str, asking:Asking, *prompts:str)->dict: # what decides the replies
-        known = dict(format=self.format, max_tokens=asking.max_tokens, temperature=asking.temperature, extra=asking.extra, prompts=models.digest(prompts))
-        return known | (dict(context=self.context) if name.startswith("vllm:") else {})
+        known, folder = dict(format=self.format, max_tokens=asking.max_tokens, temperature=asking.temperature, prompts=models.digest(prompts)), Path(name.removeprefix("vllm:"))
+        if not name.startswith("vllm:"): return known | dict(base_url=asking.base_url, extra=asking.extra)
+        return known | dict(context=self.context, chat=self.chat, weights=[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob("*.safetensors"))])
 
 ServingArgs = tyro.conf.OmitArgPrefixes[Serving]
 
@@ -327,15 +335,15 @@ def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], colu
         start: first row
         end: row to stop before
         max_examples: rows, at most
-        save_every: rows that are labelled between two writes, and may be lost by a kill (default: 20000; by a language model 500)
+        save_every: rows that are labelled between two writes, and may be lost by a kill (default: 20000; by a language model 500, with --batch 10000)
         workers: processes of the rules (default: one per core)
         hub_split: split of a data set on the Hub
         skip_corrupt: leave out files and rows that cannot be read, and say so, instead of stopping
     """
     if max_examples is not None: end = min(filter(None, (end, start + whole(max_examples, "--max-examples", 1))))
-    by_rules = labeller == "rules"
+    if (by_rules := labeller == "rules") and asking.dry_run: raise ValueError("--dry-run says what a hosted model would cost; the rules cost nothing")
     where = dict(column=column, start=start, end=end, hub_split=hub_split, skip_corrupt=skip_corrupt)
-    every = save_every if save_every is not None else 20_000 if by_rules else 500
+    every = save_every if save_every is not None else 20_000 if by_rules else 10_000 if asking.batch else 500
     if by_rules: report = pretraining.label_corpus(source, out, pretraining.rule_labeller(workers), save_every=every, **where)
     else:
         asks = partial(labellers.Labelling, serving.format, max_tokens=asking.max_tokens, temperature=asking.temperature)
@@ -347,15 +355,15 @@ def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], colu
     table = pretraining.read_statistics(out)
     print(pretraining.show_statistics(table).to_string())
     habits = table[(table.by == "all") & (table.n >= 50) & table.label.isin(pretraining.HABIT_NAMES)]
-    if len(habits) and (habits.mean_lo == habits.mean_hi).all(): print(f"Every text has the same four counts: {labeller} tells no text from another.")
+    if not by_rules and len(habits) and (habits.mean_lo == habits.mean_hi).all(): print(f"Every text has the same four counts: {labeller} tells no text from another.")
 
 # %% ../nbs/12_cli.ipynb #c043
 def curate(labels:tyro.conf.Positional[Path], out:tyro.conf.Positional[Path], method:Literal["curated", "negated", "both"]="both", rewriter:str="embedded", tokenizer:str="plain",
-           template:Literal["micro", "base", "chat"]="base", budget:int=83_000_000, length:int=4_096, test:float=.05, acts:int=2, seed:int=0, workers:int|None=None,
+           template:Literal["micro", "base", "chat"]|None=None, budget:int=83_000_000, length:int=4_096, test:float=.05, acts:int=2, seed:int=0, rewriter_seed:int=0, workers:int|None=None,
            serving:ServingArgs=Serving(), asking:AskingArgs=Asking()):
     """Texts with problem and solution, rewritten as question, thoughts and answer: OUT/curated and OUT/negated with train.parquet and test.parquet for SFT.
 
-    Both sets hold the same documents in about as many tokens. With one method only, the other's rewritten texts are used if they are there already.
+    Both sets hold the same documents in about as many tokens. With one method only, the other's rewritten texts are used if they are there already. --max-cost holds for each method.
 
     Args:
         labels: folder that `stars label` has filled
@@ -363,23 +371,25 @@ def curate(labels:tyro.conf.Positional[Path], out:tyro.conf.Positional[Path], me
         method: with the habits (curated), without them (negated), or both
         rewriter: embedded (knows the synthetic corpus), vllm:FOLDER (or a hub id), or a hosted model, service:name
         tokenizer: of the model to be trained: plain, rich, a folder, or a hub id
-        template: frame of the questions: micro, base or chat
+        template: frame of the questions: micro, base or chat (default: micro for plain and rich, base for others)
         budget: tokens of all completions of a set
         length: tokens of a completion, at most
         test: share of the documents that is held out
         acts: habits that curated thoughts show, at least
-        seed: of the rewriter, and of the order of the documents
+        seed: of the order of the documents, and of which are held out
+        rewriter_seed: another one, other texts (of a language model: with --temperature)
         workers: processes of the embedded rewriter (default: one per core)
     """
     how, tok = curation.Trimming(budget, length, test=test, acts=acts, seed=seed), models.load_tokenizer(tokenizer)
     how.validate()
+    if rewriter == "embedded" and asking.dry_run: raise ValueError("--dry-run says what a hosted model would cost; the embedded rewriter costs nothing")
     for m in METHODS if method == "both" else (method,):
-        if rewriter == "embedded": curation.rewrite_corpus(labels, out/"rewrites", m, curation.embedded_rewriter(labels, m, seed, workers=workers), dict(rewriter=rewriter, seed=seed))
+        if rewriter == "embedded": curation.rewrite_corpus(labels, out/"rewrites", m, curation.embedded_rewriter(labels, m, rewriter_seed, workers=workers), dict(rewriter=rewriter, seed=rewriter_seed))
         else:
-            asks = partial(rewriting.Rewriting, m, serving.format, temperature=asking.temperature, sample=seed, read=partial(curation.chosen_texts, labels=str(labels)))
+            asks = partial(rewriting.Rewriting, m, serving.format, max_tokens=asking.max_tokens, temperature=asking.temperature, sample=rewriter_seed, read=partial(curation.chosen_texts, labels=str(labels)))
             with serving.open(rewriter, asking, asks, lambda: curation.labelled_shards(labels)) as reader:
-                if reader: curation.rewrite_corpus(labels, out/"rewrites", m, reader, dict(rewriter=rewriter, seed=seed) | serving.decides(rewriter, asking, *(rewriting.rewrite_prompt(x, serving.format) for x in METHODS)))
-    if not asking.dry_run: print(json.dumps(curation.curate(out, tok, template, rewriter, how), indent=1))
+                if reader: curation.rewrite_corpus(labels, out/"rewrites", m, reader, dict(rewriter=rewriter, seed=rewriter_seed) | serving.decides(rewriter, asking, *(rewriting.rewrite_prompt(x, serving.format) for x in METHODS)))
+    if not asking.dry_run: print(json.dumps(curation.curate(out, tok, template or ("micro" if tokenizer in ("plain", "rich") else "base"), rewriter, how), indent=1))
 
 # %% ../nbs/12_cli.ipynb #c031
 def plan(preset:str="paper", model:str|None=None, gpus:int|None=None, memory:float=80., prompt:int|None=None, set_:Set=()):

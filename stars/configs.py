@@ -85,7 +85,7 @@ class Config:
     curate_budget:int=550_000         # completion tokens of each of the two sets
     curate_length:int=128             # tokens of a completion, at most
     curate_seed:int=0                 # of the rewriter
-    curate_file:str=""                # take the rows from this folder of `stars curate` instead; {condition} in it stands for curated or negated
+    curate_file:str=""                # take the rows from this folder of `stars curate` instead
     # cpt: continued pretraining on it
     cpt_epochs:int=3                  # passes
     cpt_batch_size:int=32             # examples per update

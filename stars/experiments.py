@@ -32,7 +32,7 @@ from .configs import PRESETS, Config, preset
 from .countdown import Problem, make_prompt, score, split_of
 from .corpus import documents
 from .curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
-from .datasets import cores, follow_parent, from_parquet, replacing, to_parquet
+from .datasets import cores, follow_parent, from_parquet, replacing, to_parquet, write_json
 from .evals import complete, failures, summarize, write_completions
 from .models import (BASES, attention, base_path, check_spells, digest, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
                           micro_tokenizer, weights_digest, weights_of)
@@ -45,7 +45,7 @@ from .priming import (CONTROLS, METHODS, SCHEMA, control_rows, corpus_rows, dots
 from .quantized import convert_gguf, smollm2_gguf
 from .rollouts import Elsewhere, Engine, LlamaEngine
 from .sft import sft
-from .stages import Job, NotBuilt, environment, stage, write_json
+from .stages import Job, NotBuilt, environment, stage
 
 # %% ../nbs/10_experiments.ipynb #c011
 def data_stage(job:Job)->Path:
@@ -162,12 +162,14 @@ def _curated_rows(job:Job, where:Path, tok, out:Path)->tuple[list[dict], list[di
 def pretraining_stage(job:Job)->Path:
     "Rewritten text of the job's condition, for continued pretraining: train.parquet, val.parquet, and stats.json on what was dropped"
     cfg, base = job.cfg, base_stage(job)
-    given = Path(cfg.curate_file.replace("{condition}", job.condition)) if cfg.curate_file else None
-    if given and not given.is_dir(): raise ValueError(f"curate_file={given} is no folder; `stars curate` makes one with train.parquet and test.parquet")
+    given = Path(cfg.curate_file)/job.condition if cfg.curate_file else None
+    if given and not (given.parent/"report.json").exists(): raise ValueError(f"curate_file={given.parent} is no folder that `stars curate` has filled: it has no report.json")
+    if given and not (given/"train.parquet").exists(): raise ValueError(f"curate_file={given.parent} holds nothing {job.condition}; `stars curate … --method {job.condition}` makes it")
     where = given or curate_stage(job)
     def run(out:Path):
         tok = load_tokenizer(base)
         train, val = (read_rows(given/f"{name}.parquet") for name in ("train", "test")) if given else _curated_rows(job, where, tok, out)
+        if wrong := {r["mix"] for r in (*train, *val)} - {job.condition}: raise ValueError(f"{given} holds rows of {', '.join(wrong)}, not {job.condition}")
         check_spells(tok, (r["query"] + r["completion"] for r in train[:500]))
         write_rows(train, out/"train.parquet")
         write_rows(val, out/"val.parquet")

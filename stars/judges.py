@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .behaviors import HABIT_NAMES, HABITS, count_behaviors
-from .datasets import replacing
+from .datasets import check_settings, replacing
 from .evals import KEYS, summarize
 from .llm import Ledger, Model, Reply, Request, ask
 from .phrases import Rule
@@ -445,11 +445,7 @@ def check_folder(
     settings:dict|None, # from `judge_settings`
 ):
     "Refuse a folder whose ratings were made with other settings"
-    folder = Path(folder)
-    if not (path := folder / "settings.json").exists(): return
-    old, new = json.loads(path.read_text()), json.loads(_json(settings or {}))
-    if differ := [f"{k} was {json.dumps(old.get(k))}, now {json.dumps(new.get(k))}" for k in {**old, **new} if old.get(k) != new.get(k)]:
-        raise ValueError(f"{folder} holds ratings made with other settings ({'; '.join(differ)}); choose another folder, or remove this one")
+    check_settings(Path(folder)/"settings.json", settings or {}, "ratings")
 
 def _drop_stale(top:Path, files:Sequence[Path]):
     "Remove what an earlier run wrote in upstream's shape and this one did not, and the folders that held nothing else"

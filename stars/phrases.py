@@ -406,8 +406,11 @@ _WORD, _TARGET = re.compile(r"[a-z][a-z']*"), re.compile(f"{TARGET}+")
 _recent = deque(maxlen=16) # found again by identity: hashing all the rules takes longer than using them
 def _index(rules, mode):
     "The index of some rules, made once"
-    for known, m, index in _recent:
+    for known, m, index in list(_recent):
         if known is rules and m == mode: return index
+    rules = tuple(rules) # a list may change later
+    for known, m, index in list(_recent):
+        if known == rules and m == mode: return index
     _recent.append((rules, mode, index := _Index(rules, mode)))
     return index
 

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['CONDITIONS', 'KEYS', 'STYLE', 'RULE', 'CORPORA', 'PUBLISHED_NAMES', 'order', 'label', 'color', 'ink', 'checked',
            'interval', 'span', 'interval_note', 'relation', 'num', 'pair', 'listed', 'capital', 'ends', 'ends_text',
-           'controls_title', 'priming_title', 'spread', 'wrap', 'page', 'lines', 'end_labels', 'two_lines', 'caption',
-           'columns', 'controls', 'curated', 'priming', 'dynamics_title', 'dynamics', 'pretraining', 'summary_table',
-           'write_bytes', 'figure_text', 'save_figure', 'published']
+           'controls_title', 'priming_title', 'spread', 'styled', 'wrap', 'page', 'lines', 'end_labels', 'two_lines',
+           'caption', 'columns', 'controls', 'curated', 'priming', 'dynamics_title', 'dynamics', 'pretraining',
+           'summary_table', 'write_bytes', 'figure_text', 'save_figure', 'published']
 
 # %% ../nbs/11_plots.ipynb #c002
 import hashlib
 import json
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -199,6 +200,12 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.labelsize": 8, "axe
          "axes.labelcolor": "#222222", "xtick.major.width": .6, "ytick.major.width": .6, "lines.linewidth": 1.5, "figure.dpi": 110, "axes.grid": True, "axes.grid.axis": "y",
          "grid.color": "#e6e6e6", "grid.linewidth": .6, "axes.axisbelow": True, "svg.fonttype": "path", "svg.hashsalt": "stars"}
 
+@contextmanager
+def styled(**more):
+    "Figures in our style; the backend is loaded before, or its settings would be undone at the end, and a notebook would show only its first figure"
+    plt.draw_if_interactive()
+    with plt.rc_context(STYLE | more): yield
+
 def wrap(
     text:str,      # one paragraph
     inches:float,  # room
@@ -306,7 +313,7 @@ def _with_below(results:pd.DataFrame, column:str, what:str, preset:str|None, see
     "Accuracy over steps, and another column below it"
     acc, size = interval(results, seed=seed), interval(results, column, seed=seed)
     models, titles = columns(results, acc, controls_title)
-    with plt.rc_context(STYLE):
+    with styled():
         fig, axes = page(titles, caption(results, acc, preset, RULE, note), (2.3, .85), 5.5 if len(models) == 1 else 4.2 * len(models), .34)
         for j, m in enumerate(models):
             lines(axes[0, j], acc[acc.model == m], min(1, 1.06 * acc.hi.max()), lambda c, v: f"{two_lines(label(c))} {num(v)}")
@@ -345,7 +352,7 @@ def priming(
     "Which habits? Accuracy over steps for the five mixes, base and negative control"
     acc = interval(results, seed=seed)
     models, titles = columns(results, acc, priming_title)
-    with plt.rc_context(STYLE):
+    with styled():
         fig, axes = page(titles, caption(results, acc, preset, RULE, note), (2.9,), 5.5 if len(models) == 1 else 4.2 * len(models), 0)
         for j, m in enumerate(models):
             lines(axes[0, j], acc[acc.model == m], min(1, 1.06 * acc.hi.max()), lambda c, v: f"{two_lines(label(c))} {num(v)}")
@@ -382,7 +389,7 @@ def dynamics(
     who = rater or results.rater.iloc[0]
     some = results[(results.rater == who) & (results.judged < results.n)] if "judged" in results else results[:0]
     read = f" in {span(some.judged.astype(int))} of {span(some.n)} completions per checkpoint" if len(some) else ""
-    with plt.rc_context(STYLE):
+    with styled():
         one = len(models) == 1
         fig, axes = page(titles, caption(results, every, preset, f"Counted by: {who}{read}. Each habit has its own scale.", note), (1.45,) * (2 if one else 4),
                          6.6 if one else 3.6 * len(models), .46, right=1.28, head=.3, columns=2 if one else None)
@@ -413,7 +420,7 @@ def pretraining(
     title = f"Share of texts with each habit, {seen[0]}" if len(seen) == 1 else f"Share of texts with a habit: between {min(w.share[h.name] for w in whole.values() for h in HABITS):.2%} and {max(w.share[h.name] for w in whole.values() for h in HABITS):.1%} in {len(seen)} corpora"
     texts = "; ".join(f"{n}: {int(w.n.iloc[0]):,} texts, {w.missing[HABITS[0].name]:.1%} without labels" for n, w in whole.items())
     said = " ".join(filter(None, [f"Preset {preset}." if preset else "", f"{capital(texts)}.", "Bars: 95 % Wilson intervals over texts.", "Ticks: the rates the corpus was made with." if rates else "", note]))
-    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
+    with styled(**{"axes.grid.axis": "x"}):
         fig, axes = page([title], said, (.34 * len(HABITS) * max(1., .55 * len(tables)) + .3,), 5.5, 0, right=.62)
         ax = axes[0, 0]
         box = ax.get_position()

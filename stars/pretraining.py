@@ -10,6 +10,7 @@ __all__ = ['CUES', 'DOMAINS', 'LABELS', 'SCHEMA', 'Labeller', 'NONE', 'RULES_LAB
 # %% ../nbs/09_pretraining.ipynb #c002
 import hashlib
 import json
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .behaviors import HABIT_NAMES, count_behaviors, wilson
-from .datasets import check_settings, cores, data_files, held, processes, replacing
+from .datasets import check_settings, cores, data_files, held, hub_rows, processes, replacing, write_json
 from .phrases import RULES, Rule
 
 # %% ../nbs/09_pretraining.ipynb #c005
@@ -167,10 +168,7 @@ def plan_shards(
 
 def _hub_pieces(source:str, column:str, every:int, split:str)->Iterator[tuple[str, int, int, tuple]]:
     "A data set on the Hub, streamed"
-    try: from datasets import load_dataset
-    except ImportError as e: raise ValueError(f"{source} needs the package datasets: pip install 'stars[hub]'") from e
-    try: rows = iter(load_dataset(source[4:], split=split, streaming=True))
-    except Exception as e: raise ValueError(f"{source}, split {split!r}: {type(e).__name__}: {e}") from e
+    rows = iter(hub_rows(source, split))
     while piece := list(islice(rows, every)):
         if column not in piece[0]: raise LookupError(f"{source} has no column {column!r}; choose one of {', '.join(piece[0])} (--column)")
         yield source, len(piece), 0, tuple(r[column] for r in piece)
@@ -241,6 +239,7 @@ def spread(
         except BrokenProcessPool as e: raise RuntimeError("a worker process died (out of memory?); what is done is kept, the same command goes on; try fewer workers (--workers)") from e
         except BaseException: # an error, or Ctrl-C: what is written is kept
             pool.shutdown(wait=False, cancel_futures=True)
+            for p in multiprocessing.active_children(): p.terminate() # or the block would wait for what is in hand
             raise
 
 def rule_labeller(
@@ -266,15 +265,16 @@ def label_corpus(
     progress:bool=True,      # show a progress bar
 )->dict: # rows, missing by reason, skipped files
     "Label every text of a corpus; goes on where an earlier call was stopped. Besides the labels it writes report.json and statistics.parquet"
-    out, skipped = Path(out), []
-    hub = source.startswith("hub:")
-    settings = dict(source=source, files=hub_split if hub else [[str(f), f.stat().st_size] for f in data_files(source, _SUFFIXES)], column=column, save_every=save_every,
-                    start=start, end=end, skip_corrupt=skip_corrupt, **decides)
+    out, skipped, hub = Path(out), [], source.startswith("hub:")
+    if not hub: source = str(Path(source).resolve()) # so that `curate` finds it from anywhere
     plan = plan_shards(source, column, save_every, start, end, hub_split, skip_corrupt, skipped)
     if not hub and not (plan := list(plan)): raise ValueError(f"{source} has no rows between start={start} and end={end}" + "".join(f"; skipped: {s}" for s in skipped))
+    settings = dict(source=source, files=hub_split if hub else [[str(f), f.stat().st_size] for f in data_files(source, _SUFFIXES)], skipped=skipped, column=column,
+                    save_every=save_every, start=start, end=end, skip_corrupt=skip_corrupt, **decides)
     out.mkdir(parents=True, exist_ok=True)
     with held(out):
         check_settings(out/"labels.json", settings, "labels")
+        write_json(out/"labels.json", settings)
         there = lambda s: (out/_name(s)).exists()
         total, ready = (None, 0) if hub else (sum(s.count for s in plan), sum(s.count for s in plan if there(s)))
         with tqdm(total=total, initial=ready, desc="label", unit=" texts", unit_scale=True, disable=not progress) as bar:
@@ -284,9 +284,10 @@ def label_corpus(
                 characters += sum(r["characters"] for r in rows)
                 bar.set_postfix_str(f"{characters / 1e6 / (time.time() - began):.3g} MB/s", refresh=False)
                 bar.update(len(rows))
+        if not next(out.glob("labels-*"), None): raise ValueError(f"{source} has no rows between start={start} and end={end}")
         report = count_missing(out) | dict(skipped_files=skipped)
         with replacing(out/"statistics.parquet") as tmp: statistics(out).to_parquet(tmp, index=False)
-        with replacing(out/"report.json") as tmp: tmp.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(out/"report.json", report)
     return report
 
 def _name(shard:Shard)->str: return f"labels-{shard.index:06d}.parquet"
@@ -352,6 +353,7 @@ def statistics(
         mean, se = (r.total / k, (max(0., r.squares / k - (r.total / k)**2) / k)**.5) if k else (np.nan, np.nan)
         out.append(dict(by=r.by, group=r.group, label=r.label, n=int(r.n), missing=r.missing / r.n, share=r.shown / k if k else np.nan, share_lo=lo, share_hi=hi,
                         mean=mean, mean_lo=mean - 1.96*se, mean_hi=mean + 1.96*se))
+    if not out: raise ValueError(f"{folder}: not one text could be used; see the reasons in the column error of its labels")
     place = {name: i for i, name in enumerate(("all", "domain", "length", *DOMAINS, *_CLASSES, *LABELS))}
     return pd.DataFrame(out).sort_values(["by", "group", "label"], key=lambda c: c.map(lambda x: place.get(x, 99)), ignore_index=True)
 

@@ -133,6 +133,7 @@ class Rewriting:
     context:int|None=None         # tokens that fit into the model, reply included; None: enough
     most:int=3072                 # tokens of the longest text that is rewritten
     words:tuple[int, int]=(80, 600) # fewest and most that thoughts are asked for; between them, as many as the text has
+    max_tokens:int=0              # longest reply, if that is more than 4 per word and 512 (models that think before they answer need more)
     temperature:float|None=None   # None: greedy where it runs here, else the service's own
     sample:int=0                  # another number: another version
     read:Callable[[Shard], list[Text]]=read_shard # the texts of a shard that are to be rewritten
@@ -146,7 +147,7 @@ class Rewriting:
 
     def request(self, text:str)->Request:
         words = min(max(len(text.split()), self.words[0]), self.words[1])
-        return rewrite_request(text, self.method, words, self.format, temperature=self.temperature, sample=self.sample)
+        return rewrite_request(text, self.method, words, self.format, max(self.max_tokens, 4*words + 512), self.temperature, self.sample)
 
     def ask(self, text:Text)->Asked:
         "The request about one text"

@@ -291,7 +291,7 @@ def _write(runs:Sequence[Run], started:float, nodes:list[dict]):
     rows = [dict(model=r.job.model, condition=r.job.condition, seed=r.job.seed, settings=s, state=r.state, step=r.step, accuracy=r.accuracy, seconds=round(r.seconds, 1),
                  reason=r.reason, traceback=r.traceback, results=Path(r.folder).name) for r, s in zip(runs, _settings(runs))]
     runs[0].job.store.mkdir(parents=True, exist_ok=True)
-    ex._write_json(runs[0].job.store/"sweep.json", dict(started=when(started), ended=when(time.time()), nodes=nodes, runs=rows))
+    ex.write_json(runs[0].job.store/"sweep.json", dict(started=when(started), ended=when(time.time()), nodes=nodes, runs=rows))
 
 def sweep(
     jobs:Sequence[Job],      # from `grid`; they may differ in their configurations, too

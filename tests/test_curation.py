@@ -1,4 +1,5 @@
 """The synthetic corpus, its rewriting, and two sets that differ in habits alone."""
+import json
 import re
 
 import pandas as pd
@@ -8,19 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stars.cli import main
+from stars.configs import preset
 from stars.corpus import KINDS, documents, embedded_rewrite, read_exercise
-from stars.countdown import Problem, score, split_of
+from stars.countdown import Problem, parse_expression, score, split_of
 from stars.curation import Trimming, check_rewrite, chosen_texts, embedded_rewriter, frame, labelled_shards, match_sets, rewrite_corpus, training_rows
+from stars.experiments import Job, prime_stage
 from stars.models import check_spells, micro_tokenizer
 from stars.pretraining import label_corpus, read_labels, rule_labeller
-from stars.priming import METHODS
+from stars.priming import METHODS, read_rows
 
 WORKED = [d for d in documents(1_200, 3) if d["kind"]]
 
 def value(expr:str)->int:
-    "Value of a bare expression, by Python's own parser"
-    assert re.fullmatch(r"[\d+*/() -]+", expr)
-    return eval(expr, {"__builtins__": {}})
+    "Value of a bare expression, by the verifier's parser"
+    return parse_expression(expr)[0]
 
 def test_same_seed_same_corpus_and_a_longer_one_begins_with_the_shorter():
     assert list(documents(40, 1)) == list(documents(60, 1))[:40] != list(documents(40, 2))
@@ -113,7 +116,7 @@ def test_rewriting_goes_on_where_it_stopped(labelled, tmp_path):
         asked.extend(shards)
         yield from embedded_rewriter(labelled/"labels", "curated", workers=1)(shards)
     again = rewrite_corpus(labelled/"labels", tmp_path/"cut", "curated", counts, {}, False)
-    assert len(asked) == len(labelled_shards(labelled/"labels")) - 2 and again.to_json() == whole.to_json()
+    assert len(asked) == len(list(labelled_shards(labelled/"labels"))) - 2 and again.to_json() == whole.to_json()
     with pytest.raises(ValueError, match="seed was null, now 1"): rewrite_corpus(labelled/"labels", tmp_path/"cut", "curated", counts, dict(seed=1), False)
 
 def test_labels_that_are_not_complete_or_of_something_else(labelled, tmp_path):
@@ -127,3 +130,19 @@ def test_training_rows_end_in_the_form_that_rl_rewards(template):
     [r] = training_rows([row], "curated", "somebody", template)
     assert r["query"].endswith("<think>") and row["question"] in r["query"] and r["completion"] == " x is 4. </think> <answer> 4 </answer>" and r["mix"] == "curated"
     with pytest.raises(ValueError, match="template='poem'"): frame("q", "poem")
+
+def test_rewritten_sets_take_the_place_of_the_synthetic_corpus(labelled, tmp_path, capsys):
+    main(["curate", str(labelled/"labels"), str(tmp_path/"sets"), "--template", "micro", "--length", "60", "--budget", "5000", "--workers", "1"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["documents"] > 20 and report["tokens"]["curated"] <= 5_000
+    cfg = preset("smoke", curate_file=f"{tmp_path}/sets")
+    where = {m: prime_stage(Job(cfg, "plain", m, runs=str(tmp_path/"runs"), progress=False)) for m in METHODS}
+    for m, folder in where.items():
+        for ours, theirs in (("train", "train"), ("val", "test")): assert read_rows(folder/f"{ours}.parquet") == read_rows(tmp_path/"sets"/m/f"{theirs}.parquet")
+    with pytest.raises(SystemExit): main(["curate", str(labelled/"labels"), str(tmp_path/"sets"), "--rewriter-seed", "1"])
+    assert "seed was 0, now 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no folder that `stars curate` has filled"): prime_stage(Job(preset("smoke", curate_file=str(tmp_path)), "plain", "curated", runs=str(tmp_path/"runs2")))
+
+def test_too_little_text_for_the_budget_is_an_error(tmp_path):
+    cfg = preset("smoke", corpus_docs=60)
+    with pytest.raises(ValueError, match="curate_budget=8,000: lower it, raise corpus_docs=60"): prime_stage(Job(cfg, "plain", "curated", runs=str(tmp_path), progress=False))

@@ -13,12 +13,16 @@ import pytest
 from byte_model import checkpoint
 from llm_server import Faults, LLMServer
 
+from stars.behaviors import count_behaviors
 from stars.cli import main
+from stars.corpus import documents, embedded_rewrite
 from stars.countdown import Problem, make_prompt, score, split_of
 from stars.experiments import Job, preset, prime_stage
 from stars.llm import Ledger
+from stars.pretraining import LABELS, read_labels, rule_labels
 from stars.priming import MIXES, priming_rows, read_rows, write_rows, write_trace
 from stars.problems import sample_problems
+from stars.rewriting import rewrite_prompt
 from stars.teacher import teacher_prompt
 
 KEY = "test-key-that-nobody-may-see"
@@ -192,3 +196,59 @@ def test_a_hosted_teachers_rows_train_a_model_that_reads_english(tmp_path):
     [log] = tmp_path.glob("runs/smoke/*/backtracking_verification/seed0/sft-*/metrics.jsonl")
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines() if "loss" in line]
     assert len(losses) >= 3 and all(0 < x < 10 for x in losses)
+
+# ---- pretraining text
+
+def reads(q):
+    "A hosted labeller that asks the rules, and a rewriter that knows the synthetic corpus; some replies are unusable"
+    text = re.search(r"<text>\n(.*)\n</text>", q["prompt"], re.S)[1]
+    if random.Random(text).random() < .05: return "I would rather not."
+    if "seven labels" in q["prompt"]: return json.dumps({k: v for k, v in rule_labels(text).items() if k in LABELS})
+    method = "curated" if q["system"] == rewrite_prompt("curated") else "negated"
+    done, _ = embedded_rewrite(text, method)
+    return json.dumps({k: done[k] for k in ("question", "thoughts", "answer")}) if done else "no problem here"
+
+@pytest.fixture
+def corpus():
+    pd.DataFrame([*documents(80, 4), dict(text=None)]).to_parquet("corpus.parquet")
+    return "corpus.parquet"
+
+def test_a_hosted_model_labels_and_rewrites(corpus, capsys):
+    with LLMServer(answer=reads, key=KEY, faults=Faults(p_500=.05)) as s:
+        ask = ["--base-url", s.openai_url, "--max-bad", ".5"]
+        label = ["label", corpus, "labels", "--labeller", "openai:m", "--save-every", "30", *ask]
+        run(*label, "--dry-run")
+        assert s.received == 0 and f"{pd.read_parquet(corpus).text.nunique()} requests, 0 of them" in capsys.readouterr().out and not Path("labels").exists()
+        run(*label)
+        said, labels, sent = capsys.readouterr().out, read_labels("labels"), sum(s.served.values())
+        bad = labels[labels.error != ""]
+        assert 1 < len(bad) < 15 and bad[list(LABELS)].isna().all().all() and labels.error.iloc[-1] == "null" # missing, not zero
+        assert f"{81 - len(bad)} of 81 texts labelled" in said and "the reply is unreadable" in said
+        rules = pd.DataFrame([rule_labels(t) for t in pd.read_parquet(corpus).text[:-1]])
+        good = labels[labels.error == ""]
+        assert (good[list(LABELS)].astype(object) == rules.loc[good.index, list(LABELS)].astype(object)).all().all()
+        for f in Path("labels").glob("labels-00000[12].parquet"): f.unlink() # as if killed
+        run(*label)
+        assert sum(s.served.values()) == sent and read_labels("labels").equals(labels) # paid once
+        fails(*label, "--max-tokens", "77")
+        capsys.readouterr()
+        curate = ["curate", "labels", "sets", "--rewriter", "openai:m", "--template", "micro", *ask]
+        run(*curate)
+        report = json.loads(capsys.readouterr().out)
+        rows = {m: read_rows(f"sets/{m}/train.parquet") for m in ("curated", "negated")}
+        assert report["documents"] > 5 and [r["query"] for r in rows["curated"]] == [r["query"] for r in rows["negated"]] and rows["curated"][0]["teacher"] == "openai:m"
+        assert all(sum(count_behaviors(r["completion"]).values()) == 0 for r in rows["negated"])
+        fails(*curate, "--temperature", ".5")
+
+def test_a_labeller_that_never_replies_in_the_format_is_stopped(capsys):
+    pd.DataFrame(documents(80, 4)).to_parquet("corpus.parquet")
+    with LLMServer(answer=lambda q: "Gladly! It has 3 checks.", key=KEY) as s:
+        fails("label", "corpus.parquet", "labels", "--labeller", "openai:m", "--base-url", s.openai_url, "--save-every", "20")
+        said = capsys.readouterr().err
+        assert "60 of 60 replies (100%) are not in the format" in said and "Gladly!" in said
+        assert sum(s.served.values()) == 60 and not list(Path("labels").glob("report.json"))
+
+def test_vllm_labellers_are_checked_before_anything_starts(corpus, capsys):
+    fails("label", corpus, "labels", "--labeller", "vllm:nowhere")
+    fails("label", corpus, "labels", "--labeller", "vllm:nowhere", "--dry-run")
+    fails("label", corpus, "labels", "--labeller", "crystal")

@@ -8,7 +8,7 @@ import pytest
 from byte_model import checkpoint
 from hypothesis import given, settings, strategies as st
 
-from stars.labellers import LABELS, Answer, Asked, Labelling, LLMRows, chat_ids, chat_tokenizer, cut_text, label_request, offline_replies, read_labels
+from stars.labellers import LABELS, Answer, Asked, Labelling, LLMRows, chat_ids, chat_tokenizer, cut_text, label_request, offline_replies, labels_of
 from stars.llm import Reply, Request
 from stars.pretraining import Text
 from stars.rewriting import METHODS, Rewriting, read_rewrite
@@ -54,11 +54,11 @@ def test_one_start_labels_a_corpus(micro):
         assert empty == Answer(None, "empty", dict(cut=False))
         assert long.reply is None and "do not fit into a context of 8,192" in long.error and long.note == dict(long=True)
         for a in (first, last, check): assert a.reply.input_tokens > 1_000 and 0 < a.reply.output_tokens <= 400 and a.reply.mode == "local"
-        assert read_labels(first.reply, "tags")[1] and first.reply.output_tokens <= 60 # left free it babbles
+        assert labels_of(first.reply, "tags")[1] and first.reply.output_tokens <= 60 # left free it babbles
         finishes[last.reply.finish] += 1
         if last.reply.finish == "stop":                                       # the grammar holds it to the schema
             assert set(json.loads(last.reply.text)) == set(LABELS) and " " not in last.reply.text
-            assert read_labels(last.reply, "json")[0]["domain"]
+            assert labels_of(last.reply, "json")[0]["domain"]
         else: assert last.reply.output_tokens == 400
     assert sum(finishes.values()) >= 11 and finishes["stop"]
     babble = [(Piece(i, ()), [a for a in answers if a.reply][:1]) for i, answers in got.items()]
@@ -96,11 +96,11 @@ def test_a_text_cannot_speak_for_others(micro):
 
 def test_numbers_that_are_not_counts_are_missing():
     good = dict(verification=1, backtracking=0, subgoal=0, backward=3, problem=True, solution=False, domain="other")
-    assert read_labels(Reply(json.dumps(good)), "json") == (good, "")
+    assert labels_of(Reply(json.dumps(good)), "json") == (good, "")
     for bad in ("1", 1.0, True, None, -1, 10**6, [1], float("nan")):
-        labels, error = read_labels(Reply(json.dumps(good | dict(backward=bad))), "json")
+        labels, error = labels_of(Reply(json.dumps(good | dict(backward=bad))), "json")
         assert labels == good | dict(backward=None) and "backward" in error
-    for bad in (0, 1, "true", None): assert read_labels(Reply(json.dumps(good | dict(problem=bad))), "json")[0]["problem"] is None
+    for bad in (0, 1, "true", None): assert labels_of(Reply(json.dumps(good | dict(problem=bad))), "json")[0]["problem"] is None
 
 def test_two_versions_of_a_text_are_asked_for_alike():
     piece = Piece(0, ("Solve 2x = 6. So x = 3. " * 30, None))
