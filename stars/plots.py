@@ -419,7 +419,7 @@ def pretraining(
     seen = [f"{n}: " + ", ".join(f"{h.name} in {w.share[h.name]:.1%}" for h in HABITS) for n, w in whole.items()]
     title = f"Share of texts with each habit, {seen[0]}" if len(seen) == 1 else f"Share of texts with a habit: between {min(w.share[h.name] for w in whole.values() for h in HABITS):.2%} and {max(w.share[h.name] for w in whole.values() for h in HABITS):.1%} in {len(seen)} corpora"
     texts = "; ".join(f"{n}: {int(w.n.iloc[0]):,} texts, {w.missing[HABITS[0].name]:.1%} without labels" for n, w in whole.items())
-    said = " ".join(filter(None, [f"Preset {preset}." if preset else "", f"{capital(texts)}.", "Bars: 95 % Wilson intervals over texts.", "Ticks: the rates the corpus was made with." if rates else "", note]))
+    said = " ".join(filter(None, [f"Preset {preset}." if preset else "", f"{'Corpora' if len(whole) > 1 else 'Corpus'}: {texts}.", "Bars: 95 % Wilson intervals over texts.", "Ticks: the rates the corpus was made with." if rates else "", note]))
     with styled(**{"axes.grid.axis": "x"}):
         fig, axes = page([title], said, (.34 * len(HABITS) * max(1., .55 * len(tables)) + .3,), 5.5, 0, right=.62)
         ax = axes[0, 0]

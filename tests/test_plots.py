@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from hypothesis import given,settings,strategies as st
 from matplotlib.colors import to_rgb
 from stars.behaviors import HABITS
-from stars.plots import (CONDITIONS,controls,dynamics,figure_text,interval,interval_note,priming,published,save_figure,spread,
+from stars.plots import (CONDITIONS,controls,curated,dynamics,figure_text,interval,interval_note,pretraining,priming,published,save_figure,spread,
                          summary_table,wilson)
 
 FIGURES = (controls, priming, dynamics)
@@ -246,3 +246,20 @@ def test_published_results_read_as_printed(model):
     assert set(last.index) == set(LAST[model])
     for c,v in LAST[model].items(): assert last[c] == pytest.approx(v, abs=6e-4), c
     for plot in FIGURES: assert model in figure_text(plot(r[r.condition.isin([*CONTROLS, *MIXES])]), "caption")
+
+def test_pretraining_shows_every_corpus_and_habit(tmp_path):
+    stats = pd.DataFrame([dict(by=by, group="all", label=h.name, n=500, missing=.02, share=.01*i, share_lo=.01*i - .005, share_hi=.01*i + .005, mean=.1, mean_lo=.05, mean_hi=.15)
+                          for by in ("all", "domain") for i, h in enumerate(HABITS, 1)])
+    fig = pretraining({"web": stats}, rates={h.name: .02 for h in HABITS}, preset="cpu")
+    assert "web: verification in 1.0%, backtracking in 2.0%, subgoal in 3.0%, backward in 4.0%" in figure_text(fig, "title") and "500 texts, 2.0% without labels" in figure_text(fig, "caption")
+    two = pretraining({"web": stats, "books": stats.assign(share=2*stats.share)})
+    assert "between 1.00% and 8.0% in 2 corpora" in figure_text(two, "title")
+    assert [t.get_text() for t in two.axes[0].get_legend().get_texts()] == ["web", "books"]
+    with pytest.raises(ValueError, match="6 corpora; give between 1 and 5"): pretraining({str(i): stats for i in range(6)})
+
+def test_curated_figure_compares_with_negated_and_sums_the_habits():
+    rows = [dict(model="plain", condition=c, seed=s, step=t, rater="rules", n=400, accuracy=a + .2*t/10*(c == "curated") + .01*s, response_length=50., avg_verifications=v, avg_backtracking=v, avg_subgoals=0., avg_backwards=0.)
+            for c, a, v in (("base", .1, 0.), ("negated", .2, .1), ("curated", .2, 2.), ("rich_base", .2, .5)) for s in (0, 1) for t in (0, 10)]
+    fig = curated(pd.DataFrame(rows), preset="cpu")
+    said = figure_text(fig, "title")
+    assert said.startswith("Curated pretraining: ") and "above base" in said and "negated pretraining" in said and max(l.get_ydata().max() for l in fig.axes[1].lines) == 4.
