@@ -116,7 +116,7 @@ class Span(NamedTuple):
     habit:str  # which habit
     rule:str   # name of the rule that found it
 
-_CLAUSE = re.compile(r"[.!?;](?=[\s)*]|$)|\n|\)\s{0,9},")
+_CLAUSE = re.compile("|".join(rf"{end}(?=[\s)*]|$)" for end in (r"\.", "!", r"\?", ";")) + r"|\n|\)\s{0,9},") # each way begins with a character of its own: twice as fast to search for
 _PIECE = re.compile(r",\s|\s[-–—]\s|\s?[—→]\s?|:\s|\s\(")
 _TASK = re.compile(r"\b(?:may be (?:used|different|any)|(?:need|have|must|has) (?:to )?use (?:all|each|every)|value should be|rules?\b|in this puzzle|"
                    r"the (?:problem|puzzle|task) (?:asks|says|states)|each number (?:can|must|may|should)|answer tag|without signs)") # what the task demands is nobody's habit
@@ -149,11 +149,19 @@ def count_behaviors(
     rules:Sequence[Rule]|None=None,      # default: `RULES`
 )->dict[str, int]: # count per habit of the rules
     "How often a text shows each habit"
-    _, _, said, done = _acts(text, numbers, target, rules)
-    counts = dict.fromkeys(habits_of(rules), 0)
+    counts, said, done = dict.fromkeys(habits_of(rules), 0), None, ()
+    if numbers is None: said = _said_in_prose(plain(text), rules)
+    if said is None: _, _, said, done = _acts(text, numbers, target, rules)
     for habit, _ in said: counts[habit] += 1
     for s in done: counts[s.habit] = counts.get(s.habit, 0) + 1
     return counts
+
+def _said_in_prose(low, rules):
+    "The acts {(habit, clause)} of general prose, where nothing has to be widened or put in order; None if a rule looks for what was said before"
+    found = hits(low, rules, "general")
+    if any(r.after == "verdict" for _, _, r in found): return None
+    ends = [m.end() for m in _CLAUSE.finditer(low)] if found else []
+    return {(r.habit, bisect_right(ends, a)) for a, _, r in found if not r.after} # there are no attempts in prose
 
 def _acts(text, numbers, target, rules):
     "Plain text, ends of its clauses, acts in words {(habit, clause): [start, end, rule]}, acts in numbers"

@@ -177,15 +177,15 @@ def _hub_pieces(source:str, column:str, every:int, split:str)->Iterator[tuple[st
 _LINE = r"(?<![a-z0-9,;'] )(?<![a-z0-9'])" # where a sentence or a line begins
 _FIRST = r"(?:(?<![^\n])|(?<=\n  )|(?<=\n )|(?<=# ))" # the first word of a line
 CUES = (
-    Rule("problem", "heading", (_FIRST + r"(?:problem|exercise|question|puzzle|riddle|homework|q) ?\d{0,3}[a-z]?[.:)]",)),
+    Rule("problem", "heading", (_FIRST + r"(?:problem|exercise|question|puzzle|riddle|homework|q)\b ?\d{0,3}[a-z]?[.:)]",)),
     Rule("problem", "task", (_LINE + r"(?:find|determine|compute|calculate|evaluate|give|write|combine|pick) (?:[\w',]+ ){0,4}(?:values?|numbers?|sums?|products?|areas?|volume|probability|length|solutions?|roots?"
                              r"|integers?|equation|expression|limit|integral|derivative|remainder|angle|distance|speed|maximum|minimum|x|y|n)\b", _LINE + r"solve (?:for|the|this|x)\b", r"\b(?:prove|show) that\b",
                              r"\b(?:is|are) to be (?:found|determined|shown|proved)\b", r"\bfind an expression\b", r"\b(?:find|pick) (?:[\w',]+ ){1,8}so that\b", _LINE + r"starting (?:at|from|with) [^.\n]{1,30}\b(?:reach|get|make)\b")),
     Rule("problem", "question", (r"\bhow (?:many|much|far|long|old|fast)\b[^.?\n]{3,200}\?", r"\bwhich (?:of|two|three|numbers?|values?)\b[^.?\n]{3,200}\?",
                                  r"\bwhat is the (?:value|sum|number|probability|area|product|remainder|length|smallest|largest)\b[^.?\n]{3,200}\?")),
-    Rule("solution", "heading", (_FIRST + r"(?:solution|answer|proof|ans) ?\d{0,3}[.:)]",)),
+    Rule("solution", "heading", (_FIRST + r"(?:solution|answer|proof|ans)\b ?\d{0,3}[.:)]",)),
     Rule("solution", "result", (r"\b(?:answer|result|solution) is [^.\n]{0,20}\d", r"\b(?:we|i|you) (?:then |finally |thus |now )?(?:get|obtain|find|have|conclude)\b[^\n]{0,60} = ",
-                                r"\b(?:hence|therefore|thus|so)\b[^.\n]{0,60} = ", r"\bq\.?e\.?d\b", r"[∎□■]")),
+                                r"\b(?:hence|therefore|thus|so)\b[^.\n]{0,60} = ", r"\bqed\b", r"\bq\.e\.d\b", r"[∎□■]")),
 )
 _TELLING = dict(
     mathematics="theorem lemma proof equation equations integer integers polynomial algebra geometry triangle derivative integral matrix prime fraction fractions arithmetic sum product divisible "
@@ -236,7 +236,7 @@ def spread(
                 for s in islice(shards, 2*workers - len(hand)): hand[pool.submit(fn, s)] = s
                 if not hand: return
                 for f in wait(hand, return_when=FIRST_COMPLETED).done: yield hand.pop(f), f.result()
-        except BrokenProcessPool as e: raise RuntimeError("a worker process died (out of memory?); what is done is kept, the same command goes on; try fewer workers (--workers)") from e
+        except BrokenProcessPool as e: raise RuntimeError("a worker process died (out of memory: try fewer workers), or could not start (a script calls this under `if __name__ == '__main__':`); what is done is kept, the same call goes on") from e
         except BaseException: # an error, or Ctrl-C: what is written is kept
             pool.shutdown(wait=False, cancel_futures=True)
             for p in multiprocessing.active_children(): p.terminate() # or the block would wait for what is in hand
