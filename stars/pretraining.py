@@ -64,7 +64,7 @@ def _text(row:int, value)->Text:
 def _json_text(row:int, line:bytes, column:str)->Text:
     "The text of a JSON line"
     if not line.strip(): return Text(row, None, "empty")
-    try: record = json.loads(line.decode("utf-8-sig"))
+    try: record = json.loads(line)
     except UnicodeDecodeError: return Text(row, None, "not UTF-8")
     except (ValueError, RecursionError): return Text(row, None, "not JSON")
     return _text(row, record.get(column)) if isinstance(record, dict) else Text(row, None, "not a record")
@@ -129,7 +129,7 @@ def _rows_of(path:Path, column:str, every:int)->Iterator[tuple[int, int]]: # (ro
 
 def _check_column(path:Path, line:bytes, column:str):
     "Does the first line have the column? (Later lines may lack it: then they have no text.)"
-    try: record = json.loads(line.decode("utf-8-sig"))
+    try: record = json.loads(line)
     except (ValueError, RecursionError): return
     if isinstance(record, dict) and column not in record: raise LookupError(f"{path} has no field {column!r}; its first line has {', '.join(record) or 'none'} (--column)")
 
