@@ -1,6 +1,7 @@
 "The whole system as a user meets it: the command line, killed and resumed runs, figures, and wrong input"
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stars import cli, experiments as ex
-from stars.countdown import split_of
+from stars.countdown import Problem, split_of
 from stars.datasets import from_parquet
-from stars.priming import read_rows
+from stars.priming import METHODS, read_rows
 
 TINY = ["--preset", "smoke", "--set", "base_docs=300", "prime_rows=120", "data_eval=10"]
 TINY_SET = dict(base_docs=300, prime_rows=120, data_eval=10)
@@ -97,7 +98,11 @@ def test_no_eval_problem_is_trained_on(reproduced):
     keys = {s: {p.key for p in from_parquet(data/f"{s}.parquet")} for s in ("prime", "train", "eval")}
     assert not keys["prime"] & keys["train"] and not keys["prime"] & keys["eval"] and not keys["train"] & keys["eval"]
     for f in (cwd/"runs").rglob("prime-*/train.parquet"):
-        assert {(tuple(sorted(r["numbers"])), r["target"]) for r in read_rows(f)} <= keys["prime"]
+        rows = read_rows(f)
+        assert {(tuple(sorted(r["numbers"])), r["target"]) for r in rows if r["numbers"] is not None} <= keys["prime"]
+        if f.parents[2].name not in METHODS: continue
+        puzzles = [Problem(tuple(map(int, m[1].split(" , "))), int(m[2])) for r in rows if (m := re.match(r"using ([\d ,]+) make (\d+) :", r["query"]))] # of rewritten pretraining text
+        assert len(puzzles) > 5 and all(split_of(p) != "eval" for p in puzzles)
     assert all(split_of(p) == "eval" for p in from_parquet(data/"eval.parquet"))
     done = pd.concat(map(pd.read_parquet, (cwd/"runs").rglob("completions-*.parquet")))
     assert {(tuple(sorted(n)), t) for n, t in zip(done.numbers, done.target)} <= keys["eval"]

@@ -231,7 +231,7 @@ def byhand(smol):
     return encode
 
 NO_TOKEN = "\x04\x06\x13\x14\x16\x1d"
-ALPHABET = st.characters(exclude_categories=("Cs",), max_codepoint=0x3FFFF, exclude_characters=NO_TOKEN)
+ALPHABET = st.characters(exclude_categories=("Cs", "Cn"), max_codepoint=0x3FFFF, exclude_characters=NO_TOKEN) # of characters that are not assigned yet, libraries of different years think differently
 PIECES = st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</answer>", " ", "  ", "\n", "\n\n", "\t", "\r\n", "    ", "12", "345", "½", "٣", " the", "'s", "’", "é", "日本", "🙂", "👩‍🚀"])
 TEXT = st.one_of(st.text(ALPHABET), st.lists(PIECES | st.integers().map(str) | st.text(ALPHABET, max_size=3)).map("".join))
 

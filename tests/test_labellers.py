@@ -51,7 +51,7 @@ def test_one_start_labels_a_corpus(micro):
     for i, answers in got.items():
         if i == 1: continue
         first, empty, long, last, check = answers
-        assert empty == Answer(None, "empty", dict(cut=False))
+        assert empty == Answer(None, "empty", dict(cut=False, characters=0))
         assert long.reply is None and "do not fit into a context of 8,192" in long.error and long.note == dict(long=True)
         for a in (first, last, check): assert a.reply.input_tokens > 1_000 and 0 < a.reply.output_tokens <= 400 and a.reply.mode == "local"
         assert labels_of(first.reply, "tags")[1] and first.reply.output_tokens <= 60 # left free it babbles
