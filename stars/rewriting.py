@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .behaviors import HABIT_NAMES
 from .judges import FORMATS
-from .labellers import Asked, chat_tokenizer, cut_text, text_room
+from .labellers import Asked, as_data, chat_tokenizer, cut_text, names_once, text_room
 from .llm import Reply, Request
 from .pretraining import Shard, Text, read_shard
 from .priming import METHODS
@@ -79,7 +79,7 @@ def rewrite_prompt(
     how = f"{_CURATED} The four habits:\n{bullets(SHOW)}" if method == "curated" else f"{_NEGATED} The thoughts do without what is described here, from the first sentence to the last:\n{bullets(AVOID)}"
     return "\n\n".join([_TASK, how, _DATA, _REPLY[format] + " No part contains tags."])
 
-_OURS = re.compile(r"<(?=[\s/]*+text)", re.I)
+
 
 def rewrite_request(
     text:str,                    # with a problem and its solution
@@ -93,8 +93,7 @@ def rewrite_request(
     "Ask for one version of a text"
     words = max(1, len(text.split())) if words is None else words
     if words < 1: raise ValueError(f"words={words}: thoughts have at least 1 word")
-    shown = _OURS.sub("&lt;", text).encode(errors="replace").decode()
-    return Request(f"<text>\n{shown}\n</text>\n\nRewrite this text. The thoughts have about {words} words.", rewrite_prompt(method, format), max_tokens or 4 * words + 512, temperature,
+    return Request(f"{as_data(text)}\n\nRewrite this text. The thoughts have about {words} words.", rewrite_prompt(method, format), max_tokens or 4 * words + 512, temperature,
                    REWRITE_SCHEMA if format == "json" else None, sample)
 
 # %% ../nbs/09c_rewriting.ipynb #c016
@@ -105,7 +104,7 @@ _FRAME = re.compile(r"\s*" + r"\s*".join(rf"<{p}>(?P<{p}>.*?)</{p}>" for p in PA
 def _parts(text:str, format:str)->dict|None:
     "Three texts, or None"
     if format == "tags": return m.groupdict() if (m := _FRAME.fullmatch(text)) else None
-    try: said = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(pairs) == len(dict(pairs)) else None)
+    try: said = json.loads(text, object_pairs_hook=names_once)
     except (ValueError, RecursionError): return None
     return said if isinstance(said, dict) and set(said) == set(PARTS) and all(isinstance(v, str) for v in said.values()) else None
 
