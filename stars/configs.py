@@ -39,6 +39,7 @@ class Config:
     base_docs:int=250_000             # documents
     base_val:int=2_000                # further documents, held out
     base_share:float=.1               # of the rich base's documents that show habits (the plain base has none)
+    base_mix:str="backtracking_verification" # the habits they show
     base_epochs:int=2                 # passes
     base_batch:int=256                # documents per update
     base_lr:float=2e-3                # peak learning rate
@@ -195,7 +196,8 @@ class Config:
             raise ValueError(f"prime_top={self.prime_top} must lie between the largest number or target and top={self.top}")
         if not 1 <= self.prime_patience <= self.prime_attempts:
             raise ValueError(f"prime_patience={self.prime_patience} must lie between 1 and prime_attempts={self.prime_attempts}")
-        if self.prime_mix not in MIXES: raise ValueError(f"prime_mix={self.prime_mix!r} is unknown; choose one of {', '.join(MIXES)}")
+        for f in ("prime_mix", "base_mix"):
+            if getattr(self, f) not in MIXES: raise ValueError(f"{f}={getattr(self, f)!r} is unknown; choose one of {', '.join(MIXES)}")
         if self.prime_failures not in ("slips", "sampled"): raise ValueError(f"prime_failures={self.prime_failures!r} must be slips or sampled")
         if self.data_prime_space and self.data_prime_space not in SPACES: raise ValueError(f"data_prime_space={self.data_prime_space!r} is unknown; choose one of {', '.join(SPACES)}")
         if self.engine not in ("default", "vllm"): raise ValueError(f"engine={self.engine!r} is unknown; choose default or vllm")

@@ -66,7 +66,7 @@ def base_stage(job:Job)->Path:
         gguf = smollm2_gguf()
         return stage(job.model_dir, "base", {}, dict(gguf=file_digest(gguf)), lambda out: convert_gguf(gguf, out/"model"), **job.how)/"model"
     if name not in BASES: return Path(name)
-    settings = cfg.world | cfg.settings("base_", "top", "template") | dict(base_share=cfg.base_share if name == "rich" else 0.)
+    settings = cfg.world | cfg.settings("base_", "top", "template") | (dict() if name == "rich" else dict(base_share=0., base_mix=""))
     key = digest(dict(stage="base", config=json.loads(json.dumps(settings)), inputs={}))
     try:
         if json.loads((base_path(name)/"recipe.json").read_text())["hash"] == key: return base_path(name)
@@ -74,7 +74,7 @@ def base_stage(job:Job)->Path:
     def run(out:Path):
         tok = micro_tokenizer(cfg.top)
         model = micro_model(tok, cfg.base_hidden, cfg.base_layers, cfg.base_heads, cfg.base_ffn, cfg.base_context, cfg.base_seed)
-        rows = list(corpus_rows(cfg.base_docs + cfg.base_val, cfg.base_seed, settings["base_share"], prompt=partial(make_prompt, template=cfg.template), top=cfg.top, **cfg.world))
+        rows = list(corpus_rows(cfg.base_docs + cfg.base_val, cfg.base_seed, settings["base_share"], mix=cfg.base_mix, prompt=partial(make_prompt, template=cfg.template), top=cfg.top, **cfg.world))
         model.to(device()).set_attn_implementation(attention(device(), micro=True))
         sft(model, tok, rows[:cfg.base_docs], out, cfg.pretraining(), rows[cfg.base_docs:], job.progress)
         model.to(torch.bfloat16).save_pretrained(out/"model") # what is shipped is what is used

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq
 
 from .behaviors import HABIT_NAMES, count_behaviors
-from .countdown import Problem, make_prompt, score, split_of
+from .countdown import Problem, make_prompt, score, solvable, split_of
 from .datasets import replacing
 
 # %% ../nbs/03_priming.ipynb #c005
@@ -291,7 +291,7 @@ def corpus_rows(
     max_number:int=12,  # largest number
     min_target:int=10,  # smallest target
     max_target:int=30,  # largest target
-    mixes:Sequence[str]=tuple(m for m in MIXES if m != "negative_control"), # what the habit-showing documents show
+    mix:str="backtracking_verification", # what the habit-showing documents show
     prompt:Callable[[Problem], str]=make_prompt, # problem → query
     **teacher,          # further arguments of `write_trace`
 )->Iterator[dict]: # rows with `query`, `completion` and `mix`
@@ -299,12 +299,11 @@ def corpus_rows(
     if not 0 <= share <= 1: raise ValueError(f"share={share} must lie between 0 and 1")
     for i in range(n):
         rng = random.Random(f"{seed}/corpus/{i}")
-        p = None
-        while p is None or split_of(p) == "eval":
+        shows, p = mix if rng.random() < share else "negative_control", None
+        while p is None or split_of(p) == "eval" or (shows == mix and not solvable(p.numbers, p.target)): # nobody prints a search that cannot end
             numbers = tuple(rng.randint(min_number, max_number) for _ in range(rng.choice(n_numbers)))
             p = Problem(numbers, rng.randint(min_target, max_target))
-        mix = rng.choice(list(mixes)) if rng.random() < share else "negative_control"
-        yield dict(query=prompt(p), completion=write_trace(p, mix, rng, **teacher).completion, mix=mix)
+        yield dict(query=prompt(p), completion=write_trace(p, shows, rng, **teacher).completion, mix=shows)
 
 # %% ../nbs/03_priming.ipynb #c029
 def write_rows(

@@ -90,20 +90,13 @@ def pack(
 
 # %% ../nbs/06_sft.ipynb #c008
 def batches(
-    lengths:Sequence[int], # of the examples
-    size:int,              # examples per batch
-    rng:random.Random,     # source of order
-    chunk:int=32,          # batches per sorted chunk
-)->list[list[int]]: # indices; the last batch of a chunk may be short
-    "Shuffled batches of examples of similar length"
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    out = []
-    for i in range(0, len(order), size*chunk):
-        part = sorted(order[i:i+size*chunk], key=lengths.__getitem__)
-        out += [part[j:j+size] for j in range(0, len(part), size)]
-    rng.shuffle(out)
-    return out
+    n:int,             # examples
+    size:int,          # examples per batch
+    rng:random.Random, # source of order
+)->list[list[int]]: # indices; the last batch may be short
+    "The examples in random order, cut into batches"
+    order = rng.sample(range(n), n)
+    return [order[i:i+size] for i in range(0, n, size)]
 
 # %% ../nbs/06_sft.ipynb #c010
 def sft_loss(
@@ -235,7 +228,7 @@ def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list
     lengths, net, device = [len(e.ids) for e in examples], team.wrap(model, cfg.bf16), next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
     modules, opts = dict(model=model), dict(model=(opt := torch.optim.AdamW(trained, lr=cfg.lr, betas=(.9, .95), weight_decay=cfg.weight_decay)))
-    per_epoch = len(batches(lengths, cfg.batch_size, random.Random(0)))
+    per_epoch = math.ceil(len(examples) / cfg.batch_size)
     total = per_epoch * cfg.epochs
     made_by = json.loads(json.dumps(dict(config=asdict(cfg), examples=len(examples), tokens=sum(lengths))))
     done = resumed(load_state(out, modules, opts, team), made_by, out)
@@ -243,7 +236,7 @@ def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list
     bar = tqdm(total=total, initial=done, desc="sft", disable=not progress)
     model.train()
     for epoch in range(done // per_epoch, cfg.epochs):
-        order = batches(lengths, cfg.batch_size, random.Random(f"{cfg.seed}/{epoch}"))
+        order = batches(len(examples), cfg.batch_size, random.Random(f"{cfg.seed}/{epoch}"))
         for step in range(max(done, epoch*per_epoch), (epoch + 1)*per_epoch):
             index, start = order[step - epoch*per_epoch], time.perf_counter()
             for g in opt.param_groups: g["lr"] = lr_at(step, total, cfg)

@@ -104,7 +104,7 @@ def begun(
     for p in where.glob("*-*/config.json"):
         try: config, at = json.loads(p.read_text()), p.stat().st_mtime
         except (OSError, ValueError): continue # renamed or written at this moment
-        if all(mine.get(k, v) == v for k, v in config.items() if k != "base_share"): out[p.parent.name.removesuffix(".partial")] = at # the plain base's share is always 0
+        if all(mine.get(k, v) == v for k, v in config.items() if k not in ("base_share", "base_mix")): out[p.parent.name.removesuffix(".partial")] = at # the plain base's share is always 0
     return out
 
 def _rows(stage:Path)->list[dict]:
