@@ -2,6 +2,7 @@
 # so an interrupted one is simply taken up again by the next `make`.
 PYTHON ?= python3
 PRESET ?= cpu
+FIGURES ?= fig_controls,fig_dynamics
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
@@ -14,8 +15,8 @@ dev: .venv/.dev ## the same, with notebooks, tests, docs, Ray and vLLM
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-reproduce: .venv/.cpu ## the figures, from nothing (PRESET=cpu)
-	$(BIN)/stars reproduce --preset $(PRESET)
+reproduce: .venv/.cpu ## the headline figures, from nothing (PRESET=cpu; FIGURES= for all of them, an hour)
+	$(BIN)/stars reproduce --preset $(PRESET) --only "$(FIGURES)"
 
 test: .venv/.dev ## exports and README agree with the notebooks, every notebook runs, every test passes
 	tests/drift.sh

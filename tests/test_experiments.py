@@ -14,10 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stars import cli, experiments as ex
+from stars import cli, drawing, experiments as ex
 from stars.countdown import Problem, split_of
 from stars.datasets import from_parquet
+from stars.figures import controls
+from stars.plots import save_figure
 from stars.priming import METHODS, read_rows
+from stars.sources import COUNTED, FILES
 
 TINY = ["--preset", "smoke", "--set", "base_docs=300", "prime_rows=120", "data_eval=10"]
 TINY_SET = dict(base_docs=300, prime_rows=120, data_eval=10)
@@ -58,16 +61,51 @@ def reproduced(tmp_path_factory):
 
 def test_reproduce_works_in_any_folder(reproduced):
     cwd, out = reproduced
+    at = cwd/"figures"/"smoke"
     for name in ex.PRESETS["smoke"].figures:
-        for kind in ("png", "svg", "csv", "json"): assert (cwd/"figures"/f"{name}.{kind}").stat().st_size > 200
-        manifest = json.loads((cwd/"figures"/f"{name}.json").read_text())
-        assert manifest["config"]["preset"] == "smoke" and (name == "fig_pretraining" or manifest["seeds"] == [0] and manifest["models"] == ["plain"])
+        for kind in ("png", "svg", "csv", "json"): assert (at/f"{name}.{kind}").stat().st_size > 200
+        manifest = json.loads((at/f"{name}.json").read_text())
+        assert manifest["config"]["preset"] == "smoke" == manifest["place"] and (name == "fig_pretraining" or manifest["seeds"] == [0])
         assert (cwd/"runs"/"smoke"/"notebooks"/f"{name}.ipynb").exists()
+        assert f'src="smoke/{name}.png"' in (cwd/"figures"/"index.html").read_text() and re.search(rf"{name} +[\d.]+  figures/smoke/{name}.png", out)
     assert set(os.listdir(cwd)) == {"runs", "figures"}
-    df = pd.read_csv(cwd/"figures"/"fig_controls.csv")
-    assert set(df.condition) == {"base", "empty_cot", "incorrect_only", "backtracking_verification"}
-    assert set(pd.read_csv(cwd/"figures"/"fig_curated.csv").condition) == {"base", "negated", "curated", "rich_base"}
+    df = pd.read_csv(at/"fig_controls.csv")
+    assert set(df.condition) == {"base", "empty_cot", "dots", "backtracking_verification"}
+    assert set(pd.read_csv(at/"fig_curated.csv").condition) == {"base", "negated", "curated", "rich_base"}
+    assert set(pd.read_csv(at/"fig_dose.csv").share) == {0, .02, .1, .3} and set(pd.read_csv(at/"fig_gap.csv").model) == {"plain", "rich"}
     assert set(df.step) == {0, 2, 4} and df.accuracy.between(0, 1).all() and (df.n == 20).all() # data_eval of the smoke preset
+
+
+def test_published_results_beside_own_ones(reproduced, tmp_path):
+    "The same notebooks, source=both; and the claims, held against both"
+    cwd, _ = reproduced
+    columns = ["condition", "step", *(f"{k}_{c}" for k in ("avg", "total") for c in COUNTED), "accuracy", "response_length"]
+    for name in FILES: pd.DataFrame([[c, s, *[.5]*4, *[100]*4, a*s/250, 300.] for c, a in dict(base_ppo=.3, all_strategies=.7, empty_cot=.4, dots=.4, backtracking_verification=.7).items() for s in (0, 250)], columns=columns).to_csv(tmp_path/name, index=False)
+    for name in ("fig_controls", "fig_replication"):
+        p = stars("figure", name, "--preset", "smoke", "-p", f"published={tmp_path}", "source=both", cwd=cwd, out=subprocess.PIPE)
+        _, err = p.communicate(timeout=300)
+        assert p.returncode == 0, err[-3000:]
+    about = json.loads((cwd/"figures"/"smoke+published"/"fig_controls.json").read_text())
+    assert set(about["published"]["files"]) == {"llama_results.csv"} and "Preset smoke · model plain" in about["caption"] and "Published results · model Llama-3.2-3B" in about["caption"]
+    claims = pd.read_csv(cwd/"figures"/"smoke"/"fig_replication.csv").set_index(["source", "claim"])
+    assert claims.verdict["published", "mixes"] == "not run" and claims.value["published", "empty_cot"] == pytest.approx(.3) and claims.verdict["smoke", "mixes"] in ("shown", "not shown", "reversed")
+
+
+def test_one_failing_figure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def run(name, preset, runs, figures, overrides, **given):
+        if name == "fig_gap": raise KeyError("no such condition")
+        fig = controls(pd.DataFrame([dict(model="plain", condition="base", seed=0, step=s, rater="rules", accuracy=.1, n=20, response_length=9.) for s in (0, 2)]))
+        save_figure(fig, name, pd.DataFrame(dict(x=[1])), figures/preset)
+        return tmp_path/"nb.ipynb", preset
+    monkeypatch.setattr(drawing, "run_figure", run)
+    failed = drawing.draw_all(("fig_controls", "fig_gap", "fig_dynamics"), "smoke", tmp_path/"runs", tmp_path/"figures", {})
+    assert list(failed) == ["smoke/fig_gap"] and "no such condition" in failed["smoke/fig_gap"]
+    said = capsys.readouterr()
+    assert "fig_gap failed: KeyError: 'no such condition'" in said.err and "2 of 3 figures after" in said.out and "3 of 3: fig_dynamics" in said.out
+    assert "no such condition" in (tmp_path/"figures"/"index.html").read_text() and "KeyError" in (tmp_path/"runs"/"smoke"/"notebooks"/"fig_gap.error.txt").read_text()
+    with pytest.raises(ValueError, match="fig_gab"): drawing.draw_all(("fig_gab",), "smoke", tmp_path/"runs", tmp_path/"figures", {})
+    monkeypatch.setattr(drawing, "run_figure", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): drawing.draw_all(("fig_controls",), "smoke", tmp_path/"runs", tmp_path/"figures", {})
 
 
 def test_nothing_is_built_twice(reproduced):
@@ -168,7 +206,7 @@ if __name__ == "__main__": ex.results(ex.preset("smoke", ppo_steps=500, **{TINY_
     (["data", "x", "--set", "max_numbers=9"], "no field 'max_numbers'"),
     (["data", "x", "--set", "n_numbers=a"], "'a' is not a number"),
     (["data", "x", "--source", "nowhere.parquet"], "nowhere.parquet does not exist"),
-    (["figure", "fig_none"], "figure='fig_none' is unknown; choose one of fig_controls"),
+    (["figure", "fig_none"], "figure='fig_none' is unknown; choose one of fig_base_behaviors"),
     (["figure", "fig_controls", "-p", "condition=[]"], "has no parameter 'condition'"),
     (["figure", "fig_controls", "-p", "seeds=[]"], "seeds is empty"),
 ])

@@ -9,10 +9,11 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from hypothesis import given,settings,strategies as st
 from matplotlib.colors import to_rgb
 from stars.behaviors import HABITS
-from stars.plots import (CONDITIONS,controls,curated,dynamics,figure_text,interval,interval_note,pretraining,priming,published,save_figure,spread,
-                         summary_table,wilson)
+from stars.behaviors import wilson
+from stars.figures import base_behaviors,controls,curated,dose,dynamics,gap,incorrect,pretraining,priming
+from stars.plots import CONDITIONS,figure_text,interval,interval_note,save_figure,spread,summary_table
 
-FIGURES = (controls, priming, dynamics)
+FIGURES = (controls, priming, dynamics, incorrect)
 CONTROLS = ("base", "empty_cot", "dots", "incorrect_only", "backtracking_verification")
 MIXES = ("all_strategies", "only_backtracking", "backtracking_verification", "backtracking_subgoal", "backtracking_backward")
 
@@ -21,7 +22,7 @@ def close():
     yield
     plt.close("all")
 
-def table(last, first=.1, seeds=(0,), models=("plain",), n=300, steps=(0, 10, 20), jitter=0., rater="rules"):
+def table(last, first=.1, seeds=(0,), models=("plain",), n=300, steps=(0, 10, 20), jitter=0., rater="rules", **more):
     "Results that go from `first` to the given value per condition, counts following accuracy"
     rows = []
     for m in models:
@@ -30,7 +31,7 @@ def table(last, first=.1, seeds=(0,), models=("plain",), n=300, steps=(0, 10, 20
                 for t in steps:
                     acc = first + (b-first) * (t/steps[-1] if steps[-1] else 1) + jitter*(s - np.mean(seeds))
                     rows.append({"model": m, "condition": c, "seed": s, "step": t, "rater": rater, "accuracy": acc, "n": n, "response_length": 100*acc}
-                                | {f"avg_{h.column}": (i+1)*acc for i,h in enumerate(HABITS)} | {f"total_{h.column}": n*(i+1)*acc for i,h in enumerate(HABITS)})
+                                | {f"avg_{h.column}": (i+1)*acc for i,h in enumerate(HABITS)} | {f"total_{h.column}": n*(i+1)*acc for i,h in enumerate(HABITS)} | more)
     return pd.DataFrame(rows)
 
 # ---- intervals
@@ -126,7 +127,7 @@ def test_one_title_per_model():
 
 def test_caption_says_what_it_is():
     r = table(dict(base=.3, backtracking_verification=.6), n=336)
-    c = figure_text(controls(r, preset="cpu", note="Mind this."), "caption")
+    c = figure_text(controls(r.assign(source="cpu"), note="Mind this."), "caption")
     for part in ("Preset cpu", "model plain", "seed 0", "95 % Wilson interval over 336 completions, 1 seed", "Mind this."): assert part in c
     assert "base on plain to step 10" in figure_text(controls(r[(r.condition != "base") | (r.step < 20)]), "caption")
 
@@ -164,7 +165,7 @@ def test_spread_moves_only_what_it_must():
                                        (dynamics, dict.fromkeys(("base", "negative_control", *MIXES), .0))])
 @pytest.mark.parametrize("models", [("plain",), ("plain", "rich")])
 def test_text_neither_overlaps_nor_leaves_the_figure(plot, last, models):
-    fig = plot(table(last, models=models), preset="cpu")
+    fig = plot(table(last, models=models, source="cpu"))
     fig.canvas.draw()
     draw = fig.canvas.get_renderer()
     named = [t for ax in fig.axes for t in (*ax.texts, ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label)] + fig.texts
@@ -201,7 +202,7 @@ def test_a_condition_keeps_its_colour():
 def test_files_are_complete_and_reproducible(plot, tmp_path):
     r = table(dict(base=.3, backtracking_verification=.6))
     def files(sub):
-        paths = save_figure(plot(r, preset="cpu"), "fig", r, tmp_path/sub/"deep", dict(seeds=[0]))
+        paths = save_figure(plot(r.assign(source="cpu")), "fig", r, tmp_path/sub/"deep", dict(seeds=[0]))
         assert sorted(p.name for p in (tmp_path/sub/"deep").iterdir()) == ["fig.csv", "fig.json", "fig.png", "fig.svg"]
         return {k: p.read_bytes() for k,p in paths.items()}
     a,b = files("a"),files("b")
@@ -217,7 +218,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     old = save_figure(controls(r), "fig", r, tmp_path)["png"].read_bytes()
     def broken(*a): raise OSError("disk full")
     monkeypatch.setattr("stars.datasets.os.replace", broken)
-    with pytest.raises(OSError): save_figure(controls(r, preset="other"), "fig", r, tmp_path)
+    with pytest.raises(OSError): save_figure(controls(r.assign(source="other")), "fig", r, tmp_path)
     assert (tmp_path/"fig.png").read_bytes() == old and not list(tmp_path.glob(".*"))
 
 def test_summary_table():
@@ -229,23 +230,7 @@ def test_summary_table():
     assert row.accuracy_first == pytest.approx(.1) and row.accuracy_last_lo < row.accuracy_last < row.accuracy_last_hi
     assert row.response_length_last == pytest.approx(60) and row.avg_backtracking_last == pytest.approx(1.2)
 
-# ---- published results, where the files are at hand
-
-PUBLISHED = Path(__file__).resolve().parents[2]/"shared"/"upstream_results"
-LAST = dict(llama=dict(base=.338, all_strategies=.736, backtracking_backward=.773, only_backtracking=.769, backtracking_verification=.774, backtracking_subgoal=.706,
-                       incorrect_only=.735, empty_cot=.410, dots=.381, human_cot=.563, curated=.489, negated=.368, base_70b=.220),
-            qwen=dict(base=.535, all_strategies=.773, backtracking_backward=.757, only_backtracking=.728, backtracking_verification=.723, backtracking_subgoal=.716,
-                      incorrect_only=.746, empty_cot=.405, dots=.327, human_cot=.556))
-
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published CSVs are not part of this repository")
-@pytest.mark.parametrize("model", LAST)
-def test_published_results_read_as_printed(model):
-    r = published(PUBLISHED/f"{model}_results.csv", model)
-    assert not r.duplicated(["condition", "step"]).any()
-    last = summary_table(r).accuracy_last.droplevel("model")
-    assert set(last.index) == set(LAST[model])
-    for c,v in LAST[model].items(): assert last[c] == pytest.approx(v, abs=6e-4), c
-    for plot in FIGURES: assert model in figure_text(plot(r[r.condition.isin([*CONTROLS, *MIXES])]), "caption")
+# ---- one question each
 
 def test_pretraining_shows_every_corpus_and_habit(tmp_path):
     stats = pd.DataFrame([dict(by=by, group="all", label=h.name, n=500, missing=.02, share=.01*i, share_lo=.01*i - .005, share_hi=.01*i + .005, mean=.1, mean_lo=.05, mean_hi=.15)
@@ -254,12 +239,51 @@ def test_pretraining_shows_every_corpus_and_habit(tmp_path):
     assert "web: verification in 1.0%, backtracking in 2.0%, subgoal in 3.0%, backward in 4.0%" in figure_text(fig, "title") and "500 texts, 2.0% without labels" in figure_text(fig, "caption")
     two = pretraining({"web": stats, "books": stats.assign(share=2*stats.share)})
     assert "between 1.00% and 8.0% in 2 corpora" in figure_text(two, "title")
-    assert [t.get_text() for t in two.axes[0].get_legend().get_texts()] == ["web", "books"]
-    with pytest.raises(ValueError, match="6 corpora; give between 1 and 5"): pretraining({str(i): stats for i in range(6)})
+    assert {"web", "books"} <= {t.get_text() for t in two.axes[0].texts}
+    with pytest.raises(ValueError, match="6 series; give between 1 and 5"): pretraining({str(i): stats for i in range(6)})
 
 def test_curated_figure_compares_with_negated_and_sums_the_habits():
     rows = [dict(model="plain", condition=c, seed=s, step=t, rater="rules", n=400, accuracy=a + .2*t/10*(c == "curated") + .01*s, response_length=50., avg_verifications=v, avg_backtracking=v, avg_subgoals=0., avg_backwards=0.)
             for c, a, v in (("base", .1, 0.), ("negated", .2, .1), ("curated", .2, 2.), ("rich_base", .2, .5)) for s in (0, 1) for t in (0, 10)]
-    fig = curated(pd.DataFrame(rows), preset="cpu")
+    fig = curated(pd.DataFrame(rows).assign(source="cpu"))
     said = figure_text(fig, "title")
     assert said.startswith("Curated pretraining: ") and "above base" in said and "negated pretraining" in said and max(l.get_ydata().max() for l in fig.axes[1].lines) == 4.
+
+def test_two_sources_stand_beside_each_other():
+    "Each axis says whose steps it counts, colours and accuracy scale are shared, and lengths have a scale per source"
+    last = dict(base=.3, backtracking_verification=.6)
+    both = pd.concat([table(last, models=("plain",), seeds=(0, 1, 2), source="cpu"), table(last, models=("Llama-3.2-3B",), n=1024, source="published").assign(response_length=lambda r: 20*r.response_length, seed=0)])
+    fig = controls(both)
+    assert [a.get_xlabel() for a in fig.axes if a.get_xlabel()] == ["PPO steps (cpu, seeds 0, 1, 2)", "PPO steps (3B, published)"]
+    acc, below = fig.axes[::2], fig.axes[1::2]
+    assert acc[0].get_ylim() == acc[1].get_ylim() and below[1].get_ylim()[1] > 10*below[0].get_ylim()[1]
+    assert {l.get_color() for l in acc[0].lines} == {l.get_color() for l in acc[1].lines}
+    said = figure_text(fig, "caption")
+    assert "Preset cpu · model plain · seeds 0, 1, 2 · shaded: 95 % bootstrap" in said and "Published results · model Llama-3.2-3B · shaded: 95 % Wilson" in said
+
+def test_gap_compares_families_within_a_source():
+    one = lambda m,b,**k: table(dict(base=b), models=(m,), **k)
+    fig = gap(pd.concat([one("plain", .2, source="cpu"), one("rich", .5, source="cpu"), one("Llama", .5, source="published"), one("Qwen", .2, source="published")]), ["plain", "Llama"])
+    ours,theirs = title(fig).split("\n")
+    assert ours == "cpu – rich .10 → .50, above plain .10 → .20" and theirs == "published – Qwen .10 → .20, below Llama .10 → .50"
+    assert {t.get_text() for t in fig.axes[0].texts} == {"plain .20", "rich .50"}
+
+def test_incorrect_title_follows_the_data():
+    rest = dict(base=.3, backtracking_verification=.6)
+    assert title(incorrect(table(rest | dict(incorrect_only=.59)))) == "Primed with wrong answers only: .10 → .59, above base (.30); level with backtracking + verification (.60)"
+    assert "level with base (.30); " not in title(incorrect(table(rest | dict(incorrect_only=.59)))) and "below backtracking + verification" in title(incorrect(table(rest | dict(incorrect_only=.4))))
+
+def test_base_behaviours_are_those_of_the_first_step():
+    rows = pd.concat([table(dict(base=.9), models=("plain",), source="cpu"), table(dict(base=.9), first=.4, models=("rich",), source="cpu")])
+    assert title(base_behaviors(rows)) == "Backward per completion of the untrained model: plain 0.40 and rich 1.60" # the fourth habit counts 4 × accuracy in `table`
+    fig = base_behaviors(pd.concat([rows, table(dict(base=.2, base_70b=.2), models=("Llama",), steps=(0,), source="published")]))
+    assert "Llama-3.1-70B" in title(fig) and len(fig.axes) == 2
+
+def dosed(**last): return pd.concat([table(dict(base=b), seeds=(0, 1, 2), jitter=.004, models=("rich",), source="cpu").assign(share=float(s)) for s,b in last.items()])
+
+def test_dose_names_the_share_from_which_bases_end_higher():
+    assert title(dose(dosed(**{"0": .2, ".02": .2, ".1": .4, ".3": .5}))) == "From 10 % of documents with habits on, a base ends above one without after PPO (0 %: .20, 30 %: .50)"
+    assert title(dose(dosed(**{"0": .2, ".02": .4, ".1": .2, ".3": .5}))).startswith("From 30 %") # one that falls back is no threshold
+    assert title(dose(dosed(**{"0": .2, ".02": .2, ".1": .2}))).startswith("No share of habits in pretraining ends above none")
+    with pytest.raises(ValueError, match="1 shares; give between 2 and 8"): dose(dosed(**{"0": .2}))
+    assert [t.get_text() for t in dose(dosed(**{"0": .2, ".005": .2, ".3": .4})).axes[1].get_xticklabels()] == ["0", "0.5", "30"]
