@@ -325,7 +325,7 @@ def run_jobs(
     _quiet(None)
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else n_cores))
     if workers <= 1 or all(map(is_built, jobs)): return {j: eval_stage(j) for j in jobs}
-    for j in {j.model: j for j in jobs}.values(): data_stage(j), base_stage(j) # shared: once, with all cores
+    for j in {(j.cfg, j.model): j for j in jobs}.values(): data_stage(j), base_stage(j) # shared: once, with all cores
     done, bar = {}, tqdm(total=len(jobs), desc="jobs", bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]{postfix}")
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(), max(1, n_cores // workers))) as pool:
         try:
