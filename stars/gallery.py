@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from .configs import PRESETS
+from .configs import FIGURES, PRESETS
 from .datasets import replacing
 
 # %% ../nbs/11c_gallery.ipynb #c005
@@ -153,7 +153,7 @@ def gallery(
     kinds = [p for kind in ("png", "json") for p in folder.glob(f"*/*.{kind}") if not any(x.startswith(".") for x in (p.name, p.parent.name))]
     names = sorted({(p.parent.name, p.stem) for p in kinds} | {tuple(k.split("/")) for k in failed})
     if not names: raise ValueError(f"{folder} has no figures in folders of its own (PLACE/NAME.json); `stars reproduce` or `stars figure fig_controls` draws some")
-    places = {p: [n for q, n in names if q == p] for p in sorted({p for p, _ in names}, key=place_order)}
+    places = {p: sorted((n for q, n in names if q == p), key=lambda n: FIGURES.index(n) if n in FIGURES else len(FIGURES)) for p in sorted({p for p, _ in names}, key=place_order)}
     index = "".join(f'<li><a href="#{anchor(p)}">{escape(place_name(p))}</a> ({len(ns)})</li>' for p, ns in places.items())
     missed = ", ".join(f'<a href="#{anchor(*k.split("/"))}">{escape(k)}</a>' for k in sorted(failed))
     page = (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
