@@ -176,7 +176,7 @@ def differences(
     if cfg.template == "chat": lines += ["checkpoints carry the bare chat template of this export; give them the model's own before using them elsewhere"]
     if not primed: return lines
     if not cfg.sft_bf16: lines += ["sft_bf16=False: verl computes in bfloat16 over fp32 weights all the same"]
-    lines += ["SFT batches are drawn at random, here of examples of similar length; their order has a fixed seed"]
+    lines += ["SFT batches are random here as there, in another order; its seed is fixed there"]
     if drop := cfg.prime_rows % cfg.sft_batch_size: lines += [f"SFT leaves out the last {drop} of {cfg.prime_rows} shuffled rows of an epoch, which do not fill a batch"]
     if cfg.prime_val < cfg.sft_batch_size: lines += [f"prime_val={cfg.prime_val} is less than a batch (sft_batch_size={cfg.sft_batch_size}): SFT runs without validation"]
     if nodes > 1: lines += ["sft.sh uses the GPUs of one machine"]
