@@ -21,6 +21,7 @@ from .behaviors import HABITS
 from .configs import Config, preset
 from .datasets import replacing
 from .experiments import grid, manifest, run_jobs
+from .judges import PUBLISHED as COLUMNS
 from .plots import PUBLISHED
 from .stages import Job
 
@@ -63,9 +64,8 @@ def read_published(
     "Published results in our shape: one run, 1,024 problems, habits counted by an LLM judge; raises ValueError on another schema"
     try: rows = pd.read_csv(path).drop_duplicates()
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise ValueError(f"{path} is no CSV: {e}") from None
-    wanted = ["condition", "step", *(f"{k}_{c}" for k in ("avg", "total") for c in COUNTED), "accuracy", "response_length"]
-    if missing := [c for c in wanted if c not in rows]: raise ValueError(f"{path} lacks the columns {', '.join(missing)}; the published files have {', '.join(wanted)}")
-    if bad := [c for c in wanted[1:] if not pd.api.types.is_numeric_dtype(rows[c])]: raise ValueError(f"{path}: column {bad[0]} holds something that is no number")
+    if missing := [c for c in COLUMNS if c not in rows]: raise ValueError(f"{path} lacks the columns {', '.join(missing)}; the published files have {', '.join(COLUMNS)}")
+    if bad := [c for c in COLUMNS[1:] if not pd.api.types.is_numeric_dtype(rows[c])]: raise ValueError(f"{path}: column {bad[0]} holds something that is no number")
     rows = rows.assign(model=model, condition=rows.condition.replace(PUBLISHED_NAMES), seed=0, rater="gpt-4o-mini", n=1024, source=PUBLISHED)
     if len(twice := rows[rows.duplicated(["condition", "step"])]): raise ValueError(f"{path}: {twice.condition.iloc[0]}, step {twice.step.iloc[0]} is there twice, with different numbers")
     total, mean = (rows[[f"{k}_{c}" for c in COUNTED]].sum(axis=1) for k in ("total", "avg"))

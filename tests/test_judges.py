@@ -17,7 +17,8 @@ from stars.evals import KEYS, summarize
 from stars.judges import (FORMATS, JOIN_KEYS, PUBLISHED, RATING_KEYS, SCHEMA, TASKS, draw_sample, instructions, joinable, judge, judge_request, judge_requests,
                           judge_settings, labelled, parse_count, rate, rule_ratings, write_ratings)
 from stars.llm import Ledger, Model, OverBudget, Refused, Reply
-from stars.plots import interval, published
+from stars.plots import interval
+from stars.sources import read_published
 
 MODEL = Model("openai", "somebody")
 
@@ -398,7 +399,7 @@ def test_published_shape_reads_back(tmp_path):
     ratings = rule_ratings(df).assign(count=lambda d: pd.array(np.arange(len(d)) % 5, "Int64"))
     write_ratings(ratings, df, tmp_path)
     top, results = tmp_path / "upstream/plain/seed0", rate(ratings, df)
-    read = published(top / "results.csv", "plain").sort_values(["condition", "step"], ignore_index=True)
+    read = read_published(top / "results.csv", "plain").sort_values(["condition", "step"], ignore_index=True)
     pd.testing.assert_frame_equal(read[PUBLISHED], results.sort_values(["condition", "step"], ignore_index=True)[PUBLISHED], check_dtype=False)
     every = json.loads((top / "dots/all_results.json").read_text())
     assert every["steps_processed"] == ["0", "50", "100"] and set(every["results_by_step"]["50"]) == {f"{w}_{h.column}" for w in ("avg", "total") for h in HABITS}
