@@ -22,7 +22,7 @@ from .configs import Config, preset
 from .datasets import replacing
 from .experiments import grid, manifest, run_jobs
 from .judges import PUBLISHED as COLUMNS
-from .plots import PUBLISHED
+from .plots import PUBLISHED, label
 from .stages import Job
 
 # %% ../nbs/10e_sources.ipynb #s011
@@ -85,7 +85,7 @@ def footnotes(
     rows, said = results[results.get("source", "") == PUBLISHED] if "source" in results else results[:0], []
     for (m, step), g in rows[rows.step == 0].groupby(["model", "step"]):
         same = g[g.accuracy > 0].groupby(["accuracy", "response_length"], sort=False).condition.apply(list)
-        pairs = [" and ".join(c) for c in same if len(c) > 1]
+        pairs = [" and ".join(map(label, c)) for c in same if len(c) > 1]
         if pairs: said.append(f"Published defect: at step {step} of {m}, {'; '.join(pairs)} have the same accuracy and length to the last digit, so one of each pair is mislabelled.")
     return " ".join(said)
 

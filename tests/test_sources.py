@@ -75,7 +75,7 @@ def test_published_results_read_as_printed():
         assert set(last.index) == set(want)
         for c,v in want.items(): assert last[c] == pytest.approx(v, abs=6e-4), c
     note = footnotes(every)
-    assert "Qwen-2.5-3B" in note and "all_strategies and backtracking_backward" in note and "backtracking_verification and only_backtracking" in note and "Llama" not in note
+    assert "Qwen-2.5-3B" in note and "all strategies and backtracking + backward" in note and "backtracking + verification and only backtracking" in note and "Llama" not in note
     for name,(sha,_) in FILES.items(): assert hashlib.sha256((PUBLISHED/name).read_bytes()).hexdigest() == sha
 
 # ---- studies
