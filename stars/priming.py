@@ -300,7 +300,7 @@ def corpus_rows(
     for i in range(n):
         rng = random.Random(f"{seed}/corpus/{i}")
         shows, p = mix if rng.random() < share else "negative_control", None
-        while p is None or split_of(p) == "eval" or (shows == mix and not solvable(p.numbers, p.target)): # nobody prints a search that cannot end
+        while p is None or split_of(p) == "eval" or not solvable(p.numbers, p.target):
             numbers = tuple(rng.randint(min_number, max_number) for _ in range(rng.choice(n_numbers)))
             p = Problem(numbers, rng.randint(min_target, max_target))
         yield dict(query=prompt(p), completion=write_trace(p, shows, rng, **teacher).completion, mix=shows)
