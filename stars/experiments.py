@@ -373,8 +373,8 @@ def results(
     return pd.concat([pd.read_csv(done[j]/"results.csv") for j in jobs], ignore_index=True)
 
 def manifest(
-    cfg:Config,  # of the experiment
-    **what,      # models, conditions, seeds …
+    cfg:Config|None, # of the experiment; None: nothing was run
+    **what,          # models, conditions, seeds …
 )->dict: # goes beside a figure
     "What made a figure"
-    return dict(config=json.loads(json.dumps(asdict(cfg))), **what, **environment())
+    return ({"config": json.loads(json.dumps(asdict(cfg)))} if cfg else {}) | what | environment()

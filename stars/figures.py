@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SERIES', 'DOSE', 'against', 'way', 'all_ways', 'controls_title', 'incorrect_title', 'priming_title', 'controls',
-           'incorrect', 'curated', 'priming', 'gap', 'dynamics_title', 'raters', 'dynamics', 'base_behaviors',
-           'pretraining', 'dose_title', 'share_text', 'dose']
+           'incorrect', 'curated', 'priming', 'gap', 'dynamics_title', 'raters', 'dynamics', 'make_room',
+           'base_behaviors', 'pretraining', 'dose_title', 'share_text', 'dose']
 
 # %% ../nbs/11_figures.ipynb #f003
 from collections.abc import Callable, Sequence
@@ -73,10 +73,10 @@ def priming_title(
     return capital(f"{said}; {best}")
 
 # %% ../nbs/11_figures.ipynb #f021
-def _over_steps(results:pd.DataFrame, title:Callable, seed:int, note:str, below:str="", what:str="", name:Callable=lambda m, c: label(c))->Figure:
+def _over_steps(results:pd.DataFrame, title:Callable, note:str, below:str="", what:str="", name:Callable=lambda m, c: label(c))->Figure:
     "Accuracy over steps, and another column below it"
-    acc = interval(results, seed=seed)
-    small = interval(results, below, seed=seed) if below else None
+    acc = interval(results)
+    small = interval(results, below) if below else None
     said = panels(results, acc, title)
     with styled():
         fig, axes = page(list(said.values()), caption(results, acc, RULE, note, name=name), (2.3, .85) if below else (2.9,), 5.5 if len(said) == 1 else 8.4, .34)
@@ -96,52 +96,51 @@ def _beside(results:pd.DataFrame, model:str)->set[str]: # of its own source: cha
 
 def controls(
     results:pd.DataFrame, # tidy results
-    seed:int=0,           # of the bootstrap over seeds
     note:str="",          # added to the caption
 )->Figure:
     "Is it the habits? Primed model against base and controls: accuracy, and response length below it"
-    return _over_steps(results, controls_title, seed, note, "response_length", "response length (characters)")
+    return _over_steps(results, controls_title, note, "response_length", "response length (characters)")
 
 def incorrect(
     results:pd.DataFrame, # tidy results
-    seed:int=0,           # of the bootstrap over seeds
     note:str="",          # added to the caption
 )->Figure:
     "Must the priming answers be right? Incorrect-only against correct priming and base: accuracy, and response length below it"
-    return _over_steps(results, incorrect_title, seed, note, "response_length", "response length (characters)")
+    return _over_steps(results, incorrect_title, note, "response_length", "response length (characters)")
 
 def curated(
     results:pd.DataFrame, # tidy results
-    seed:int=0,           # of the bootstrap over seeds
     note:str="",          # added to the caption
 )->Figure:
     "Do habits in pretraining text carry over to RL? Accuracy, and the habits in a completion below it"
     every = results.assign(habits=results[[f"avg_{h.column}" for h in HABITS]].sum(axis=1, min_count=len(HABITS)))
-    return _over_steps(every, controls_title, seed, f"Habits counted by: {listed(sorted(results.rater.unique()))}. {note}".strip(), "habits", "habits per completion (all four)")
+    return _over_steps(every, controls_title, f"Habits counted by: {listed(sorted(results.rater.unique()))}. {note}".strip(), "habits", "habits per completion (all four)")
 
 def priming(
     results:pd.DataFrame, # tidy results
-    seed:int=0,           # of the bootstrap over seeds
     note:str="",          # added to the caption
 )->Figure:
     "Which habits? Accuracy over steps for the five mixes, base and negative control"
-    return _over_steps(results, priming_title, seed, note)
+    return _over_steps(results, priming_title, note)
 
 # %% ../nbs/11_figures.ipynb #f031
 def gap(
     results:pd.DataFrame,     # tidy results of the condition `base`, with a column `source`
     families:Sequence[str],   # models, the plain ones; the others are rich
-    seed:int=0,               # of the bootstrap over seeds
     note:str="",              # added to the caption
 )->Figure:
     "Same RL, different base: accuracy and response length of two families"
+    for s, rows in sources(results).items():
+        plain = rows.model.isin(families)
+        if rows.condition.nunique() > 1 or rows[plain].model.nunique() > 1 or rows[~plain].model.nunique() > 1:
+            raise ValueError(f"{s}: a gap is between two models in one condition; got models {', '.join(dict.fromkeys(rows.model))} in {', '.join(dict.fromkeys(rows.condition))}")
     who = {(s, "base" if m in families else "rich_base"): m for s, rows in sources(results).items() for m in dict.fromkeys(rows.model)}
     rows = results.assign(condition=np.where(results.model.isin(families), "base", "rich_base"), model=results.source)
     def title(f):
         s, e = f.model.iloc[0], ends(f)
         if len(e) < 2: return "; ".join(f"{who[s, c]} {way(e, c)}" for c in e)
         return f"{who[s, 'rich_base']} {way(e, 'rich_base')}, {relation(e['rich_base'][1], e['base'][1])} {who[s, 'base']} {way(e, 'base')}"
-    return _over_steps(rows, title, seed, " ".join(filter(None, [f"Models: {', '.join(who.values())}.", note])), "response_length", "response length (characters)", lambda s, c: who[s, c])
+    return _over_steps(rows, title, " ".join(filter(None, [f"Models: {', '.join(who.values())}.", note])), "response_length", "response length (characters)", lambda s, c: who[s, c])
 
 # %% ../nbs/11_figures.ipynb #f041
 def dynamics_title(
@@ -169,13 +168,12 @@ def raters(
 
 def dynamics(
     results:pd.DataFrame,  # tidy results
-    seed:int=0,            # of the bootstrap over seeds
     rater:str|None=None,   # whose counts; None: each model has one rater
     note:str="",           # added to the caption
 )->Figure:
     "Does RL amplify the habits? Mean count per completion over steps, one panel per habit"
     results = results if rater is None else results[results.rater == rater]
-    frames = {h.name: interval(results, f"avg_{h.column}", rater, seed) for h in HABITS}
+    frames = {h.name: interval(results, f"avg_{h.column}", rater) for h in HABITS}
     per_model = lambda m: {h: f[f.model == m] for h, f in frames.items()}
     said = panels(results, every := pd.concat(frames.values()), lambda f: dynamics_title(per_model(f.model.iloc[0])))
     wide = len(said) == 1
@@ -218,20 +216,20 @@ def _dots(ax:Axes, series:dict[str, pd.DataFrame], text:Callable[[float], str], 
     ax.set_xlim(0, 1.16 * max(most, max((ticks or {}).values(), default=0), 1e-4))
     ax.tick_params(length=2.5)
 
-def _shift(ax:Axes, by:float):
+def make_room(ax:Axes, by:float): # inches
     "Make room for words at the left of an axis"
     box, inch = ax.get_position(), 1 / ax.figure.get_figwidth()
     ax.set_position([box.x0 + by * inch, box.y0, box.width - by * inch, box.height])
 
 def base_behaviors(
     results:pd.DataFrame, # tidy results of base models, with a column `source`; first steps are taken
-    seed:int=0,           # of the bootstrap over seeds
     note:str="",          # added to the caption
 )->Figure:
     "Which habits do base models show before any training?"
-    named = results.assign(model=results.model.where(results.condition == "base", results.condition.map(label))) # a model that is there for this figure alone
+    if wrong := set(results.condition) - {"base", "base_70b"}: raise ValueError(f"base models are shown before any training; {', '.join(sorted(wrong))} is none")
+    named = results.assign(model=results.model.where(results.condition == "base", results.condition.map(label))).sort_values("condition", kind="stable") # the 70B model comes last
     first = named[named.step == named.groupby("model").step.transform("min")]
-    frames = {h.name: interval(first, f"avg_{h.column}", seed=seed).set_index("model") for h in HABITS}
+    frames = {h.name: interval(first, f"avg_{h.column}").set_index("model") for h in HABITS}
     of = lambda m: pd.DataFrame({h: frames[h].loc[m, ["value", "lo", "hi"]] for h in frames}).T.astype(float)
     by_source = {s: {m: of(m) for m in dict.fromkeys(rows.model)} for s, rows in sources(first).items()}
     def title(s):
@@ -241,7 +239,7 @@ def base_behaviors(
         every = pd.concat(frames.values(), keys=frames).reset_index()
         fig, axes = page([title(s) for s in by_source], caption(first, every, raters(first), note), (.34 * len(HABITS) * max(1., .55 * max(map(len, by_source.values()))) + .3,), 5.5 if len(by_source) == 1 else 8.4, 0, right=1.35)
         for (s, series), ax in zip(by_source.items(), axes[:, 0, 0]):
-            _shift(ax, .47)
+            make_room(ax, .47)
             _dots(ax, series, lambda v: f"{v:.2f}")
             ax.set_xlabel("per completion" + ("" if len(by_source) == 1 else " (3B, published)" if s == PUBLISHED else f" ({s})"))
     return fig
@@ -263,7 +261,7 @@ def pretraining(
     with styled(**{"axes.grid.axis": "x"}):
         fig, axes = page([title], said, (.34 * len(HABITS) * max(1., .55 * len(tables)) + .3,), 5.5, 0, right=.62 if len(tables) == 1 else 1.35)
         ax = axes[0, 0, 0]
-        _shift(ax, .47)
+        make_room(ax, .47)
         _dots(ax, {n: 100 * w[["share", "share_lo", "share_hi"]].set_axis(["value", "lo", "hi"], axis=1) for n, w in whole.items()}, lambda v: f"{v:.1f}%" if v >= .1 else f"{v:.2f}%", rates and {h: 100 * r for h, r in rates.items()})
         ax.set_xlabel("% of texts")
     return fig
@@ -275,8 +273,9 @@ def dose_title(
     last:pd.DataFrame, # accuracy at the last step: index share, columns value, lo, hi
 )->str: # one sentence
     "From which share on a base ends above the one without habits"
+    last = last.sort_index()
     none, rest = last.iloc[0], last.iloc[1:]
-    above = [s for s, r in rest.iterrows() if relation(r, none) == "above" and all(relation(q, none) == "above" for t, q in rest.iterrows() if t >= s)]
+    above = [s for s, r in rest.iterrows() if all(relation(q, none) == "above" for t, q in rest.iterrows() if t >= s)]
     ways = f"{share_text(last.index[0])}: {num(none.value)}, {share_text(last.index[-1])}: {num(last.iloc[-1].value)}"
     if not above: return f"No share of habits in pretraining ends above none after PPO ({ways})"
     return f"From {share_text(above[0])} of documents with habits on, a base ends above one without after PPO ({ways})"
@@ -285,42 +284,47 @@ def share_text(s:float)->str: return f"{100*s:g}\u00a0%"
 
 def dose(
     results:pd.DataFrame, # tidy results of bases, with a column `share`: of the documents that show habits
-    seed:int=0,           # of the bootstrap over seeds
     note:str="",          # added to the caption
 )->Figure:
     "Accuracy and habits after PPO against the share of habit-showing documents in pretraining"
     shares = sorted(results.share.unique())
-    if not 2 <= len(shares) <= len(DOSE): raise ValueError(f"{len(shares)} shares; give between 2 and {len(DOSE)}")
-    rows = results.assign(model=results.share.map("{:.9f}".format), habits=results[["avg_verifications", "avg_backtracking"]].sum(axis=1))
-    curve = {k: interval(rows, c, seed=seed).assign(share=lambda f: f.model.astype(float)) for k, c in dict(accuracy="accuracy", habits="habits").items()}
-    end = {k: {t: f[f.step == step].set_index("share") for t, step in dict(first=f.step.min(), last=f.groupby("share").step.max().min()).items()} for k, f in curve.items()}
-    at = np.log10(np.array([*shares[1:]]))
-    x = {s: v for s, v in zip(shares, [at[0] - max(.35, .25 * (at[-1] - at[0])), *at])} if shares[0] == 0 else dict(zip(shares, np.log10(shares)))
+    if shares[0] != 0 or not 2 <= len(shares) <= len(DOSE): raise ValueError(f"shares={shares}: give 0 and between 1 and {len(DOSE) - 1} others")
+    if len(ends_ := results.groupby("share").step.max().unique()) > 1: raise ValueError(f"shares end at different steps ({', '.join(map(str, ends_))}); finish the shorter runs")
+    rows = results.assign(model=results.share.map("{:.9f}".format), habits=results[["avg_verifications", "avg_backtracking"]].sum(axis=1, min_count=2))
+    curves = {what: interval(rows, column).assign(share=lambda f: f.model.astype(float)) for what, column in {"accuracy": "accuracy", "verification + backtracking": "habits"}.items()}
+    acc = curves["accuracy"]
     with styled():
-        fig, axes = page([dose_title(end["accuracy"]["last"])], caption(results, curve["accuracy"].assign(model=results.model.iloc[0]), RULE, raters(results), note), (2.3,), 8.4, 0, right=.42, head=.32, columns=3)
-        left, *right = axes[0, 0]
-        for c, s in zip(DOSE, shares):
-            f = curve["accuracy"][curve["accuracy"].share == s].sort_values("step")
-            if f.lo.notna().any(): left.fill_between(f.step, f.lo, f.hi, color=c, alpha=.12, linewidth=0)
-            left.plot(f.step, f.value, color=c)
-        for (k, words), ax in zip(dict(accuracy="accuracy after PPO", habits="verification + backtracking").items(), right):
-            for t, shade in dict(first="#999999", last="#222222").items():
-                f = end[k][t]
-                xs = [x[s] for s in f.index]
-                ax.plot(xs, f.value, color=shade, linewidth=1, zorder=2)
-                for c, u, r in zip(DOSE, xs, f.itertuples()):
-                    if np.isfinite(r.lo): ax.plot([u, u], [r.lo, r.hi], color=c if t == "last" else shade, linewidth=2, alpha=.5)
-                    ax.plot(u, r.value, "o", color=c if t == "last" else shade, markersize=4.5, zorder=3, clip_on=False)
-            ax.set_xticks(list(x.values()), [f"{100*s:g}" for s in x])
-            ax.set_xlabel("% of documents with habits")
-            ax.set_title(words, loc="left", pad=5)
-            ax.set_ylim(0, 1.08 * np.nanmax([g[["value", "hi"]].to_numpy(float).max(initial=1e-3, where=np.isfinite(g[["value", "hi"]].to_numpy(float))) for g in end[k].values()]))
-            ax.set_xlim(min(x.values()) - .1, max(x.values()))
-            end_labels(ax, {t: (word, end[k][t].value.iloc[-1], shade, shade) for t, word, shade in (("first", "before", "#777777"), ("last", "after", "#222222"))})
-        left.set_ylim(0, 1.06 * max(curve["accuracy"][["value", "hi"]].max()))
-        left.set_xlim(0, max(curve["accuracy"].step.max(), 1))
-        left.set_title("accuracy", loc="left", pad=5)
-        left.set_xlabel("PPO steps")
-        end_labels(left, {s: (share_text(s), curve["accuracy"][curve["accuracy"].share == s].sort_values("step").value.iloc[-1], c, c) for c, s in zip(DOSE, shares)})
+        fig, axes = page([dose_title(acc[acc.step == acc.step.max()].set_index("share"))], caption(results, acc.assign(model=results.model.iloc[0]), RULE, raters(results), note), (2.3,), 8.4, 0, right=.42, head=.32, columns=3)
+        _dose_curves(axes[0, 0, 0], acc, shares)
+        for ax, (what, frame) in zip(axes[0, 0, 1:], curves.items()): _dose_response(ax, frame, shares, what)
         for ax in axes[0, 0]: ax.tick_params(length=2.5)
     return fig
+
+def _dose_curves(ax:Axes, acc:pd.DataFrame, shares:Sequence[float]):
+    "Accuracy over steps, a line per share"
+    by = {s: g.sort_values("step") for s, g in acc.groupby("share")}
+    for c, g in zip(DOSE, by.values()):
+        if g.lo.notna().any(): ax.fill_between(g.step, g.lo, g.hi, color=c, alpha=.12, linewidth=0)
+        ax.plot(g.step, g.value, color=c)
+    ax.set_ylim(0, 1.06 * acc[["value", "hi"]].max().max() or 1)
+    ax.set_xlim(0, max(acc.step.max(), 1))
+    ax.set_title("accuracy", loc="left", pad=5)
+    ax.set_xlabel("PPO steps")
+    end_labels(ax, {s: (share_text(s), by[s].value.iloc[-1], c) for c, s in zip(DOSE, shares)})
+
+def _dose_response(ax:Axes, frame:pd.DataFrame, shares:Sequence[float], what:str):
+    "First and last value against the share, on a logarithmic axis with a place for none"
+    logs = np.log10(shares[1:])
+    xs = [logs[0] - max(.35, .25 * (logs[-1] - logs[0])), *logs]
+    when = {"before": frame[frame.step == frame.step.min()].set_index("share").loc[shares], "after": frame[frame.step == frame.step.max()].set_index("share").loc[shares]}
+    ax.set_ylim(0, 1.08 * max(1e-3, *(g[["value", "hi"]].max().max() for g in when.values())))
+    ax.set_xlim(xs[0] - .1, xs[-1])
+    for (word, g), line, dots in zip(when.items(), ("#999999", "#222222"), (["#999999"] * len(shares), DOSE)):
+        ax.plot(xs, g.value, color=line, linewidth=1, zorder=2)
+        for x, c, r in zip(xs, dots, g.itertuples()):
+            if np.isfinite(r.lo): ax.plot([x, x], [r.lo, r.hi], color=c, linewidth=2, alpha=.5)
+            ax.plot(x, r.value, "o", color=c, markersize=4.5, zorder=3, clip_on=False)
+    end_labels(ax, {word: (word, g.value.iloc[-1], line) for (word, g), line in zip(when.items(), ("#999999", "#222222"))})
+    ax.set_xticks(xs, [f"{100*s:g}" for s in shares])
+    ax.set_xlabel("% of documents with habits")
+    ax.set_title(f"{what} before and after PPO", loc="left", pad=5)

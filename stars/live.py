@@ -22,12 +22,11 @@ from IPython import get_ipython
 from IPython.display import Image, Pretty, display
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from .behaviors import COLORS, HABITS
-from .plots import CONDITIONS, STYLE, spread, two_lines, wrap
+from .plots import CONDITIONS, STYLE, end_labels, two_lines, wrap
 from .watching import HABIT_COLUMNS, Run, Watch, cells, check_every, counts, latest, short, smooth, state
 
 # %% ../nbs/11b_live.ipynb #c019
@@ -93,12 +92,7 @@ def draw(
     ax.set_xlim(1, max(2, *(x[-1] for l in lines for x, _ in l.seeds)))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.tick_params(length=2.5)
-    to_points = lambda y: (ax.transData.transform((1, y))[1] - ax.bbox.y0) * 72 / ax.figure.dpi
-    words = [f"{two_lines(l.label)} {y:.3g}".strip() for l, y in ends]
-    want = [to_points(y) for _, y in ends]
-    for (l, _), word, u, v in zip(ends, words, want, spread(want, [9.5 * (1 + w.count("\n")) for w in words], -2, to_points(ax.get_ylim()[1]) + 4)):
-        ax.annotate(word, (1, u * ax.figure.dpi / 72 / ax.bbox.height), xycoords="axes fraction", xytext=(10, v - u), textcoords="offset points", color=[.7*v for v in to_rgb(l.color)], size=7.5, va="center", annotation_clip=False,
-                    arrowprops=dict(arrowstyle="-", color=l.color, linewidth=.6, alpha=.7, shrinkA=1, shrinkB=1, relpos=(0, .5)))
+    end_labels(ax, {f"{i}-{l.label}": (f"{two_lines(l.label)} {y:.3g}".strip(), y, l.color) for i, (l, y) in enumerate(ends)})
 
 # %% ../nbs/11b_live.ipynb #c021
 def title(runs:Sequence[Run])->str:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'KEYS', 'STYLE', 'RULE', 'PUBLISHED', 'order', 'label', 'color', 'ink', 'checked', 'check_whole',
-           'interval', 'span', 'interval_note', 'invented', 'relation', 'num', 'pair', 'listed', 'capital', 'ends',
-           'ends_text', 'spread', 'styled', 'wrap', 'page', 'lines', 'end_labels', 'two_lines', 'sources',
-           'steps_label', 'seeds_of', 'caption', 'panels', 'summary_table', 'write_bytes', 'figure_text', 'save_figure']
+           'half_width', 'binomial_noise', 'interval', 'span', 'interval_note', 'invented', 'relation', 'num', 'pair',
+           'listed', 'capital', 'ends', 'ends_text', 'spread', 'styled', 'wrap', 'page', 'lines', 'end_labels',
+           'two_lines', 'sources', 'steps_label', 'seeds_of', 'caption', 'panels', 'summary_table', 'write_bytes',
+           'figure_text', 'save_figure']
 
 # %% ../nbs/11_plots.ipynb #c002
 import hashlib
@@ -25,6 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import t as student
 
 from .behaviors import HABITS, wilson
 from .datasets import replacing
@@ -61,10 +63,10 @@ def label(c:str)->str: return CONDITIONS[order([c])[0]][0]
 def color(c:str)->str: return CONDITIONS[order([c])[0]][1]
 
 def ink(
-    c:str, # a condition
-)->tuple[float, ...]: # its colour, for text
-    "A condition's colour, darkened where text in it would be too pale on white (contrast 3.5:1)"
-    rgb, enough = np.array(to_rgb(color(c))), 1.05 / 3.5 - .05
+    color:str|tuple[float, ...], # of a line
+)->tuple[float, ...]: # for text
+    "A colour, darkened where text in it would be too pale on white (contrast 3.5:1)"
+    rgb, enough = np.array(to_rgb(color)), 1.05 / 3.5 - .05
     while np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055)**2.4) @ (.2126, .7152, .0722) > enough: rgb = rgb * .97
     return tuple(map(float, rgb))
 
@@ -95,13 +97,29 @@ def check_whole(
             told = ", ".join(f"seed {s}: {len(x)} checkpoints to step {max(x)}" for s, x in steps.items())
             raise ValueError(f"the seeds of {c} on {m} have different steps ({told}); finish the shorter runs, or leave their seeds out")
 
+def half_width(
+    parts:Sequence[tuple[float, np.ndarray, float]], # of a weighted sum of means over seeds: weight, a value per seed, variance of one value by the draw of completions (nan: not known)
+)->float: # nan where nothing is known
+    "Half of a 95 % interval: Welch's by the spread between seeds, never less than the draw of completions leaves"
+    spread = [(w**2 * v.var(ddof=1) / len(v), len(v) - 1.) if len(v) > 1 else (w**2 * noise, np.inf) for w, v, noise in parts]
+    var, share = sum(a for a, _ in spread), sum(a**2 / df for a, df in spread)
+    by_seeds = student.ppf(.975, var**2 / share if share else np.inf) * np.sqrt(var) if var > 0 else np.nan
+    by_draw = 1.96 * np.sqrt(sum(w**2 * noise / len(v) for w, v, noise in parts))
+    return float(np.fmax(by_seeds, by_draw))
+
+def binomial_noise(
+    accuracy:float, # k of n
+    n:int,
+)->float: # above zero even where all or none are right (Agresti and Coull 1998)
+    "Variance of an accuracy over n problems"
+    p = (accuracy * n + 2) / (n + 4)
+    return p * (1 - p) / n
+
 def interval(
     results:pd.DataFrame,     # tidy results
     column:str="accuracy",    # what to average over seeds
     rater:str|None=None,      # whose rows; None where raters agree (accuracy, length) or there is one
-    seed:int=0,               # of the bootstrap
-    draws:int=2000,           # of the bootstrap
-)->pd.DataFrame: # model, condition, step, value, lo, hi, seeds, n (behind the mean, all seeds together), kind: "wilson", "bootstrap" or "none"
+)->pd.DataFrame: # model, condition, step, value, lo, hi, seeds, n (behind the mean, all seeds together), kind: "wilson", "student" or "none"
     "Mean over seeds with a 95 % interval, per model, condition and step"
     rows = checked(results, column, "n", rater=rater)
     if column.startswith("avg_") and "judged" in rows: rows = rows.assign(n=rows.judged.fillna(rows.n))
@@ -109,13 +127,13 @@ def interval(
     if rows.duplicated(list(KEYS[:4])).any():
         raise ValueError(f"{column} differs between rows of one model, condition, seed and step; name one rater")
     check_whole(rows, column)
-    rng, out = np.random.default_rng(seed), []
-    picks = {s: rng.integers(s, size=(draws, s)) for s in range(2, rows.seed.nunique() + 1)}
+    out, share = [], column == "accuracy"
     for key, g in rows.sort_values("seed").groupby(["model", "condition", "step"], sort=True):
         v, n = g[column].to_numpy(float), int(g.n.sum())
         lo, hi, kind = np.nan, np.nan, "none"
-        if len(v) > 1: (lo, hi), kind = np.quantile(v[picks[len(v)]].mean(1), (.025, .975)), "bootstrap"
-        elif column == "accuracy": (lo, hi), kind = wilson(v[0] * n, n), "wilson"
+        if len(v) > 1 and np.isfinite(half := half_width([(1., v, binomial_noise(v.mean(), n / len(v)) if share else np.nan)])):
+            lo, hi, kind = max(v.mean() - half, 0.), min(v.mean() + half, 1. if share else np.inf), "student"
+        elif share: (lo, hi), kind = wilson(v[0] * n, n), "wilson"
         out.append((*key, v.mean(), lo, hi, len(v), n, kind))
     return pd.DataFrame(out, columns=["model", "condition", "step", "value", "lo", "hi", "seeds", "n", "kind"])
 
@@ -125,10 +143,10 @@ def interval_note(
     frame:pd.DataFrame, # from `interval`
 )->str: # for the caption
     "What the shaded band is"
-    one, many = frame[frame.kind == "wilson"], frame[frame.kind == "bootstrap"]
+    one, many = frame[frame.kind == "wilson"], frame[frame.kind == "student"]
     parts = []
     if len(one): parts.append(f"95 % Wilson interval over {span(one.n)} completions, 1 seed")
-    if len(many): parts.append(f"95 % bootstrap interval over {span(many.seeds)} seeds of {span((many.n // many.seeds))} completions")
+    if len(many): parts.append(f"95 % t interval over {span(many.seeds)} seeds of {span(many.n // many.seeds)} completions")
     return "shaded: " + "; ".join(parts) if parts else f"no interval: {span(frame.seeds)} seed, {span(frame.n)} completions"
 
 # %% ../nbs/11_plots.ipynb #c013
@@ -262,19 +280,19 @@ def lines(
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     high = ax.bbox.height / ax.figure.dpi
     ax.yaxis.set_major_locator(MaxNLocator(8 if high > 2 else 5 if high > 1.2 else 3, steps=[1, 2, 5, 10]))
-    if text: end_labels(ax, {c: (text(c, b.value), b.value, color(c), ink(c)) for c, (_, b) in ends(frame).items()})
+    if text: end_labels(ax, {c: (text(c, b.value), b.value, color(c)) for c, (_, b) in ends(frame).items()})
 
 def end_labels(
     ax:Axes, # limits already set
-    names:dict[str, tuple], # key -> text, last value, colour of the line, colour of the text
+    names:dict[str, tuple], # key -> text, last value, colour of the line
     size:float=7.5,         # font size in points
 ):
     "Name every line at its end, nudged apart"
     points = ax.get_position().height * ax.figure.get_figheight() * 72
-    want = [v / ax.get_ylim()[1] * points for _, v, *_ in names.values()]
+    want = [(ax.transData.transform((1, v))[1] - ax.bbox.y0) / ax.bbox.height * points for _, v, _ in names.values()]
     at = spread(want, [size * 1.22 * (w.count("\n") + 1) + 1 for w, *_ in names.values()], lo=-2, hi=1.02 * points)
-    for (key, (w, _, line, dark)), u, v in zip(names.items(), want, at):
-        ax.annotate(w, (1, u / points), xycoords="axes fraction", xytext=(13, v - u), textcoords="offset points", color=dark, size=size, va="center", ha="left",
+    for (key, (w, _, line)), u, v in zip(names.items(), want, at):
+        ax.annotate(w, (1, u / points), xycoords="axes fraction", xytext=(13, v - u), textcoords="offset points", color=ink(line), size=size, va="center", ha="left",
                     linespacing=1.1, annotation_clip=False, gid=f"label-{key}",
                     arrowprops=dict(arrowstyle="-", color=line, linewidth=.6, alpha=.7, shrinkA=1, shrinkB=2, relpos=(0, .5)))
 
@@ -331,12 +349,11 @@ def panels(
 def summary_table(
     results:pd.DataFrame, # tidy results
     rater:str|None=None,  # whose counts; None: there is one rater
-    seed:int=0,           # of the bootstrap over seeds
 )->pd.DataFrame: # index (model, condition); columns <what>_first, <what>_last, accuracy also with _lo and _hi
     "Accuracy with its 95 % interval, length and habits at the first and the last step"
     out = {}
     for col in ("accuracy", "response_length", *(f"avg_{h.column}" for h in HABITS)):
-        frame = interval(results, col, rater, seed)
+        frame = interval(results, col, rater)
         for m in dict.fromkeys(results.model):
             for c, pair in ends(frame[frame.model == m]).items():
                 for when, r in zip(("first", "last"), pair):

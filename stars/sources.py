@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UPSTREAM', 'FILES', 'PUBLISHED_NAMES', 'COUNTED', 'PARTS', 'cache_folder', 'published_file', 'read_published',
-           'published_results', 'footnotes', 'Study']
+           'published_results', 'published_manifest', 'footnotes', 'Study']
 
 # %% ../nbs/10e_sources.ipynb #s003
 import hashlib
@@ -61,12 +61,15 @@ def read_published(
     path:str|Path, # a CSV of the paper's repository
     model:str,     # what to call its model
 )->pd.DataFrame: # tidy results
-    "Published results in our shape: one run, 1,024 problems, habits counted by an LLM judge; raises ValueError on another schema"
+    "Published results in our shape: one run, habits counted by an LLM judge; raises ValueError on another schema"
     try: rows = pd.read_csv(path).drop_duplicates()
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise ValueError(f"{path} is no CSV: {e}") from None
     if missing := [c for c in COLUMNS if c not in rows]: raise ValueError(f"{path} lacks the columns {', '.join(missing)}; the published files have {', '.join(COLUMNS)}")
     if bad := [c for c in COLUMNS[1:] if not pd.api.types.is_numeric_dtype(rows[c])]: raise ValueError(f"{path}: column {bad[0]} holds something that is no number")
-    rows = rows.assign(model=model, condition=rows.condition.replace(PUBLISHED_NAMES), seed=0, rater="gpt-4o-mini", n=1024, source=PUBLISHED)
+    rows = rows.assign(model=model, condition=rows.condition.replace(PUBLISHED_NAMES), seed=0, rater="gpt-4o-mini", source=PUBLISHED)
+    whole = {n: (rows.accuracy * n % 1).pipe(lambda r: np.minimum(r, 1 - r)) < 1e-6 for n in (1024, 200)}
+    if len(odd := rows[~(whole[1024] | whole[200])]): raise ValueError(f"{path}: accuracy {odd.accuracy.iloc[0]} of {odd.condition.iloc[0]}, step {odd.step.iloc[0]} is a share of neither 1,024 nor 200 completions")
+    rows["n"] = np.where(whole[1024], 1024, 200)
     if len(twice := rows[rows.duplicated(["condition", "step"])]): raise ValueError(f"{path}: {twice.condition.iloc[0]}, step {twice.step.iloc[0]} is there twice, with different numbers")
     total, mean = (rows[[f"{k}_{c}" for c in COUNTED]].sum(axis=1) for k in ("total", "avg"))
     return rows.assign(judged=(total / mean.where(mean > 0)).round()).sort_values(["condition", "step"], ignore_index=True)
@@ -78,15 +81,23 @@ def published_results(
     "The published results of some models"
     return pd.concat([read_published(published_file(name, folder), m) for name, (_, m) in FILES.items() if m in (models or [m])], ignore_index=True)
 
+def published_manifest(
+    models:Sequence[str]=(), # of `FILES`; none: all
+    folder:str|Path="",      # of the files
+)->dict: # files → address and SHA-256
+    "Which published files stand behind a figure"
+    digest = lambda name: hashlib.sha256(published_file(name, folder).read_bytes()).hexdigest()
+    return dict(files={name: dict(url=UPSTREAM + name, sha256=digest(name)) for name, (_, m) in FILES.items() if m in (models or [m])})
+
 def footnotes(
     results:pd.DataFrame, # what is shown
 )->str: # for the caption
     "What a reader must know about the published rows in a table"
     rows, said = results[results.get("source", "") == PUBLISHED] if "source" in results else results[:0], []
-    for (m, step), g in rows[rows.step == 0].groupby(["model", "step"]):
-        same = g[g.accuracy > 0].groupby(["accuracy", "response_length"], sort=False).condition.apply(list)
+    for m, g in rows[(rows.step == 0) & (rows.accuracy > 0)].groupby("model"):
+        same = g.groupby(["accuracy", "response_length"], sort=False).condition.apply(list)
         pairs = [" and ".join(map(label, c)) for c in same if len(c) > 1]
-        if pairs: said.append(f"Published defect: at step {step} of {m}, {'; '.join(pairs)} have the same accuracy and length to the last digit, so one of each pair is mislabelled.")
+        if pairs: said.append(f"Published defect: at step 0 of {m}, {'; '.join(pairs)} have the same accuracy and length to the last digit; they cannot both be right.")
     return " ".join(said)
 
 # %% ../nbs/10e_sources.ipynb #s021
@@ -146,17 +157,18 @@ class Study:
 
     def _published(self)->pd.DataFrame:
         rows = published_results(self.parts, self.published)
-        if self.references:
-            rest = published_results([PARTS[m] for m in self.references if m in PARTS], self.published)
+        if parts := [PARTS[m] for m in self.references if m in PARTS]:
+            rest = published_results(parts, self.published)
             rows = pd.concat([rows, *(rest[rest.condition == "base"].assign(model=m, condition="rich_base") for m in dict.fromkeys(rows.model))], ignore_index=True)
         wanted = {*self.conditions, *self.only_published, *(["rich_base"] if self.references else [])}
         rows = rows[rows.condition.isin(wanted) & (rows.step <= (self.steps or np.inf))]
-        for m in self.parts or dict.fromkeys(rows.model): # what a model has no rows for is left out, but not everything
-            if not len(rows[rows.model == m]): raise ValueError(f"conditions={list(self.conditions)}: the published results of {m} have none of them")
+        for m in self.parts or [m for _, m in FILES.values()]:
+            if not len(rows[(rows.model == m) & rows.condition.isin(self.conditions)]): raise ValueError(f"conditions={list(self.conditions)}: the published results of {m} have none of them")
         return rows
 
     def manifest(self, **what)->dict:
         "What goes beside its figure"
-        asked = dict(models=list(self.models), conditions=list(self.conditions), seeds=list(self.seeds), source=self.source, place=self.place) | {k: list(v) for k in ("references", "shares") if (v := getattr(self, k))}
-        if self.source != "own": asked["published"] = dict(files={n: dict(url=UPSTREAM + n, sha256=hashlib.sha256(published_file(n, self.published).read_bytes()).hexdigest()) for n, (_, m) in FILES.items() if m in (self.parts or [m])})
-        return manifest(self.cfg, **asked, **what)
+        lists = ("models", "conditions", "references", "shares", "only_published", *(["seeds"] if self.own else []))
+        asked = dict(source=self.source, place=self.place) | {k: list(v) for k in lists if (v := getattr(self, k))}
+        if self.source != "own": asked["published"] = published_manifest([PARTS[m] for m in (*self.models, *self.references) if m in PARTS], self.published)
+        return manifest(self.cfg if self.own else None, **asked, **what)

@@ -161,8 +161,12 @@ class Watch:
             stage.look(folder)
             run = path.parent if stage.kind and path.parent.name.startswith("seed") else path
             if run != path or path == self.path or not stage.complete: groups.setdefault(run, []).append(stage) # data and bases: only while they are made
-        self.runs = [self._run(path, stages) for path, stages in groups.items()]
+        self.runs = [run for path, stages in groups.items() for run in self._runs(path, stages)]
         return self.runs
+
+    def _runs(self, path:Path, stages:list[Stage])->list[Run]: # several only where several settings are under way in one folder
+        busy = [s for s in stages if not s.complete]
+        return [self._run(path, stages)] if len(busy) < 2 else [self._run(path, [s]) for s in busy]
 
     def _run(self, path:Path, stages:list[Stage])->Run:
         place = lambda s: _ORDER.get(s.kind, 0)
@@ -174,7 +178,7 @@ class Watch:
 
     def over(self)->bool:
         "Has everything completed, and is nothing about to begin?"
-        if not self.runs or not all(r.now.complete for r in self.runs): return False
+        if not self.runs or not all(s.complete for s in self.stages.values()): return False
         return bool(_STAGE.fullmatch(self.path.name)) or time.time() - max(r.now.at for r in self.runs) > LASTS
 
     def waiting(self)->str:

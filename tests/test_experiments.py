@@ -87,7 +87,7 @@ def test_published_results_beside_own_ones(reproduced, tmp_path):
         assert p.returncode == 0, err[-3000:]
     about = json.loads((cwd/"figures"/"smoke+published"/"fig_controls.json").read_text())
     assert set(about["published"]["files"]) == {"llama_results.csv"} and "Preset smoke · model plain" in about["caption"] and "Published results · model Llama-3.2-3B" in about["caption"]
-    claims = pd.read_csv(cwd/"figures"/"smoke"/"fig_replication.csv").set_index(["source", "claim"])
+    claims = pd.read_csv(cwd/"figures"/"smoke+published"/"fig_replication.csv").set_index(["source", "claim"])
     assert claims.verdict["published", "mixes"] == "not run" and claims.value["published", "empty_cot"] == pytest.approx(.3) and claims.verdict["smoke", "mixes"] in ("shown", "not shown", "reversed")
 
 
@@ -96,13 +96,15 @@ def test_one_failing_figure_does_not_stop_the_others(tmp_path, monkeypatch, caps
         if name == "fig_gap": raise KeyError("no such condition")
         fig = controls(pd.DataFrame([dict(model="plain", condition="base", seed=0, step=s, rater="rules", accuracy=.1, n=20, response_length=9.) for s in (0, 2)]))
         save_figure(fig, name, pd.DataFrame(dict(x=[1])), figures/preset)
-        return tmp_path/"nb.ipynb", preset
     monkeypatch.setattr(drawing, "run_figure", run)
     failed = drawing.draw_all(("fig_controls", "fig_gap", "fig_dynamics"), "smoke", tmp_path/"runs", tmp_path/"figures", {})
     assert list(failed) == ["smoke/fig_gap"] and "no such condition" in failed["smoke/fig_gap"]
     said = capsys.readouterr()
     assert "fig_gap failed: KeyError: 'no such condition'" in said.err and "2 of 3 figures after" in said.out and "3 of 3: fig_dynamics" in said.out
     assert "no such condition" in (tmp_path/"figures"/"index.html").read_text() and "KeyError" in (tmp_path/"runs"/"smoke"/"notebooks"/"fig_gap.error.txt").read_text()
+    failed = drawing.draw_all(("fig_gap",), "smoke", tmp_path/"runs", tmp_path/"figures", {}, source="both")
+    assert list(failed) == ["smoke+published/fig_gap"] and "fig_gap-smoke+published" in failed["smoke+published/fig_gap"]
+    with pytest.raises(ValueError, match="none of these figures has a parameter 'sorce'"): drawing.draw_all(("fig_gap",), "smoke", tmp_path/"runs", tmp_path/"figures", {}, sorce="both")
     with pytest.raises(ValueError, match="fig_gab"): drawing.draw_all(("fig_gab",), "smoke", tmp_path/"runs", tmp_path/"figures", {})
     monkeypatch.setattr(drawing, "run_figure", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): drawing.draw_all(("fig_controls",), "smoke", tmp_path/"runs", tmp_path/"figures", {})

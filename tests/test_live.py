@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,17 @@ def test_what_a_store_holds(store):
     assert "2 under way, 1 complete" in text and re.search(r"plain +only_backtracking +0 +sft +15/30", text)
     assert watching.spark(range(8)) == "▁▂▃▄▅▆▇█" and "▁▂" in text
     assert "▁" not in shown(store, 100) and all(len(l) <= 100 for l in shown(store, 100).splitlines()) and "…" not in shown(store, 100)
+
+
+def test_several_settings_under_way_in_one_folder_have_a_line_each(store):
+    "As the shares of a dose: nothing is hidden behind what was written last, and the watch does not end early"
+    here = store/"plain/base/seed0"
+    shutil.copytree(here/"ppo-00000000bb.partial", here/"ppo-00000000ee.partial")
+    it = watching.Watch(here)
+    assert [r.step for r in it.look()] == ["30/40", "30/40"] and not it.over()
+    finish(here/"ppo-00000000ee.partial")
+    it.look()
+    assert not it.over() and [r.now.complete for r in it.runs] == [False]
 
 
 def test_quiet_is_not_dead(store):

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
+from scipy import stats
 from hypothesis import given,settings,strategies as st
 from matplotlib.colors import to_rgb
 from stars.behaviors import HABITS
@@ -57,16 +58,25 @@ def test_one_seed_is_wilson():
     assert (a.lo, a.hi) == pytest.approx(wilson(20, 50)) and a.kind == "wilson"
     assert interval_note(interval(table(dict(base=.4), n=50))) == "shaded: 95 % Wilson interval over 50 completions, 1 seed"
 
-def test_several_seeds_are_bootstrapped():
-    r = table(dict(base=.4, dots=.5), seeds=(0, 1, 2, 3, 4), jitter=.02)
+def test_several_seeds_give_students_interval():
+    "scipy's interval for a mean where seeds spread; where they hardly do, the draw of completions remains"
+    r = table(dict(base=.4, dots=.5), seeds=(0, 1, 2, 3, 4), jitter=.04)
     a,b = interval(r),interval(r.sample(frac=1, random_state=3))
     pd.testing.assert_frame_equal(a, b)
-    assert set(a.kind) == {"bootstrap"} and set(a.seeds) == {5}
-    assert ((a.lo < a.value) & (a.value < a.hi)).all()
-    assert not a.equals(interval(r, seed=1))
-    se = np.std([-.04, -.02, 0, .02, .04]) / 5**.5 # of a mean of five draws
-    assert np.allclose((a.hi - a.lo)/2, 1.96*se, rtol=.15)
-    assert "5 seeds of 300 completions" in interval_note(a)
+    assert set(a.kind) == {"student"} and set(a.seeds) == {5} and ((a.lo < a.value) & (a.value < a.hi)).all()
+    v = r[(r.condition == "dots") & (r.step == 20)].accuracy
+    lo,hi = stats.t.interval(.95, 4, v.mean(), stats.sem(v))
+    last = a[(a.condition == "dots") & (a.step == 20)].iloc[0]
+    assert (last.lo, last.hi) == pytest.approx((lo, hi)) and "95 % t interval over 5 seeds of 300 completions" in interval_note(a)
+    alike = interval(table(dict(base=.4), seeds=(0, 1, 2))).iloc[-1]
+    assert (alike.hi - alike.lo)/2 == pytest.approx(1.96*math.sqrt(.4*.6/900), rel=.02) # three equal seeds are no certainty
+    assert interval(table(dict(base=.4), seeds=(0, 1, 2)), "response_length").lo.isna().all() # nor is there one without any spread
+
+def test_a_mean_over_whichever_seeds_are_there_is_refused():
+    r = table(dict(base=.4), seeds=(0, 1, 2), jitter=.02)
+    with pytest.raises(ValueError, match="the seeds of base on plain have different steps .seed 0: 3 checkpoints to step 20, seed 1: 3 checkpoints to step 20, seed 2: 2 checkpoints to step 10"): controls(r[(r.seed < 2) | (r.step < 20)])
+    with pytest.raises(ValueError, match="avg_backtracking is missing for base on plain, seed 0, step 0 and 8 more rows"): dynamics(r.assign(avg_backtracking=np.nan))
+    with pytest.raises(ValueError, match="lack the columns avg_backtracking"): dynamics(r.drop(columns="avg_backtracking"))
 
 def test_no_interval_is_invented():
     a = interval(table(dict(base=.4)), "response_length")
@@ -226,7 +236,7 @@ def test_summary_table():
     t = summary_table(r)
     assert list(t.index) == [(m, c) for m in ("plain", "rich") for c in ("base", "backtracking_verification")]
     row = t.loc[("rich", "backtracking_verification")]
-    assert (row.step_first, row.step_last, row.seeds, row.interval) == (0, 20, 3, "bootstrap")
+    assert (row.step_first, row.step_last, row.seeds, row.interval) == (0, 20, 3, "student")
     assert row.accuracy_first == pytest.approx(.1) and row.accuracy_last_lo < row.accuracy_last < row.accuracy_last_hi
     assert row.response_length_last == pytest.approx(60) and row.avg_backtracking_last == pytest.approx(1.2)
 
@@ -259,7 +269,7 @@ def test_two_sources_stand_beside_each_other():
     assert acc[0].get_ylim() == acc[1].get_ylim() and below[1].get_ylim()[1] > 10*below[0].get_ylim()[1]
     assert {l.get_color() for l in acc[0].lines} == {l.get_color() for l in acc[1].lines}
     said = figure_text(fig, "caption")
-    assert "Preset cpu · model plain · seeds 0, 1, 2 · shaded: 95 % bootstrap" in said and "Published results · model Llama-3.2-3B · shaded: 95 % Wilson" in said
+    assert "Preset cpu · model plain · seeds 0, 1, 2 · shaded: 95 % t interval over 3 seeds of 300" in said and "Published results · model Llama-3.2-3B · shaded: 95 % Wilson" in said
 
 def test_gap_compares_families_within_a_source():
     one = lambda m,b,**k: table(dict(base=b), models=(m,), **k)
@@ -285,5 +295,13 @@ def test_dose_names_the_share_from_which_bases_end_higher():
     assert title(dose(dosed(**{"0": .2, ".02": .2, ".1": .4, ".3": .5}))) == "From 10 % of documents with habits on, a base ends above one without after PPO (0 %: .20, 30 %: .50)"
     assert title(dose(dosed(**{"0": .2, ".02": .4, ".1": .2, ".3": .5}))).startswith("From 30 %") # one that falls back is no threshold
     assert title(dose(dosed(**{"0": .2, ".02": .2, ".1": .2}))).startswith("No share of habits in pretraining ends above none")
-    with pytest.raises(ValueError, match="1 shares; give between 2 and 8"): dose(dosed(**{"0": .2}))
+    with pytest.raises(ValueError, match="give 0 and between 1 and 7 others"): dose(dosed(**{"0": .2}))
     assert [t.get_text() for t in dose(dosed(**{"0": .2, ".005": .2, ".3": .4})).axes[1].get_xticklabels()] == ["0", "0.5", "30"]
+    with pytest.raises(ValueError, match="give 0 and"): dose(dosed(**{".1": .2, ".3": .4}))
+    with pytest.raises(ValueError, match="shares end at different steps"): dose(dosed(**{"0": .2, ".3": .4}).query("share == 0 or step < 20"))
+
+def test_what_a_figure_is_not_about_is_refused():
+    rows = table(dict(base=.3, dots=.4), models=("plain", "rich"), source="cpu")
+    with pytest.raises(ValueError, match="base models are shown before any training; dots is none"): base_behaviors(rows)
+    with pytest.raises(ValueError, match="a gap is between two models in one condition"): gap(rows, ["plain"])
+    with pytest.raises(ValueError, match="a gap is between two models"): gap(table(dict(base=.3), models=("plain", "rich", "third"), source="cpu"), ["plain"])
