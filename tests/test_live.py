@@ -239,8 +239,8 @@ def test_nothing_to_watch(tmp_path, store):
 
 
 def in_terminal(path, during, *more):
-    "Run `watch` on a pseudo-terminal, do something once it has begun to show; (exit status, everything shown)"
-    code = f"from stars import watching; watching.LASTS = .2; watching.watch({str(path)!r}, every=.1); print('the end')"
+    "Run `watch` on a pseudo-terminal, do something once it has begun to show; (exit status, everything shown). Where the tests run in the background, SIGINT is ignored and would be in the child"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from stars import watching; watching.LASTS = .2; watching.watch({str(path)!r}, every=.1); print('the end')"
     main, other = pty.openpty()
     p = subprocess.Popen([sys.executable, "-c", code], stdin=other, stdout=other, stderr=other, env=os.environ | dict(COLUMNS="200", TERM="xterm"))
     os.close(other)

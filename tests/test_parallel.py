@@ -97,7 +97,9 @@ def alone(tmp_path_factory):
 def close_logs(a, b, tol=1e-5):
     a, b = untimed(a), untimed(b)
     assert len(a) == len(b) and a
-    for x, y in zip(a, b): assert y == pytest.approx(x, rel=tol, abs=tol), x["step"]
+    for x, y in zip(a, b):
+        near = {k: pytest.approx(v, rel=1e-3 if k == "explained_variance" else tol, abs=tol) for k, v in x.items()} # a ratio whose denominator is nearly nothing where all returns are alike
+        assert y.keys() == x.keys() and not (far := [(k, y[k], x[k]) for k in x if y[k] != near[k]]), (x["step"], far)
 
 
 def close_weights(a, b, tol=1e-4):
