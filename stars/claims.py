@@ -21,10 +21,11 @@ from .experiments import grid, is_built, run_jobs
 from .figures import SERIES, make_room
 from .models import BASES
 from .plots import binomial_noise, half_width, page, span, styled
+from .priming import MIXES
 from .sources import PARTS, published_results
 
 # %% ../nbs/11e_claims.ipynb #r011
-MIXED = ("all_strategies", "only_backtracking", "backtracking_verification", "backtracking_subgoal", "backtracking_backward")
+MIXED = tuple(m for m, habits in MIXES.items() if habits)
 Cell = tuple[str, str] # family, condition
 
 @dataclass(frozen=True)

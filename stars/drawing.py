@@ -61,18 +61,12 @@ def executed(
     return Path(p["runs"])/p["preset"]/"notebooks"/(name + ("" if place_of(p) == p["preset"] else f"-{place_of(p)}") + ".ipynb")
 
 def run_figure(
-    name:str,        # "fig_controls" …
-    preset:str,      # one of `PRESETS`
-    runs:Path,       # folder of the run store
-    figures:Path,    # folder for the pictures
-    overrides:dict,  # fields of the preset to change
-    **given,         # further parameters of the notebook
+    name:str, # "fig_controls" …
+    p:dict,   # from `parameters_of`
 )->Path: # the executed notebook
     "Build what a figure needs, and draw it"
-    notebook = figure_notebook(name)
-    p = parameters_of(notebook, preset, runs, figures, overrides, **given)
     if (study := study_of(p)) and study.own: run_jobs(study.jobs())
-    return run_notebook(notebook, executed(name, p), **p)
+    return run_notebook(figure_notebook(name), executed(name, p), **p)
 
 # %% ../nbs/11d_drawing.ipynb #d021
 def last_words(
@@ -116,7 +110,7 @@ def draw_all(
             else:
                 p = parameters_of(figure_notebook(name), preset, runs, figures, overrides, **mine)
                 place, notebook = place_of(p), executed(name, p)
-                run_figure(name, preset, runs, figures, overrides, **mine)
+                run_figure(name, p)
                 result = str(figures/place/f"{name}.png")
         except Exception as e: # whatever it is, the other figures can be drawn
             for bar in list(tqdm._instances): bar.close() # or the message stands behind it

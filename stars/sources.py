@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UPSTREAM', 'FILES', 'PUBLISHED_NAMES', 'COUNTED', 'PARTS', 'cache_folder', 'published_file', 'read_published',
-           'published_results', 'published_manifest', 'footnotes', 'Study']
+           'files_of', 'published_results', 'published_manifest', 'footnotes', 'Study']
 
 # %% ../nbs/10e_sources.ipynb #s003
 import hashlib
@@ -22,7 +22,7 @@ from .configs import Config, preset
 from .datasets import replacing
 from .experiments import grid, manifest, run_jobs
 from .judges import PUBLISHED as COLUMNS
-from .plots import PUBLISHED, label
+from .plots import PUBLISHED, label, sources
 from .stages import Job
 
 # %% ../nbs/10e_sources.ipynb #s011
@@ -74,12 +74,18 @@ def read_published(
     total, mean = (rows[[f"{k}_{c}" for c in COUNTED]].sum(axis=1) for k in ("total", "avg"))
     return rows.assign(judged=(total / mean.where(mean > 0)).round()).sort_values(["condition", "step"], ignore_index=True)
 
+def files_of(
+    models:Sequence[str]=(), # published ones; none: all
+)->dict[str, str]: # name of a file → its model
+    "The published files of some models"
+    return {name: m for name, (_, m) in FILES.items() if m in (models or [m])}
+
 def published_results(
     models:Sequence[str]=(),   # of `FILES`; none: all
     folder:str|Path="",        # of the files (default: fetched)
 )->pd.DataFrame: # tidy results
     "The published results of some models"
-    return pd.concat([read_published(published_file(name, folder), m) for name, (_, m) in FILES.items() if m in (models or [m])], ignore_index=True)
+    return pd.concat([read_published(published_file(name, folder), m) for name, m in files_of(models).items()], ignore_index=True)
 
 def published_manifest(
     models:Sequence[str]=(), # of `FILES`; none: all
@@ -87,13 +93,13 @@ def published_manifest(
 )->dict: # files → address and SHA-256
     "Which published files stand behind a figure"
     digest = lambda name: hashlib.sha256(published_file(name, folder).read_bytes()).hexdigest()
-    return dict(files={name: dict(url=UPSTREAM + name, sha256=digest(name)) for name, (_, m) in FILES.items() if m in (models or [m])})
+    return dict(files={name: dict(url=UPSTREAM + name, sha256=digest(name)) for name in files_of(models)})
 
 def footnotes(
     results:pd.DataFrame, # what is shown
 )->str: # for the caption
     "What a reader must know about the published rows in a table"
-    rows, said = results[results.get("source", "") == PUBLISHED] if "source" in results else results[:0], []
+    rows, said = sources(results).get(PUBLISHED, results[:0]), []
     for m, g in rows[(rows.step == 0) & (rows.accuracy > 0)].groupby("model"):
         same = g.groupby(["accuracy", "response_length"], sort=False).condition.apply(list)
         pairs = [" and ".join(map(label, c)) for c in same if len(c) > 1]
@@ -162,7 +168,7 @@ class Study:
             rows = pd.concat([rows, *(rest[rest.condition == "base"].assign(model=m, condition="rich_base") for m in dict.fromkeys(rows.model))], ignore_index=True)
         wanted = {*self.conditions, *self.only_published, *(["rich_base"] if self.references else [])}
         rows = rows[rows.condition.isin(wanted) & (rows.step <= (self.steps or np.inf))]
-        for m in self.parts or [m for _, m in FILES.values()]:
+        for m in files_of(self.parts).values():
             if not len(rows[(rows.model == m) & rows.condition.isin(self.conditions)]): raise ValueError(f"conditions={list(self.conditions)}: the published results of {m} have none of them")
         return rows
 

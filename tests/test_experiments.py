@@ -92,10 +92,10 @@ def test_published_results_beside_own_ones(reproduced, tmp_path):
 
 
 def test_one_failing_figure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    def run(name, preset, runs, figures, overrides, **given):
+    def run(name, p):
         if name == "fig_gap": raise KeyError("no such condition")
         fig = controls(pd.DataFrame([dict(model="plain", condition="base", seed=0, step=s, rater="rules", accuracy=.1, n=20, response_length=9.) for s in (0, 2)]))
-        save_figure(fig, name, pd.DataFrame(dict(x=[1])), figures/preset)
+        save_figure(fig, name, pd.DataFrame(dict(x=[1])), Path(p["figures"])/p["preset"])
     monkeypatch.setattr(drawing, "run_figure", run)
     failed = drawing.draw_all(("fig_controls", "fig_gap", "fig_dynamics"), "smoke", tmp_path/"runs", tmp_path/"figures", {})
     assert list(failed) == ["smoke/fig_gap"] and "no such condition" in failed["smoke/fig_gap"]
