@@ -41,7 +41,7 @@ bench: .venv/.dev ## the speed comparisons
 	set -e; for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python "$$f"; done
 
 clean: ## drop what can be built again, but no runs
-	rm -rf build dist *.egg-info _docs _proc
+	rm -rf build dist *.egg-info _docs
 
 .venv/.cpu: requirements/cpu.lock setup.py settings.ini
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the locks need Python 3.11 or newer: make PYTHON=...")'

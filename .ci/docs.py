@@ -161,6 +161,19 @@ def drawn(name, place, manifest, folder=''):
     links = [f'[{ext.upper()}]({path}.{ext})' for ext in ('svg', 'csv', 'json') if (ROOT/f'figures/{place}/{name}.{ext}').is_file()]
     return f'[![{manifest.get("title", name)}]({path}.png)]({path}.svg)\n\n{manifest.get("caption", "")} {" · ".join(links)}\n'
 
+def as_drawn(nb, name):
+    "A figure's notebook as it was executed for the picture of the repository, if it was; cells that have changed since come without results"
+    made = ROOT/'figures'/defaults(nb)['preset']/f'{name}.ipynb' if 'preset' in defaults(nb) else ROOT
+    if not made.is_file(): return nb
+    done = json.loads(made.read_text(encoding='utf-8'))['cells']
+    results = {source(c): c['outputs'] for c in done if c['cell_type'] == 'code'}
+    given = [c for c in done if 'injected-parameters' in c['metadata'].get('tags', [])]
+    cells = []
+    for c in nb['cells']:
+        cells.append(c | dict(outputs=results.get(source(c), [])) if c['cell_type'] == 'code' else c)
+        if 'parameters' in c['metadata'].get('tags', []): cells += given
+    return nb | dict(cells=cells)
+
 def with_commands(nb, name):
     "A figure's notebook with how to run it, and with the pictures of the repository that it does not show itself"
     cells, at = list(nb['cells']), next(i for i, c in enumerate(nb['cells']) if 'parameters' in c['metadata'].get('tags', []))
@@ -233,7 +246,7 @@ def prepare(proc):
     chapters = {module_of(nb): (subtitle(nb), exported(nb, final_name(p).stem)) for p, nb in notebooks.items() if module_of(nb)}
     known = [s for _, found in chapters.values() for s in found]
     for p, nb in notebooks.items():
-        if p.parent.name == 'figures': nb = with_commands(nb, p.stem)
+        if p.parent.name == 'figures': nb = with_commands(as_drawn(nb, p.stem), p.stem)
         to = proc/p.relative_to(nbs)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(json.dumps(page(nb, known), ensure_ascii=False), encoding='utf-8')

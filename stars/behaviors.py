@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HABITS', 'HABIT_NAMES', 'COLORS', 'Habit', 'Equation', 'equations', 'restarts', 'Span', 'find_behaviors',
-           'count_behaviors', 'precision_recall', 'wilson']
+           'count_behaviors', 'count_in', 'column_of', 'precision_recall', 'wilson']
 
 # %% ../nbs/01_behaviors.ipynb #c002
 import re
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .countdown import solvable
+from .countdown import Problem, solvable
 from .phrases import RULES, TARGET, Rule, habits_of, hits, plain
 
 # %% ../nbs/01_behaviors.ipynb #c004
@@ -155,6 +155,19 @@ def count_behaviors(
     for habit, _ in said: counts[habit] += 1
     for s in done: counts[s.habit] = counts.get(s.habit, 0) + 1
     return counts
+
+def count_in(
+    text:str,        # a response
+    problem:Problem, # that it answers
+)->dict[str, int]: # count per habit
+    "How often a response to a Countdown problem shows each habit"
+    return count_behaviors(text, problem.numbers, problem.target)
+
+def column_of(
+    habit:str, # one of `HABITS`, or one of your own, which lends its column its name
+)->str: # suffix of its `avg_` and `total_` columns
+    "Where a results table has a habit"
+    return next((h.column for h in HABITS if h.name == habit), habit)
 
 def _said_in_prose(low, rules):
     "The acts {(habit, clause)} of general prose, where nothing has to be widened or put in order; None if a rule looks for what was said before"

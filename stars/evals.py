@@ -7,12 +7,13 @@ __all__ = ['KEYS', 'complete', 'write_completions', 'summarize', 'failures']
 
 # %% ../nbs/08_evals.ipynb #c002
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from .behaviors import HABITS, count_behaviors
+from .behaviors import HABIT_NAMES, column_of, count_in
 from .countdown import Problem, answer_of, make_prompt, score, split_of
 from .datasets import replacing
 from .rollouts import Engine, seeds_of
@@ -21,23 +22,25 @@ from .rollouts import Engine, seeds_of
 def complete(
     engine:Engine,                      # samples from a checkpoint
     tokenizer:PreTrainedTokenizerBase,  # the checkpoint's
-    problems:Sequence[Problem],         # held out
+    problems:Sequence[Problem],         # held out; of another task: any dataclass, whose fields become columns
     max_tokens:int,                     # longest response
     samples:int=1,                      # responses per problem
     temperature:float=1.,               # 0 is greedy
     seed:int|str=0,                     # of the draws
     prompt:Callable[[Problem], str]=make_prompt, # problem → prompt
     labels:dict|None=None,              # constant columns: model, condition, seed, step
+    reward:Callable[[str, Problem], float]|None=None,  # response, problem → 1 where it is right, less where it is not (default: the verifier)
+    count:Callable[[str, Problem], dict[str, int]]=count_in, # response, problem → habit → how often
 )->pd.DataFrame: # one row per response
     "Sample and score responses to held-out problems"
+    reward = reward or (lambda text, p: score(text, p.numbers, p.target))
     prompts = [prompt(p) for p in problems for _ in range(samples)]
     rollouts = engine.generate(tokenizer(prompts, add_special_tokens=False).input_ids, max_tokens, temperature, seeds_of(seed, len(prompts)))
     rows = []
     for i, (text, r) in enumerate(zip(prompts, rollouts)):
         p, generated = problems[i // samples], tokenizer.decode(r.ids, skip_special_tokens=True)
         rows.append(dict(**(labels or {}), index=i // samples, prompt=text, generated=generated, response_tokens=len(r.ids), truncated=not r.finished,
-                         score=score(generated, p.numbers, p.target), target=p.target, numbers=list(p.numbers),
-                         **count_behaviors(generated, p.numbers, p.target)))
+                         score=reward(generated, p), **asdict(p), **count(generated, p)))
     return pd.DataFrame(rows)
 
 def write_completions(
@@ -54,13 +57,14 @@ KEYS = ["model", "condition", "seed", "step"]
 def summarize(
     completions:pd.DataFrame, # rows of one or many checkpoints
     rater:str="rules",        # who counted the habits
+    habits:Sequence[str]=HABIT_NAMES, # columns with their counts
 )->pd.DataFrame: # one row per (model, condition, seed, step)
     "Average completions into the tidy results table"
     def row(g):
-        means = {f"avg_{h.column}": g[h.name].mean() for h in HABITS} | {f"total_{h.column}": int(g[h.name].sum()) for h in HABITS}
+        means = {f"avg_{column_of(h)}": g[h].mean() for h in habits} | {f"total_{column_of(h)}": int(g[h].sum()) for h in habits}
         return pd.Series(dict(rater=rater, **means, accuracy=(g.score == 1).mean(), format=(g.score > 0).mean(), truncated=g.truncated.mean(),
                               response_length=g.generated.str.len().mean(), response_tokens=g.response_tokens.mean(), n=len(g)))
-    missing = [c for c in [*KEYS, "score", "generated", *(h.name for h in HABITS)] if c not in completions]
+    missing = [c for c in [*KEYS, "score", "generated", *habits] if c not in completions]
     if missing: raise ValueError(f"completions lack the columns {', '.join(missing)}; they are written by `complete`")
     return completions.groupby(KEYS, sort=True)[completions.columns.tolist()].apply(row).reset_index()
 

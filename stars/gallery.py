@@ -75,7 +75,7 @@ def links(
 )->str: # list items
     "What a reader can open: picture, rows, manifest, and whose numbers were used"
     items = [f'<li><a href="{at}" aria-label="{label} of {escape(name)}">{label}</a></li>'
-             for kind, label in dict(svg="SVG", png="PNG", csv="Data", json="Manifest").items() if (at := there.get(kind))]
+             for kind, label in dict(svg="SVG", png="PNG", csv="Data", json="Manifest", ipynb="Notebook").items() if (at := there.get(kind))]
     files = inner(about, "published", "files")
     for file, where in sorted(files.items()) if isinstance(files, dict) else ():
         url, text = str(inner(where, "url") or ""), f"Published data: {escape(file)}"
@@ -90,7 +90,7 @@ def figure_html(
 )->str: # <article>
     "Picture, title, caption, links and origin of a figure"
     about, wrong = read_manifest(folder/place/f"{name}.json")
-    there = {k: quote(f"{place}/{name}.{k}") for k in ("png", "svg", "csv", "json") if (folder/place/f"{name}.{k}").is_file()}
+    there = {k: quote(f"{place}/{name}.{k}") for k in ("png", "svg", "csv", "json", "ipynb") if (folder/place/f"{name}.{k}").is_file()}
     title, caption = (" ".join(str(about.get(k) or "").split()) for k in ("title", "caption"))
     picture, head = "", title or name
     if "png" in there:

@@ -40,17 +40,19 @@ SPECIAL = ("<pad>", "<unk>", "<eos>")
 
 def micro_words(
     top:int=199, # largest integer with a token of its own
+    more:str="", # text of another task, whose words it is to know as well
 )->list[str]: # the vocabulary, in the order of the token ids
     "Special tokens, tags, symbols, integers, and the words of template and teacher"
-    text = " ".join([TEMPLATES["micro"], *(p for ps in PHRASES.values() for p in ps), "low high"])
+    text = " ".join([TEMPLATES["micro"], *(p for ps in PHRASES.values() for p in ps), "low high", more])
     words = sorted(set(re.findall(r"[a-z]+", re.sub(r"\{\w+\}|<\w+>", " ", text.lower()))))
     return [*SPECIAL, "<think>", "</think>", "<answer>", "</answer>", *"+-*/()=,.:;?!'", *map(str, range(top + 1)), *words]
 
 def micro_tokenizer(
     top:int=199, # largest integer with a token of its own
+    more:str="", # text of another task, whose words it is to know as well
 )->PreTrainedTokenizerFast: # lower-cases; one token per word, integer or symbol
     "The word-level tokenizer of the micro models"
-    tok = Tokenizer(WordLevel({w: i for i, w in enumerate(micro_words(top))}, unk_token="<unk>"))
+    tok = Tokenizer(WordLevel({w: i for i, w in enumerate(micro_words(top, more))}, unk_token="<unk>"))
     tok.normalizer = normalizers.Lowercase()
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
     tok.decoder = decoders.WordPiece(cleanup=True)

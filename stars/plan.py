@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIB', 'PARTS', 'RESERVE_SHARE', 'RESERVE_FIXED', 'Phase', 'Plan', 'micro_shape', 'plan', 'batch_arithmetic',
-           'problems', 'remedy', 'check', 'plan_table', 'engine_responses', 'show_plan']
+           'problems', 'remedy', 'check', 'plan_table', 'engine_responses', 'as_json', 'show_plan']
 
 # %% ../nbs/10c_plan.ipynb #c003
 from collections.abc import Iterator
@@ -236,6 +236,12 @@ def engine_responses(
     "How many responses a vLLM engine can have in the air"
     size = 2 if p.cfg.ppo_bf16 else 4
     return max(0, int((p.cfg.engine_memory * p.memory - size*p.shape.parameters) // cache_bytes(p.shape, 1, p.prompt + p.cfg.ppo_max_tokens, size)))
+
+def as_json(
+    p:Plan,
+)->dict: # bytes, and what is wrong with it
+    "A plan for scripts"
+    return dict(model=p.model, parameters=p.shape.parameters, gpus=p.gpus, memory=p.memory, phases=[dict(name=x.name, total=x.total, room=x.room, **x.parts) for x in p.phases], **batch_arithmetic(p), problems=problems(p))
 
 def show_plan(
     p:Plan,

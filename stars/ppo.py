@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .behaviors import HABITS, count_behaviors
+from .behaviors import column_of, count_in
 from .countdown import Problem, make_prompt, score
 from .models import Critic, known_ids, save_checkpoint, token_logprobs, weights_of
 from .parallel import Team, load_state, memory_for, save_state
@@ -310,14 +310,14 @@ def update(
 
 # %% ../nbs/07_ppo.ipynb #c024
 def rollout_metrics(
-    rollouts:Sequence[Rollout], problems:Sequence[Problem], texts:Sequence[str], scores:Sequence[float],
+    rollouts:Sequence[Rollout], scores:Sequence[float],
+    counts:Sequence[dict[str, int]], # habit → how often, of each response
 )->dict[str, float]: # means over the rollouts of a step
-    "Reward, accuracy, format, length, truncation and the four habits"
+    "Reward, accuracy, format, length, truncation and habits"
     n = len(rollouts)
-    counts = [count_behaviors(x, p.numbers, p.target) for x, p in zip(texts, problems)]
     return dict(reward=sum(scores) / n, accuracy=sum(s == 1 for s in scores) / n, format=sum(s > 0 for s in scores) / n,
                 response_tokens=sum(len(r.ids) for r in rollouts) / n, truncated=sum(not r.finished for r in rollouts) / n,
-                **{f"avg_{h.column}": sum(c[h.name] for c in counts) / n for h in HABITS})
+                **{f"avg_{column_of(h)}": sum(c[h] for c in counts) / n for h in counts[0]})
 
 def sample(
     engine:Engine, team:Team,              # who samples
@@ -343,20 +343,21 @@ def ppo(
     prompt:Callable[[Problem], str]=make_prompt, # problem → prompt
     engine:Engine|None=None,           # sampler (default: in this process, with a copy of the weights)
     reference:Callable[[], PreTrainedModel]|None=None, # makes the frozen initial policy; needed when kl_coef > 0
-    reward:Callable[[str, Problem], float]|None=None,  # response, problem → score (default: the verifier)
+    reward:Callable[[str, Problem], float]|None=None,  # response, problem → 1 where it is right, less where it is not (default: the verifier)
+    count:Callable[[str, Problem], dict[str, int]]=count_in, # response, problem → habit → how often, to be logged
     progress:bool=True,                # show a progress bar
     team:Team=Team(),                  # the workers that train together; each calls this function with the same arguments
     share_device:bool=False,           # let the engine give back its memory while the trainer works
 )->Path: # `out`
-    "PPO on Countdown; goes on from `out` if it was interrupted"
+    "PPO on Countdown, or on a task of your own; goes on from `out` if it was interrupted"
     cfg.validate()
     if cfg.kl_coef and reference is None: raise ValueError(f"kl_coef={cfg.kl_coef} needs a reference model; pass reference=…, or set it to 0")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with team.locked(out): return _ppo(policy, tokenizer, problems, out, cfg, prompt, engine, reference, reward, progress and team.first, team, share_device)
+    with team.locked(out): return _ppo(policy, tokenizer, problems, out, cfg, prompt, engine, reference, reward, count, progress and team.first, team, share_device)
 
 def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Sequence[Problem], out:Path, cfg:PPOConfig, prompt:Callable, engine:Engine|None, reference:Callable|None,
-         reward:Callable|None, progress:bool, team:Team, share_device:bool)->Path:
+         reward:Callable|None, count:Callable, progress:bool, team:Team, share_device:bool)->Path:
     "The loop"
     device, vocab = next(policy.parameters()).device, known_ids(tokenizer)
     reward = reward or (lambda text, p: score(text, p.numbers, p.target, cfg.format_score))
@@ -392,7 +393,7 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
         texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
         scores = [reward(x, p) for x, p in zip(texts, batch_problems)]
         with half(): gap, kl = probe(policy, rollouts[::max(1, len(rollouts) // 4)], cfg.temperature, vocab, device)
-        row = dict(step=step + 1, **rollout_metrics(rollouts, batch_problems, texts, scores), rollout_gap=gap, rollout_kl=kl)
+        row = dict(step=step + 1, **rollout_metrics(rollouts, scores, list(map(count, texts, batch_problems))), rollout_gap=gap, rollout_kl=kl)
         tick()
         # value
         batch, s = collate(rollouts, device), torch.tensor(scores, dtype=torch.float32, device=device)

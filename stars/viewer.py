@@ -84,9 +84,12 @@ def highlight(
 def _chip(habit:str, text:str, title:str="")->str:
     return f'<span title="{escape(title)}" style="{_style([habit])};padding:0 .5em;margin-right:.8em;white-space:nowrap">{escape(text)}</span>'
 
-def legend()->str: # HTML
+def legend(
+    rules:Sequence[Rule]=RULES, # whose habits to name
+)->str: # HTML
     "The colours of the habits; hovering says what each means"
-    return f'<div style="line-height:2">{"".join(_chip(h.name, h.name, h.meaning) for h in HABITS)}</div>'
+    meaning = {h.name: h.meaning for h in HABITS}
+    return f'<div style="line-height:2">{"".join(_chip(h, h, meaning.get(h, "")) for h in _habits(rules))}</div>'
 
 # %% ../nbs/11a_viewer.ipynb #c015
 def _whole(x)->int:
@@ -275,7 +278,7 @@ def viewer(
     at = w.IntSlider(value=1, min=1, max=len(df), description="trace", continuous_update=False)
     back, on = (w.Button(description=d, layout=w.Layout(width="6em")) for d in ("previous", "next"))
     found, page, wrap = w.Label(), w.HTML(), w.Layout(flex_flow="row wrap")
-    box = w.VBox([w.HTML(legend()), w.HBox(list(controls.values()), layout=wrap), w.HBox([at, found, back, on], layout=wrap), page])
+    box = w.VBox([w.HTML(legend(rules)), w.HBox(list(controls.values()), layout=wrap), w.HBox([at, found, back, on], layout=wrap), page])
     box.controls = controls | dict(at=at, previous=back, next=on)
     def show(_=None):
         n = len(box.rows)

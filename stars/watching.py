@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HABIT_COLUMNS', 'NEEDED', 'QUIET', 'LASTS', 'parse', 'Tail', 'Stage', 'Run', 'folders', 'Watch', 'short',
-           'check_every', 'smooth', 'latest', 'spark', 'duration', 'clock', 'state', 'cells', 'table', 'counts',
-           'watch']
+           'check_every', 'smooth', 'latest', 'spark', 'duration', 'clock', 'state', 'cells', 'table', 'as_json',
+           'counts', 'watch']
 
 # %% ../nbs/11b_watching.ipynb #c003
 import json
@@ -260,6 +260,12 @@ def table(
     for k in wide: out.add_column(k, no_wrap=True, justify="right" if k not in ("model", "condition", "stage", "state", "accuracy so far") else "left")
     for run, r in zip(runs, rows): out.add_row(*(r[k] for k in wide), style="green" if run.now.complete else "dim" if run.now.quiet else None)
     return Group(f"{short(it.path)}: {counts(runs)}", out)
+
+def as_json(
+    it:Watch, # after a look
+)->list[dict]: # a run each
+    "The runs for scripts: the last row of the metrics, unrounded"
+    return [dict(model=r.model, condition=r.condition, seed=r.seed, stage=r.now.kind, done=r.now.done, total=r.total, complete=r.now.complete, quiet=r.now.quiet, state=state(r), metrics=r.now.rows[-1] if r.now.rows else {}) for r in it.runs]
 
 def counts(runs:Sequence[Run])->str: # e.g. "2 under way, 1 quiet, 6 complete"
     n = dict(complete=sum(r.now.complete for r in runs), quiet=sum(r.now.quiet for r in runs))

@@ -1,7 +1,6 @@
 "Plots: intervals against independent formulas, titles that follow the data, labels that do not collide, files that do not change"
 import hashlib,json,math
 from itertools import combinations
-from pathlib import Path
 
 import matplotlib
 matplotlib.use("agg")

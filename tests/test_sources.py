@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest
 from stars import claims,sources
 from stars.behaviors import HABITS
 from stars.claims import CLAIMS,effect,replication,replication_table,verdict
-from stars.figures import controls,dynamics,priming
+from stars.figures import controls,dynamics
 from stars.plots import figure_text,summary_table
 from stars.sources import FILES,Study,footnotes,published_file,published_results,read_published
 
