@@ -15,7 +15,7 @@ dev: .venv/.dev ## the same, with notebooks, tests, docs, Ray and vLLM
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-reproduce: .venv/.cpu ## the headline figures, from nothing (PRESET=cpu; FIGURES= for all of them, an hour)
+reproduce: .venv/.cpu ## the headline figures, from nothing (PRESET=cpu; FIGURES= for all of them, an evening)
 	$(BIN)/stars reproduce --preset $(PRESET) --only "$(FIGURES)"
 
 test: .venv/.dev ## exports and README agree with the notebooks, every notebook runs, every test passes

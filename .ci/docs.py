@@ -158,7 +158,7 @@ def said(place):
 def drawn(name, place, manifest, folder=''):
     "A picture of the repository with what belongs to it; `folder`: where the pictures are, seen from the page"
     path = f'{folder}{place}/{name}'
-    links = [f'[{ext.upper()}]({path}.{ext})' for ext in ('svg', 'csv', 'json') if (ROOT/f'figures/{place}/{name}.{ext}').is_file()]
+    links = [f'[{ext.upper()}]({path}.{ext})' for ext in ('svg', 'csv', 'json') if (ROOT/f'figures/{place}/{name}.{ext}').is_file() and not (ext == 'csv' and 'published' in place)]
     return f'[![{manifest.get("title", name)}]({path}.png)]({path}.svg)\n\n{manifest.get("caption", "")} {" · ".join(links)}\n'
 
 def as_drawn(nb, name):
@@ -233,11 +233,16 @@ def final_names(root):
     "Give pages their names on the site, 00_countdown.ipynb -> countdown.ipynb, and point links and pictures there"
     pages = [*root.rglob('*.ipynb')]
     for p in [*pages, *root.glob('*.yml')]:
-        text = re.sub(r'\b\d\d[a-z]?_(\w+\.ipynb)', r'\1', p.read_text(encoding='utf-8'))
+        link = r'\]\((?:[^()\s"]*/)?' if p.suffix == '.ipynb' else r'\b' # elsewhere a name is that of a file in the repository
+        text = re.sub(rf'({link})\d\d[a-z]?_(\w+\.ipynb)', r'\1\2', p.read_text(encoding='utf-8'))
         p.write_text(text.replace('../figures/', 'figures/') if p.parent == root else text.replace('../../figures/', '../figures/'), encoding='utf-8')
     for p in pages: p.rename(final_name(p))
 
 # ---- the build
+
+def kept_back(folder, names):
+    "Files of `figures` that are no part of the project to render: executed notebooks, which are copied afterwards, and published rows, which are not ours to publish"
+    return [n for n in names if n.endswith('.ipynb') or (n.endswith('.csv') and 'published' in Path(folder).name)]
 
 def prepare(proc):
     "The project that Quarto or smalldocs renders; returns the subtitle of each page"
@@ -251,7 +256,7 @@ def prepare(proc):
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(json.dumps(page(nb, known), ensure_ascii=False), encoding='utf-8')
     for p in [*nbs.glob('*.yml'), *nbs.glob('*.css'), *nbs.glob('*.svg')]: shutil.copy2(p, proc)
-    shutil.copytree(ROOT/'figures', proc/'figures', dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.ipynb'))
+    shutil.copytree(ROOT/'figures', proc/'figures', dirs_exist_ok=True, ignore=kept_back)
     gallery = proc/'figures'/'index.html'
     gallery.write_text(gallery.read_text(encoding='utf-8').replace('</head>', '<link rel="icon" href="../favicon.svg">\n</head>', 1), encoding='utf-8')
     write_figures(proc, {p.stem: nb for p, nb in notebooks.items() if p.parent.name == 'figures'})
@@ -275,6 +280,8 @@ def main(out):
     with tempfile.TemporaryDirectory() as proc:
         subtitles = prepare(proc := Path(proc))
         subprocess.run([quarto, 'render'] if quarto else [Path(sys.executable).parent/'smalldocs', 'render', '--strict'], cwd=proc, check=True)
+        for p in (ROOT/'figures').glob('*/*.ipynb'):
+            if 'published' not in p.parent.name: shutil.copy2(p, proc/get_config().doc_path.name/'figures'/p.parent.name)
         if not quarto: polish(proc/get_config().doc_path.name, subtitles)
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(proc/get_config().doc_path.name, out)

@@ -67,13 +67,13 @@ def for_readers(
     notebook:Path, # executed
     to:Path,       # a copy of it
 ):
-    "Keep the cells and their results; drop progress bars, times and bookkeeping"
+    "Keep the cells and their results; drop progress bars and bookkeeping"
     nb = nbformat.read(notebook, as_version=4)
-    nb.metadata.pop("papermill", None)
+    for k in ("papermill", "widgets"): nb.metadata.pop(k, None)
     for c in nb.cells:
         c.metadata = {k: v for k, v in c.metadata.items() if k == "tags"}
         if c.cell_type != "code": continue
-        c.execution_count, c.outputs = None, [o for o in c.outputs if o.get("name") != "stderr"]
+        c.execution_count, c.outputs = None, [o for o in c.outputs if o.get("name") != "stderr" and not any("widget" in mime for mime in o.get("data", {}))]
         for o in c.outputs: o.update({k: None for k in ("execution_count",) if k in o})
     with replacing(to) as tmp: nbformat.write(nb, tmp)
 

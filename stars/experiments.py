@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABEL_ROWS', 'SHARED', 'data_stage', 'base_stage', 'corpus_stage', 'label_stage', 'curate_stage', 'pretraining_stage',
-           'prime_stage', 'sft_stage', 'make_engine', 'ppo_stage', 'eval_stage', 'device', 'is_built', 'run_jobs',
-           'grid', 'results', 'manifest']
+           'prime_stage', 'sft_stage', 'make_engine', 'ppo_stage', 'eval_stage', 'device', 'quiet', 'is_built',
+           'run_jobs', 'grid', 'results', 'manifest']
 
 # %% ../nbs/10_experiments.ipynb #c002
 import json
@@ -296,9 +296,12 @@ def device()->str: return "cuda" if torch.cuda.is_available() else "cpu"
 # %% ../nbs/10_experiments.ipynb #c013
 def _start_worker(parent:int, threads:int):
     follow_parent(parent)
-    _quiet(threads)
+    quiet(threads)
 
-def _quiet(threads:int|None):
+def quiet(
+    threads:int|None, # of PyTorch; None: as they are
+):
+    "No progress bars of transformers; quick arithmetic on a CPU"
     transformers_logging.disable_progress_bar()
     fast_cpu_math(threads)
 
@@ -322,7 +325,7 @@ def run_jobs(
 )->dict[Job, Path]: # eval folder of each
     "Build every job's results, in parallel where that helps; what exists is not built again"
     jobs, n_cores = list(dict.fromkeys(jobs)), cores()
-    _quiet(None)
+    quiet(None)
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else n_cores))
     if workers <= 1 or all(map(is_built, jobs)): return {j: eval_stage(j) for j in jobs}
     for j in {(j.cfg, j.model): j for j in jobs}.values(): data_stage(j), base_stage(j) # shared: once, with all cores

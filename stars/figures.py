@@ -83,7 +83,8 @@ def _over_steps(results:pd.DataFrame, title:Callable, note:str, below:str="", wh
         for (m, ax) in zip(said, axes[:, :, 0]):
             lines(ax[0], acc[acc.model == m], min(1, 1.06 * max(acc.hi.max(), acc.value.max())), lambda c, v: f"{two_lines(name(m, c))} {num(v)}")
             if below:
-                lines(ax[1], small[small.model == m], 1.1 * small[small.model.isin(_beside(results, m))].value.max())
+                beside = small[small.model.isin(_beside(results, m))]
+                lines(ax[1], small[small.model == m], 1.06 * max(beside.value.max(), beside.hi.fillna(0).max()))
                 ax[0].tick_params(labelbottom=False)
                 ax[1].set_title(what, loc="left", pad=4)
             ax[-1].set_xlabel(steps_label(results, m))

@@ -317,7 +317,7 @@ def rollout_metrics(
     n = len(rollouts)
     return dict(reward=sum(scores) / n, accuracy=sum(s == 1 for s in scores) / n, format=sum(s > 0 for s in scores) / n,
                 response_tokens=sum(len(r.ids) for r in rollouts) / n, truncated=sum(not r.finished for r in rollouts) / n,
-                **{f"avg_{column_of(h)}": sum(c[h] for c in counts) / n for h in counts[0]})
+                **{f"avg_{column_of(h)}": sum(c.get(h, 0) for c in counts) / n for h in dict.fromkeys(h for c in counts for h in c)})
 
 def sample(
     engine:Engine, team:Team,              # who samples

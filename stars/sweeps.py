@@ -235,7 +235,7 @@ def _build(stage:str, job:Job, gpus:float, threads:int, cwd:str, *needs:str)->st
     "Build a stage in a Ray worker, once what it needs is there"
     if Path(cwd).is_dir(): os.chdir(cwd)
     if not gpus and not job.cfg.spreads: os.environ["CUDA_VISIBLE_DEVICES"] = "" # Ray hides no card from a task that asks for none
-    ex._quiet(threads)
+    ex.quiet(threads)
     return str(getattr(ex, f"{stage}_stage")(replace(job, progress=False, wait=True)))
 
 class Tasks:

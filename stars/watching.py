@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from .behaviors import HABITS
 
 # %% ../nbs/11b_watching.ipynb #c006
 HABIT_COLUMNS = tuple(f"avg_{h.column}" for h in HABITS)
-NEEDED = dict(ppo=("accuracy", "response_tokens", *HABIT_COLUMNS), sft=("loss",)) # columns that its metrics have
+NEEDED = dict(ppo=("accuracy", "response_tokens"), sft=("loss",)) # columns that its metrics have; habits are those that somebody counted
 
 def parse(
     line:bytes, # of metrics.jsonl
@@ -39,7 +40,7 @@ def parse(
     except ValueError as e: raise ValueError(f"{where} is not JSON ({e}): {line[:60]!r}") from None
     needed = ("step", *NEEDED["ppo" if "accuracy" in row else "sft"]) if isinstance(row, dict) else ("step",)
     if missing := [k for k in needed if not isinstance(row, dict) or k not in row]: raise ValueError(f"{where} has no {', '.join(missing)}, so these are not metrics of stars: {line[:60]!r}")
-    bad = [k for k in row if (k in (*needed, "kl", "entropy") or k.startswith("s_")) and not isinstance(row[k], int if k == "step" else (int, float, type(None)))]
+    bad = [k for k in row if (k in (*needed, "kl", "entropy") or k.startswith(("s_", "avg_"))) and not isinstance(row[k], int if k == "step" else (int, float, type(None)))]
     if bad: raise ValueError(f"{where}: {bad[0]}={row[bad[0]]!r} is not a number")
     return row
 
@@ -265,7 +266,8 @@ def as_json(
     it:Watch, # after a look
 )->list[dict]: # a run each
     "The runs for scripts: the last row of the metrics, unrounded"
-    return [dict(model=r.model, condition=r.condition, seed=r.seed, stage=r.now.kind, done=r.now.done, total=r.total, complete=r.now.complete, quiet=r.now.quiet, state=state(r), metrics=r.now.rows[-1] if r.now.rows else {}) for r in it.runs]
+    return [dict(model=r.model, condition=r.condition, seed=r.seed, stage=r.now.kind, done=r.now.done, total=r.total, complete=r.now.complete, quiet=r.now.quiet, state=state(r),
+                 metrics={k: None if isinstance(v, float) and not isfinite(v) else v for k, v in (r.now.rows[-1] if r.now.rows else {}).items()}) for r in it.runs]
 
 def counts(runs:Sequence[Run])->str: # e.g. "2 under way, 1 quiet, 6 complete"
     n = dict(complete=sum(r.now.complete for r in runs), quiet=sum(r.now.quiet for r in runs))

@@ -1,5 +1,6 @@
 "Losses against independent implementations, trainers against plain ones"
 import math
+import re
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from stars import ppo as P
+from stars.evals import complete, summarize
 from stars.models import load_model, load_tokenizer, micro_model, micro_tokenizer, token_logprobs, weights_of
 from stars.parallel import micro_batches
 from stars.rollouts import LlamaEngine, probe, seeds_of
@@ -180,3 +182,23 @@ def test_bad_configurations_are_named():
         with pytest.raises(ValueError, match=field): cls(**bad).validate()
     with pytest.raises(ValueError, match="row 0 takes 14 tokens"):
         encode([dict(query="using 3 , 4 make 12 : <think>", completion=" 3 * 4 = 12")], micro_tokenizer(), max_length=8)
+
+
+def test_a_task_of_ones_own_needs_nothing_of_countdown(tmp_path):
+    "Problems without numbers, a reward and habits of their own, counts that leave out zeros: training, log and table"
+    from collections import Counter
+    from dataclasses import dataclass
+    @dataclass(frozen=True)
+    class Echo: word:str
+    problems = [Echo(w) for w in ("using", "make", "try", "again")]
+    how = dict(prompt=lambda p: f"{p.word} :", reward=lambda text, p: float(p.word in text), count=lambda text, p: Counter(re.findall("try|again", text)))
+    tok = micro_tokenizer(20)
+    model = micro_model(tok, hidden=32, layers=2, heads=2, ffn=64, context=64)
+    log = read_log(P.ppo(model, tok, problems, tmp_path, P.PPOConfig(steps=2, prompts=4, samples=2, minibatch=8, max_tokens=8, lr=1e-3, critic_lr=1e-3, kl_coef=0., save_every=2), progress=False, **how)/"metrics.jsonl")
+    assert len(log) == 2 and not any("verifications" in k for r in log for k in r)
+    ask = lambda **kw: complete(LlamaEngine(model, tok.eos_token_id), tok, problems, 8, samples=8, labels=dict(model="m", condition="c", seed=0, step=0), **(how | kw))
+    df = ask(count=lambda text, p: {"again": 1} if len(text) % 2 else {})
+    assert set(df.word) == {p.word for p in problems} and df.again.sum() == (df.generated.str.len() % 2).sum()
+    table = summarize(df, habits=["again"])
+    assert table.avg_again[0] == (df.generated.str.len() % 2).mean() and table.total_again[0] == df.again.sum() and table.n[0] == 32
+    with pytest.raises(ValueError, match="score"): ask(count=lambda text, p: {"score": 1})
