@@ -47,7 +47,7 @@ def workers(task):
 def cluster():
     "Ray with two CPUs and, on paper, one GPU; tiny models: a second thread only waits"
     threads, omp = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    ex._quiet(1) # as in the workers
+    ex.quiet(1) # as in the workers
     os.environ["OMP_NUM_THREADS"] = "1"
     ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray.get_runtime_context().gcs_address
