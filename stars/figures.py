@@ -294,10 +294,10 @@ def dose(
     if shares[0] != 0 or not 2 <= len(shares) <= len(DOSE): raise ValueError(f"shares={shares}: give 0 and between 1 and {len(DOSE) - 1} others")
     if len(ends_ := results.groupby("share").step.max().unique()) > 1: raise ValueError(f"shares end at different steps ({', '.join(map(str, ends_))}); finish the shorter runs")
     rows = results.assign(model=results.share.map("{:.9f}".format), habits=results[["avg_verifications", "avg_backtracking"]].sum(axis=1, min_count=2))
-    curves = {what: interval(rows, column).assign(share=lambda f: f.model.astype(float)) for what, column in {"accuracy": "accuracy", "verification + backtracking": "habits"}.items()}
+    curves = {what: interval(rows, column).assign(share=lambda f: f.model.astype(float)) for what, column in {"accuracy": "accuracy", "habits": "habits"}.items()}
     acc = curves["accuracy"]
     with styled():
-        fig, axes = page([dose_title(acc[acc.step == acc.step.max()].set_index("share"))], caption(results, acc.assign(model=results.model.iloc[0]), RULE, raters(results), note), (2.3,), 8.4, 0, right=.42, head=.32, columns=3)
+        fig, axes = page([dose_title(acc[acc.step == acc.step.max()].set_index("share"))], caption(results, acc.assign(model=results.model.iloc[0]), RULE, "Habits: verification + backtracking per response.", raters(results), note), (2.3,), 8.4, 0, right=.66, head=.32, columns=3)
         _dose_curves(axes[0, 0, 0], acc, shares)
         for ax, (what, frame) in zip(axes[0, 0, 1:], curves.items()): _dose_response(ax, frame, shares, what)
         for ax in axes[0, 0]: ax.tick_params(length=2.5)
