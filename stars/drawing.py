@@ -74,7 +74,8 @@ def for_readers(
         c.metadata = {k: v for k, v in c.metadata.items() if k == "tags"}
         if c.cell_type != "code": continue
         c.execution_count, c.outputs = None, [o for o in c.outputs if o.get("name") != "stderr" and not any("widget" in mime for mime in o.get("data", {}))]
-        for o in c.outputs: o.update({k: None for k in ("execution_count",) if k in o})
+        for o in c.outputs:
+            if "execution_count" in o: o["execution_count"] = None
     with replacing(to) as tmp: nbformat.write(nb, tmp)
 
 def run_figure(

@@ -36,7 +36,8 @@ def complete(
 )->pd.DataFrame: # one row per response
     "Sample and score responses to held-out problems"
     reward = reward or (lambda text, p: score(text, p.numbers, p.target))
-    names = [f.name for f in fields(problems[0])] + list(count("", problems[0]))
+    columns = [f.name for f in fields(problems[0])]
+    names = columns + list(count("", problems[0]))
     if clash := {n for n in names if n in RESERVED or names.count(n) > 1}: raise ValueError(f"{', '.join(sorted(clash))}: a field of a problem, or a habit, has the name of another column; rename it")
     prompts = [prompt(p) for p in problems for _ in range(samples)]
     rollouts = engine.generate(tokenizer(prompts, add_special_tokens=False).input_ids, max_tokens, temperature, seeds_of(seed, len(prompts)))
@@ -46,7 +47,7 @@ def complete(
         rows.append(dict(**(labels or {}), index=i // samples, prompt=text, generated=generated, response_tokens=len(r.ids), truncated=not r.finished,
                          score=reward(generated, p), **asdict(p), **count(generated, p)))
     df = pd.DataFrame(rows)
-    habits = [c for c in df if c not in RESERVED and c not in names[:len(fields(problems[0]))]]
+    habits = [c for c in df if c not in RESERVED and c not in columns]
     return df.assign(**{h: df[h].fillna(0).astype(int) for h in habits}) # a habit that `count` left out was not there
 
 def write_completions(
