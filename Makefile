@@ -32,7 +32,7 @@ prepare: .venv/.dev ## clean the notebooks, export the modules, write README.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/prepare
 
 lab: .venv/.dev ## open the notebooks (LABFLAGS=...)
-	$(BIN)/jupyter lab --notebook-dir=nbs $(LABFLAGS)
+	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb $(LABFLAGS)
 
 docs: .venv/.dev ## the site, in _docs
 	$(BIN)/python .ci/docs.py

@@ -11,6 +11,8 @@ import yaml
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 
+from stars.gallery import place_name
+
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 
@@ -149,12 +151,6 @@ def commands(name, params):
     wide = max(len(c) for c, _ in lines)
     return '\n'.join(['```sh', *(f'{c:{wide}}  # {about}' for c, about in lines), '```'])
 
-def said(place):
-    "A folder of pictures in words"
-    parts = ['the published results' if p == 'published' else f'preset {p}' for p in place.split('+')]
-    text = ' beside '.join(parts)
-    return text[0].upper() + text[1:]
-
 def drawn(name, place, manifest, folder=''):
     "A picture of the repository with what belongs to it; `folder`: where the pictures are, seen from the page"
     path = f'{folder}{place}/{name}'
@@ -167,7 +163,8 @@ def as_drawn(nb, name):
     if not made.is_file(): return nb
     done = json.loads(made.read_text(encoding='utf-8'))['cells']
     results = {source(c): c['outputs'] for c in done if c['cell_type'] == 'code'}
-    given = [c for c in done if 'injected-parameters' in c['metadata'].get('tags', [])]
+    given = [x for c in done if 'injected-parameters' in c['metadata'].get('tags', [])
+             for x in (markdown('What follows was run with'), c | dict(source=source(c).removeprefix('# Parameters\n')))]
     cells = []
     for c in nb['cells']:
         cells.append(c | dict(outputs=results.get(source(c), [])) if c['cell_type'] == 'code' else c)
@@ -180,7 +177,7 @@ def with_commands(nb, name):
     params, places = defaults(nb), pictures(name)
     shows = any('image/png' in o.get('data', {}) for c in cells for o in c.get('outputs', []))
     others = {k: m for k, m in places.items() if not (shows and k == params['preset'])}
-    album = [markdown('\n'.join(['## Drawn so far\n', *(f'### {said(place)}\n\n{drawn(name, place, m)}' for place, m in others.items())]))] if others else []
+    album = [markdown('\n'.join(['## Drawn so far\n', *(f'### {place_name(place)}\n\n{drawn(name, place, m)}' for place, m in others.items())]))] if others else []
     cells.insert(at, markdown(f'## How to run it\n\n{commands(name, params)}\n\nThese are the parameters; `-p` sets each of them, `--set` any field of the preset.'))
     return nb | dict(cells=cells + album if shows else cells[:at] + album + cells[at:]) # a page without outputs begins with what there is
 

@@ -8,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stars import cli, drawing, experiments as ex
+from stars import cli, drawing, experiments as ex, notebooks
+from stars.configs import FIGURES
 from stars.countdown import Problem, split_of
 from stars.datasets import from_parquet
 from stars.figures import controls
@@ -89,6 +91,17 @@ def test_published_results_beside_own_ones(reproduced, tmp_path):
     assert set(about["published"]["files"]) == {"llama_results.csv"} and "Preset smoke · model plain" in about["caption"] and "Published results · model Llama-3.2-3B" in about["caption"]
     claims = pd.read_csv(cwd/"figures"/"smoke+published"/"fig_replication.csv").set_index(["source", "claim"])
     assert claims.verdict["published", "mixes"] == "not run" and claims.value["published", "empty_cot"] == pytest.approx(.3) and claims.verdict["smoke", "mixes"] in ("shown", "not shown", "reversed")
+
+
+def test_a_figure_opened_by_hand_works_where_the_command_line_does(monkeypatch, tmp_path):
+    "JupyterLab starts a kernel in the notebook's folder; runs and figures lie at the top"
+    top = Path(drawing.__file__).parent.parent
+    for cwd, home in ((top/"nbs"/"figures", top), (top/"nbs", top/"nbs"), (tmp_path, tmp_path)):
+        monkeypatch.chdir(cwd)
+        assert notebooks.go_home() == home == Path.cwd()
+    for name in FIGURES:
+        code = "\n".join(c["source"] for c in nbformat.read(notebooks.figure_notebook(name), 4).cells if c["cell_type"] == "code")
+        assert -1 < code.find("\ngo_home()\n") < code.find("runs=runs"), name
 
 
 def test_one_failing_figure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
