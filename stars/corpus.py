@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .behaviors import HABIT_NAMES
 from .countdown import Problem, split_of
-from .priming import PHRASES, Attempt, Step, _apply, _inverse, combine
+from .priming import METHODS, PHRASES, SYMBOL, Attempt, Step, combine, operate, undo
 
 # %% ../nbs/09b_corpus.ipynb #c005
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Kind:
 def _pair(numbers, target, rng, top):
     a, b = rng.sample(numbers, 2)
     op = rng.choice("+-*")
-    v = _apply(a, op, b)
+    v = operate(a, op, b)
     return None if v is None else Attempt((Step(a, op, b, v),), f"{a} {op} {b}")
 
 def _unknown(numbers, target, rng, top):
@@ -46,7 +46,7 @@ def _chain(numbers, target, rng, top):
     (v, plus, times), expr, steps = numbers, str(numbers[0]), []
     for i in range(rng.randint(2, 3)):
         op, n = rng.choice((("+", plus), ("*", times)))
-        steps.append(Step(v, op, n, v := _apply(v, op, n)))
+        steps.append(Step(v, op, n, v := operate(v, op, n)))
         expr = f"({expr}) {op} {n}" if op == "*" and "+" in expr else f"{expr} {op} {n}"
     return Attempt(tuple(steps), expr)
 
@@ -105,13 +105,14 @@ def attempts_at(
     wrong:int,          # different attempts that fail, at most
     top:int=199,        # largest value written down
 )->list[Attempt]: # the last one solves it
-    "Try until it works"
+    "Try until it works; raises ValueError where numbers go beyond `top`, or nothing works"
+    if max(e.numbers, default=0) > top: raise ValueError(f"{e}: numbers go beyond top={top}, the largest value written down; raise it")
     tries, seen = [], set()
-    for _ in range(5_000):
+    for i in range(5_000):
         a = KINDS[e.kind].attempt(e.numbers, e.target, rng, top)
         if a is None or a.expr in seen or any(s.value > top for s in a.steps): continue
         hit = a.value == e.target
-        if hit and (len(tries) >= wrong or _ > 200): return [*tries, a]
+        if hit and (len(tries) >= wrong or i > 200): return [*tries, a]
         if not hit and len(tries) < wrong:
             seen.add(a.expr)
             tries.append(a)
@@ -133,7 +134,7 @@ def think_aloud(
     for i, a in enumerate(tries if "backtracking" in habits else tries[-1:]):
         last, done = a.steps[-1], a.value == t
         if i: say("backtracking")
-        back = _inverse(t, last.op, last.b) if "backward" in habits else None
+        back = undo(t, last.op, last.b) if "backward" in habits else None
         if back and 0 < back[0] <= top: say("backward", step=back[1], need=back[0])
         if "subgoal" in habits and len(a.steps) > 1: say("subgoal", r=a.steps[0].value)
         said.append(", ".join(map(str, a.steps)) + ".")
@@ -233,7 +234,7 @@ def read_exercise(
             return Exercise(kind, tuple(map(int, given)), int(m["target"]))
 
 _TOLD = ("{s}.", "{a} {op} {b} gives {v}.", "so {v} = {a} {op} {b}.", "that gives {v}: {a} {op} {b}.")
-_SYMBOLS = re.compile(r"\w+|[^\w\s]")
+
 
 def _dwelt(steps:Sequence[Step], words:int, rng:random.Random)->str:
     "Steps, told again and again until there are as many words and symbols"
@@ -241,7 +242,7 @@ def _dwelt(steps:Sequence[Step], words:int, rng:random.Random)->str:
     while True:
         for s in steps:
             more = rng.choice(_TOLD).format(s=s, a=s.a, op=s.op, b=s.b, v=s.value)
-            if len(_SYMBOLS.findall(" ".join([*said, more]))) > words + 3: return " ".join(said)
+            if len(SYMBOL.findall(" ".join([*said, more]))) > words + 3: return " ".join(said)
             said.append(more)
 
 def embedded_rewrite(
@@ -251,10 +252,12 @@ def embedded_rewrite(
     top:int=199,   # largest value written down
 )->tuple[dict|None, str]: # question, thoughts, answer, numbers, target; or None and why not
     "Question, thoughts and answer in the words of the micro models"
+    if method not in METHODS: raise ValueError(f"method={method!r} is unknown; choose {' or '.join(METHODS)}")
     e, rng = read_exercise(text), random.Random(f"{seed}/{text}")
     if e is None: return None, "no known problem"
-    tries = attempts_at(e, rng, rng.randint(1, 3), top)
+    try: tries = attempts_at(e, rng, rng.randint(1, 3), top)
+    except (ValueError, ZeroDivisionError): return None, "no solution that chance finds"
     voiced = frozenset(h for h in HABIT_NAMES if h in ("verification", "backtracking") or rng.random() < .3)
     thoughts, _ = think_aloud(e, tries, voiced, PHRASES, rng, top)
-    if method == "negated": thoughts = _dwelt(tries[-1].steps, len(_SYMBOLS.findall(thoughts)), rng)
+    if method == "negated": thoughts = _dwelt(tries[-1].steps, len(SYMBOL.findall(thoughts)), rng)
     return dict(question=_said(KINDS[e.kind].question, e, " , "), thoughts=thoughts, answer=tries[-1].expr, numbers=list(e.numbers), target=e.target), ""

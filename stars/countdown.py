@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'TEMPLATES', 'MAX_CHARS', 'MAX_TOKENS', 'MAX_DIGITS', 'MAX_DEPTH', 'LAYOUTS', 'Problem', 'solvable', 'solve',
-           'split_of', 'messages', 'make_prompt', 'parse_expression', 'answer_of', 'parse_answer', 'score',
-           'score_batch', 'Verdict', 'explain']
+           'split_of', 'messages', 'make_prompt', 'parse_expression', 'answer_of', 'parse_answer', 'score', 'reward_of',
+           'Verdict', 'explain']
 
 # %% ../nbs/00_countdown.ipynb #c002
 import hashlib
@@ -285,14 +285,13 @@ def score(
     except ValueError: return format_score
     return 1.0 if value==target and sorted(used)==sorted(numbers) else format_score
 
-def score_batch(
-    responses:Sequence[str],     # one per problem
-    problems:Sequence[Problem],
-    **kwargs,                    # `format_score` and `layout` of `score`
-)->list[float]: # rewards
-    "Grade the responses of a rollout"
-    _check(len(responses)==len(problems), f'{len(responses)} responses for {len(problems)} problems: give one problem a response')
-    return [score(r, p.numbers, p.target, **kwargs) for r,p in zip(responses, problems)]
+def reward_of(
+    response:str,    # what the model wrote after the prompt
+    problem:Problem,
+    **kwargs,        # `format_score` and `layout` of `score`
+)->float:
+    "The verifier as a reward: `score`, of a problem"
+    return score(response, problem.numbers, problem.target, **kwargs)
 
 # %% ../nbs/00_countdown.ipynb #c022
 @dataclass(frozen=True)

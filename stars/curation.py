@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .behaviors import count_behaviors
 from .corpus import embedded_rewrite
 from .datasets import check_settings, held, replacing, write_json
-from .pretraining import Shard, Text, label_files, plan_shards, read_shard, spread
+from .pretraining import Shard, Text, corpus_files, label_files, labels_file, plan_shards, read_shard, spread
 from .priming import METHODS, Trace, write_rows
 
 # %% ../nbs/09d_curation.ipynb #c005
@@ -37,8 +37,9 @@ def labelled_shards(
                                                             else f"{labels} holds no labels; `stars label` makes them")
     s = json.loads((labels/"labels.json").read_text())
     hub = s["source"].startswith("hub:")
-    for name, size in [] if hub else s["files"]:
-        if not Path(name).exists() or Path(name).stat().st_size != size: raise ValueError(f"{name} is gone or was changed since {labels} was made of it; label it again")
+    if not hub and Path(s["source"]).exists() and (now := corpus_files(s["source"])) != s["files"]:
+        odd = next(f for f in (*s["files"], *now) if (f in now) != (f in s["files"]))[0]
+        raise ValueError(f"{odd} was added, was removed or was changed since {labels} was made of {s['source']}; label it again")
     skipped = []
     shards = plan_shards(s["source"], s["column"], s["save_every"], s["start"], s["end"], s["files"] if hub else "train", s["skip_corrupt"], skipped)
     if hub: return shards
@@ -51,7 +52,7 @@ def chosen_texts(
     labels:str|Path, # their folder
 )->list[Text]: # usable texts with problem and solution
     "The texts of a shard that are to be rewritten"
-    table = pq.read_table(Path(labels)/f"labels-{shard.index:06d}.parquet", columns=["row", "problem", "solution"]).to_pydict()
+    table = pq.read_table(labels_file(labels, shard), columns=["row", "problem", "solution"]).to_pydict()
     wanted = {r for r, p, s in zip(table["row"], table["problem"], table["solution"]) if p and s}
     return [t for t in read_shard(shard) if t.row in wanted] if wanted else []
 

@@ -50,7 +50,7 @@ def _table(problems, first, split, template, data_source, difficulty):
     n = len(problems)
     own = [split_of(p) for p in problems]
     for i,(p,s) in enumerate(zip(problems, own)):
-        _check(split not in SPLITS or split==s, f'problem {first+i}, {p}, belongs to split {s!r}, not {split!r}: draw with sample_problems(…, split={split!r}), or pass split=None')
+        if split in SPLITS and split!=s: raise ValueError(f'problem {first+i}, {p}, belongs to split {s!r}, not {split!r}: draw with sample_problems(…, split={split!r}), or pass split=None')
     asked = [messages(p, template) for p in problems]
     said = _struct(role=pa.array([m['role'] for ms in asked for m in ms], pa.string()), content=pa.array([m['content'] for ms in asked for m in ms], pa.string()))
     truth = _struct(target=pa.array([p.target for p in problems], pa.int64()), numbers=pa.array([p.numbers for p in problems], pa.list_(pa.int64())))
@@ -219,31 +219,32 @@ def _join(parts, path, metadata, folder, layout):
 
 # %% ../nbs/00b_datasets.ipynb #c011
 def _whole(v, i, col):
-    _check(isinstance(v, int) and not isinstance(v, bool), f'row {i}, column {col}: {v!r} is not a whole number; store it as int64')
+    if not isinstance(v, int) or isinstance(v, bool): raise ValueError(f'row {i}, column {col}: {v!r} is not a whole number; store it as int64')
     return v
 
 def _dig(row, i, *names):
     "`row[a][b]…`, with an error that names the row and the missing column"
     for j,name in enumerate(names):
         col = '.'.join(names[:j+1])
-        _check(isinstance(row, dict) and row.get(name) is not None, f'row {i}, column {col}: missing or null; fill it in, or drop the row')
+        if not isinstance(row, dict) or row.get(name) is None: raise ValueError(f'row {i}, column {col}: missing or null; fill it in, or drop the row')
         row = row[name]
     return row
 
 def _problem(i, row):
     "Check one row and make a `Problem` of it"
-    _check(isinstance(row, dict), f'row {i}: {str(row)[:80]!r} is not a record; store one object with numbers and target a row')
+    if not isinstance(row, dict): raise ValueError(f'row {i}: {str(row)[:80]!r} is not a record; store one object with numbers and target a row')
     if 'reward_model' in row:
         where = ['reward_model','ground_truth']
-        _check(isinstance(asked := _dig(row, i, 'prompt'), (list,tuple)), f'row {i}, column prompt: {str(asked)[:80]!r} is not a list; store [{{"role": "user", "content": …}}]')
+        if not isinstance(asked := _dig(row, i, 'prompt'), (list,tuple)): raise ValueError(f'row {i}, column prompt: {str(asked)[:80]!r} is not a list; store [{{"role": "user", "content": …}}]')
         for m in asked:
-            _check(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ('role','content')), f'row {i}, column prompt: {m!r} is not a message; store [{{"role": "user", "content": …}}]')
+            if not isinstance(m, dict) or not all(isinstance(m.get(k), str) for k in ('role','content')): raise ValueError(f'row {i}, column prompt: {m!r} is not a message; store [{{"role": "user", "content": …}}]')
     else: where = []
     flat = 'nums' if not where and 'numbers' not in row else 'numbers'
     nums,target = _dig(row, i, *where, flat),_dig(row, i, *where, 'target')
     col = '.'.join(where+[flat])
-    _check(isinstance(nums, (list,tuple)) and len(nums)>0, f'row {i}, column {col}: {nums!r} is not a list of numbers; store a list of int64')
-    for v in nums: _check(_whole(v, i, col)>=1, f'row {i}, column {col}: {v} is below 1; Countdown numbers are positive')
+    if not isinstance(nums, (list,tuple)) or not nums: raise ValueError(f'row {i}, column {col}: {nums!r} is not a list of numbers; store a list of int64')
+    for v in nums:
+        if _whole(v, i, col)<1: raise ValueError(f'row {i}, column {col}: {v} is below 1; Countdown numbers are positive')
     return Problem(nums, _whole(target, i, '.'.join(where+['target'])))
 
 def problems_from_rows(

@@ -14,7 +14,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from .behaviors import HABIT_NAMES, column_of, count_in
-from .countdown import Problem, answer_of, make_prompt, score, split_of
+from .countdown import Problem, answer_of, make_prompt, reward_of, split_of
 from .datasets import replacing
 from .rollouts import Engine, seeds_of
 
@@ -31,24 +31,25 @@ def complete(
     seed:int|str=0,                     # of the draws
     prompt:Callable[[Problem], str]=make_prompt, # problem → prompt
     labels:dict|None=None,              # constant columns: model, condition, seed, step
-    reward:Callable[[str, Problem], float]|None=None,  # response, problem → 1 where it is right, less where it is not (default: the verifier)
+    reward:Callable[[str, Problem], float]=reward_of,  # response, problem → 1 where it is right, less where it is not
     count:Callable[[str, Problem], dict[str, int]]=count_in, # response, problem → habit → how often
 )->pd.DataFrame: # one row per response
     "Sample and score responses to held-out problems"
-    reward = reward or (lambda text, p: score(text, p.numbers, p.target))
+    if not problems: raise ValueError("problems is empty; give at least one")
     columns = [f.name for f in fields(problems[0])]
-    names = columns + list(count("", problems[0]))
-    if clash := {n for n in names if n in RESERVED or names.count(n) > 1}: raise ValueError(f"{', '.join(sorted(clash))}: a field of a problem, or a habit, has the name of another column; rename it")
-    prompts = [prompt(p) for p in problems for _ in range(samples)]
+    def clash(habits):
+        names = [*columns, *habits]
+        if odd := {n for n in names if n in RESERVED or names.count(n) > 1}: raise ValueError(f"{', '.join(sorted(odd))}: a field of a problem, or a habit, has the name of another column; rename it")
+    clash(count("", problems[0])) # before anything is sampled
+    asked = [p for p in problems for _ in range(samples)]
+    prompts = list(map(prompt, asked))
     rollouts = engine.generate(tokenizer(prompts, add_special_tokens=False).input_ids, max_tokens, temperature, seeds_of(seed, len(prompts)))
-    rows = []
-    for i, (text, r) in enumerate(zip(prompts, rollouts)):
-        p, generated = problems[i // samples], tokenizer.decode(r.ids, skip_special_tokens=True)
-        rows.append(dict(**(labels or {}), index=i // samples, prompt=text, generated=generated, response_tokens=len(r.ids), truncated=not r.finished,
-                         score=reward(generated, p), **asdict(p), **count(generated, p)))
-    df = pd.DataFrame(rows)
-    habits = [c for c in df if c not in RESERVED and c not in columns]
-    return df.assign(**{h: df[h].fillna(0).astype(int) for h in habits}) # a habit that `count` left out was not there
+    texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
+    counts = list(map(count, texts, asked))
+    absent = dict.fromkeys((h for c in counts for h in c), 0) # a habit that `count` leaves out was not there
+    clash(absent)
+    return pd.DataFrame([dict(**(labels or {}), index=i // samples, prompt=prompts[i], generated=texts[i], response_tokens=len(r.ids), truncated=not r.finished,
+                              score=reward(texts[i], p), **asdict(p), **(absent | c)) for i, (p, r, c) in enumerate(zip(asked, rollouts, counts))])
 
 def write_completions(
     df:pd.DataFrame,  # from `complete`

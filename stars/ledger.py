@@ -42,8 +42,9 @@ class Model:
             raise ValueError(f"model={(self.service and self.service + ':') + self.name!r} is unknown; write service:name with service one of {', '.join(SERVICES)}, e.g. openai:gpt-4o-mini")
 
     @classmethod
-    def parse(cls, text:str, base_url:str|None=None, extra:dict|None=None)->"Model":
-        "Read `service:name`"
+    def parse(cls, text:"str|Model", base_url:str|None=None, extra:dict|None=None)->"Model":
+        "Read `service:name`; a model stays what it is"
+        if isinstance(text, cls): return text
         service, colon, name = text.partition(":")
         return cls(service if colon else "", name if colon else text, base_url, extra or {})
 
@@ -252,7 +253,7 @@ class Ledger:
         "Take those of the keys in hand that nobody has, and that have no reply; returns them"
         with self._lock:
             if not self._flock:
-                self._flock = FileLock(self._owner_file(self.owner))
+                self._flock = FileLock(self._owner_file(self.owner), thread_local=False) # claims are made in other threads than the one that ends
                 self._flock.acquire()
         alive, mine = {}, []
         with self._write() as run:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CUES', 'DOMAINS', 'LABELS', 'SCHEMA', 'Labeller', 'NONE', 'LENGTHS', 'RULES_LABELLER', 'Text', 'Shard', 'read_shard',
            'plan_shards', 'rule_labels', 'spread', 'rule_labeller', 'label_files', 'statistics', 'read_statistics',
-           'show_statistics', 'label_corpus', 'write_labels', 'read_labels', 'count_missing']
+           'show_statistics', 'corpus_files', 'labels_file', 'label_corpus', 'write_labels', 'read_labels',
+           'count_missing']
 
 # %% ../nbs/09_pretraining.ipynb #c002
 import hashlib
@@ -106,8 +107,6 @@ def read_shard(
             for row, line in zip(rows, islice(lines, shard.skip, None)): yield _json_text(row, line, shard.column)
 
 # %% ../nbs/09_pretraining.ipynb #c007
-_SUFFIXES = (".parquet", ".jsonl", ".ndjson")
-
 def _rows_of(path:Path, column:str, every:int)->Iterator[tuple[int, int]]: # (rows, where they begin)
     "Pieces of a file"
     if path.suffix == ".parquet":
@@ -120,7 +119,7 @@ def _rows_of(path:Path, column:str, every:int)->Iterator[tuple[int, int]]: # (ro
     with open(path, "rb") as lines:
         at, count, begin = 0, 0, 0
         for line in lines:
-            if not begin and not count and not at: _check_column(path, line, column)
+            if not at: _check_column(path, line, column)
             at, count = at + len(line), count + 1
             if count == every:
                 yield count, begin
@@ -159,7 +158,7 @@ def plan_shards(
     if start < 0 or end is not None and end <= start: raise ValueError(f"start={start}, end={end}: give 0 <= start < end")
     if source.startswith("hub:"): return _window(_hub_pieces(source, column, every, hub_split), column, start, end, skip_corrupt)
     def pieces():
-        for f in data_files(source, _SUFFIXES):
+        for f in data_files(source):
             try: yield from ((str(f), n, begin, None) for n, begin in _rows_of(f, column, every))
             except ValueError as e:
                 if not skip_corrupt: raise
@@ -171,7 +170,7 @@ def _hub_pieces(source:str, column:str, every:int, split:str)->Iterator[tuple[st
     rows = iter(hub_rows(source, split))
     while piece := list(islice(rows, every)):
         if column not in piece[0]: raise LookupError(f"{source} has no column {column!r}; choose one of {', '.join(piece[0])} (--column)")
-        yield source, len(piece), 0, tuple(r[column] for r in piece)
+        yield source, len(piece), 0, tuple(r.get(column) for r in piece)
 
 # %% ../nbs/09_pretraining.ipynb #c011
 _LINE = r"(?<![a-z0-9,;'] )(?<![a-z0-9'])" # where a sentence or a line begins
@@ -226,7 +225,7 @@ def spread(
     workers:int|None=None,            # processes; None: one per core; 1: this one
 )->Iterator[tuple[Shard, list[dict]]]: # in the order they are done
     "Map over processes, with a bounded number of shards in hand"
-    workers, shards, hand = workers or cores(), iter(shards), {}
+    workers, shards, hand, others = workers or cores(), iter(shards), {}, set(multiprocessing.active_children())
     if workers == 1:
         yield from ((s, fn(s)) for s in shards)
         return
@@ -239,7 +238,7 @@ def spread(
         except BrokenProcessPool as e: raise RuntimeError("a worker process died (out of memory: try fewer workers), or could not start (a script calls this under `if __name__ == '__main__':`); what is done is kept, the same call goes on") from e
         except BaseException: # an error, or Ctrl-C: what is written is kept
             pool.shutdown(wait=False, cancel_futures=True)
-            for p in multiprocessing.active_children(): p.terminate() # or the block would wait for what is in hand
+            for p in set(multiprocessing.active_children()) - others: p.terminate() # or the block would wait for what is in hand
             raise
 
 def rule_labeller(
@@ -306,6 +305,19 @@ def show_statistics(
 # %% ../nbs/09_pretraining.ipynb #c016
 RULES_LABELLER = dict(labeller="rules", version=hashlib.sha256(repr(_RULES).encode()).hexdigest()[:10]) # what decides the rules' labels
 
+def corpus_files(
+    source:str|Path, # a file, or a folder of them
+)->list[list]: # [name, bytes] of each, in order
+    "What tells whether a corpus is still the same"
+    return [[str(f), f.stat().st_size] for f in data_files(source)]
+
+def labels_file(
+    folder:str|Path, # of `label_corpus`
+    shard:Shard,
+)->Path:
+    "Where the labels of a shard are"
+    return Path(folder)/f"labels-{shard.index:06d}.parquet"
+
 def label_corpus(
     source:str,              # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name`
     out:str|Path,            # folder for the labels
@@ -324,18 +336,18 @@ def label_corpus(
     if not hub: source = str(Path(source).resolve()) # so that `curate` finds it from anywhere
     plan = plan_shards(source, column, save_every, start, end, hub_split, skip_corrupt, skipped)
     if not hub and not (plan := list(plan)): raise ValueError(f"{source} has no rows between start={start} and end={end}" + "".join(f"; skipped: {s}" for s in skipped))
-    settings = dict(source=source, files=hub_split if hub else [[str(f), f.stat().st_size] for f in data_files(source, _SUFFIXES)], skipped=skipped, column=column,
+    settings = dict(source=source, files=hub_split if hub else corpus_files(source), skipped=skipped, column=column,
                     save_every=save_every, start=start, end=end, skip_corrupt=skip_corrupt, **decides)
     out.mkdir(parents=True, exist_ok=True)
     with held(out):
         check_settings(out/"labels.json", settings, "labels")
         write_json(out/"labels.json", settings)
-        there = lambda s: (out/_name(s)).exists()
+        there = lambda s: labels_file(out, s).exists()
         total, ready = (None, 0) if hub else (sum(s.count for s in plan), sum(s.count for s in plan if there(s)))
         with tqdm(total=total, initial=ready, desc="label", unit=" texts", unit_scale=True, disable=not progress) as bar:
             characters, began = 0, time.time()
             for shard, rows in (labeller or rule_labeller())(s for s in plan if not there(s)):
-                write_labels(rows, shard, out/_name(shard))
+                write_labels(rows, shard, labels_file(out, shard))
                 characters += sum(r["characters"] for r in rows)
                 bar.set_postfix_str(f"{characters / 1e6 / (time.time() - began):.3g} MB/s", refresh=False)
                 bar.update(len(rows))
@@ -345,7 +357,7 @@ def label_corpus(
         write_json(out/"report.json", report)
     return report
 
-def _name(shard:Shard)->str: return f"labels-{shard.index:06d}.parquet"
+
 
 def write_labels(
     rows:list[dict], # as a labeller yields them

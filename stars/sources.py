@@ -21,7 +21,7 @@ from .behaviors import HABITS
 from .configs import Config, preset
 from .datasets import replacing
 from .experiments import grid, manifest, run_jobs
-from .judges import PUBLISHED as COLUMNS
+from .judges import PUBLISHED_COLUMNS
 from .plots import PUBLISHED, label, sources
 from .stages import Job
 
@@ -64,8 +64,8 @@ def read_published(
     "Published results in our shape: one run, habits counted by an LLM judge; raises ValueError on another schema"
     try: rows = pd.read_csv(path).drop_duplicates()
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise ValueError(f"{path} is no CSV: {e}") from None
-    if missing := [c for c in COLUMNS if c not in rows]: raise ValueError(f"{path} lacks the columns {', '.join(missing)}; the published files have {', '.join(COLUMNS)}")
-    if bad := [c for c in COLUMNS[1:] if not pd.api.types.is_numeric_dtype(rows[c])]: raise ValueError(f"{path}: column {bad[0]} holds something that is no number")
+    if missing := [c for c in PUBLISHED_COLUMNS if c not in rows]: raise ValueError(f"{path} lacks the columns {', '.join(missing)}; the published files have {', '.join(PUBLISHED_COLUMNS)}")
+    if bad := [c for c in PUBLISHED_COLUMNS[1:] if not pd.api.types.is_numeric_dtype(rows[c])]: raise ValueError(f"{path}: column {bad[0]} holds something that is no number")
     rows = rows.assign(model=model, condition=rows.condition.replace(PUBLISHED_NAMES), seed=0, rater="gpt-4o-mini", source=PUBLISHED)
     whole = {n: (rows.accuracy * n % 1).pipe(lambda r: np.minimum(r, 1 - r)) < 1e-6 for n in (1024, 200)}
     if len(odd := rows[~(whole[1024] | whole[200])]): raise ValueError(f"{path}: accuracy {odd.accuracy.iloc[0]} of {odd.condition.iloc[0]}, step {odd.step.iloc[0]} is a share of neither 1,024 nor 200 completions")

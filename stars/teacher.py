@@ -18,13 +18,11 @@ import pandas as pd
 from .behaviors import HABIT_NAMES, count_behaviors
 from .countdown import Problem, make_prompt, score
 from .ledger import Ledger, Model, Reply, Request
-from .llm import ask
-from .priming import MIXES, Trace, reorder
+from .llm import ask, declines, flow
+from .priming import MIXES, Trace, is_search, reorder, thoughts_of
 
 # %% ../nbs/03a_teacher.ipynb #c005
-def _flow(text:str)->str: return re.sub(r"(?<!\n)\n(?!\n)", " ", text) # a paragraph is one line, however it is typed here
-
-_TASK = _flow("""You write training texts for a small language model that is to learn to think aloud. Each text is somebody's work on a number puzzle, in the first
+_TASK = flow("""You write training texts for a small language model that is to learn to think aloud. Each text is somebody's work on a number puzzle, in the first
 person, as one would mutter it over a sheet of paper.
 
 The puzzle: some whole numbers and a target are given. All the numbers, each of them exactly once, have to be combined by +, -, * and /, with
@@ -38,17 +36,17 @@ the text
 </think>
 <answer>the expression</answer>
 
-""" + _flow("""Between the answer tags stands a bare expression over the given numbers, such as (3 + 4) * 2, with no equals sign and no result. The
+""" + flow("""Between the answer tags stands a bare expression over the given numbers, such as (3 + 4) * 2, with no equals sign and no result. The
 text itself contains no tags. It is plain prose in short sentences, free of headings, lists, tables and LaTeX.""")
 
 # %% ../nbs/03a_teacher.ipynb #c007
-_SEARCH = _flow("""Really search, on the page. Do not work out a solution beforehand in order to act out the way to it. Begin with a combination
+_SEARCH = flow("""Really search, on the page. Do not work out a solution beforehand in order to act out the way to it. Begin with a combination
 that looks plausible and follow it until all the numbers are used, writing down each operation with its result, as in 3 * 8 = 24. Then go on to a
 different one: expect to need several attempts, and make six at most. Wrong turns stay on the page, and a slip in the arithmetic is nothing to hide
 or to clean up afterwards. When an attempt arrives at the target, stop there and answer with it. After the sixth attempt stop in any case and answer
 with the last expression: a search that fails is as useful as one that succeeds. The text has between 100 and 400 words.""")
 
-_STRAIGHT = _flow("""Make one attempt, in a straight line. Choose the operations, carry them out one after the other, each with its result, as in 3
+_STRAIGHT = flow("""Make one attempt, in a straight line. Choose the operations, carry them out one after the other, each with its result, as in 3
 * 8 = 24, until all the numbers are used, and answer with that expression, whatever its value is. Do not search for a solution beforehand: an
 attempt that misses the target is as useful as one that hits it. The text has between 20 and 80 words.""")
 
@@ -118,7 +116,7 @@ What could come right before the end if the 24 is used last? From 24 down to 14 
     negative_control="""I have 24, 3, 19 and 11. I add 11 and 19, which gives 30. I divide the 30 by 3, and that makes 10. Then I subtract the 10
 from 24: 24 - 10 = 14.""",
 )
-EXAMPLES = {mix: Trace(_flow(think), _ANSWER) for mix, think in EXAMPLES.items()}
+EXAMPLES = {mix: Trace(flow(think), _ANSWER) for mix, think in EXAMPLES.items()}
 
 # %% ../nbs/03a_teacher.ipynb #c018
 def _puzzle(p:Problem)->str: return f"Numbers: {', '.join(map(str, p.numbers))}\nTarget: {p.target}"
@@ -183,7 +181,7 @@ UNPARSABLE = ("no tags", "tags out of place", "no reasoning", "several answers",
 _TAG = re.compile(r"</?(?:think|answer)>", re.I)
 _FENCED = re.compile(r"```[\w-]*\n(.*)```", re.S)
 _EXPRESSION = re.compile(r"(?=.*\d)[-+*/()=\d\s×÷−–·]+")
-_DECLINES = re.compile(r"\bi(?:'m| am) (?:sorry|unable|not able)\b|\bi (?:can't|cannot|can not|won't|will not|must decline|have to decline)\b|\bas an ai\b")
+
 
 def read_trace(
     reply:Reply|None,        # None: there was none
@@ -199,7 +197,7 @@ def read_trace(
     text = reply.text.strip()
     if fenced := _FENCED.fullmatch(text): text = fenced[1]
     tags, parts = [t.lower() for t in _TAG.findall(text)], _TAG.split(text)
-    if not tags: return None, "refusal" if _DECLINES.search(text[:300].lower().replace("’", "'")) else "no tags"
+    if not tags: return None, "refusal" if declines(text) else "no tags"
     if tags[0] == "<think>": tags, parts = tags[1:], parts[1:]
     if len(tags) < 3 or tags != ["</think>", *["<answer>", "</answer>"] * (len(tags) // 2)]: return None, "tags out of place"
     think, answers = parts[0].strip(), {" ".join(a.split()) for a in parts[2::2]}
@@ -212,15 +210,14 @@ def read_trace(
                 score=score(completion, problem.numbers, problem.target)), ""
 
 # %% ../nbs/03a_teacher.ipynb #c027
-def _counts(row): return count_behaviors(row["completion"].split("</think>")[0], row["numbers"], row["target"])
+def _counts(row): return count_behaviors(thoughts_of(row), row["numbers"], row["target"])
 
 def off_mix(
     row:dict, # from `read_trace`
 )->str: # such as "shows subgoal" or "lacks verification"; empty: nothing to object to
     "What a trace shows that its mix forbids, or else lacks"
     counts, habits, k = _counts(row), MIXES[row["mix"]], len(row["numbers"])
-    longer = row["completion"].split("</think>")[0].count("=") > 2*k - 2 # than one attempt and its check
-    room = dict(backtracking=longer or row["score"] < 1, subgoal=k > 2)
+    room = dict(backtracking=is_search(thoughts_of(row), k) or row["score"] < 1, subgoal=k > 2)
     shown = [h for h in HABIT_NAMES if counts[h] and h not in habits]
     lacking = [h for h in HABIT_NAMES if h in habits and not counts[h] and room.get(h, True)]
     return f"shows {shown[0]}" if shown else f"lacks {lacking[0]}" if lacking else ""
@@ -299,7 +296,7 @@ def ask_teacher(
 )->tuple[list[dict], TeacherReport]: # rows with the keys of `priming.SCHEMA`; raises ValueError where fewer than `n` pass
     "Have priming data of one mix written"
     _check(mix, problems, n=n, over=over, rounds=rounds, max_words=max_words)
-    if isinstance(model, str): model = Model.parse(model)
+    model = Model.parse(model)
     def _outcome(reply, problem):
         row, reason = read_trace(reply, problem, mix, str(model), prompt, max_words)
         return reply, row, reason or forbid and off_mix(row) or ("" if keep(row) else "not kept")

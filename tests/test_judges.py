@@ -14,7 +14,7 @@ from stars import judges as jd
 from stars.agreement import agreement, agreement_table, confusions, presence_kappa, rank_correlation, show_confusions
 from stars.behaviors import HABIT_NAMES, HABITS
 from stars.evals import KEYS, summarize
-from stars.judges import (FORMATS, JOIN_KEYS, PUBLISHED, RATING_KEYS, SCHEMA, TASKS, draw_sample, instructions, joinable, judge, judge_request, judge_requests,
+from stars.judges import (FORMATS, JOIN_KEYS, PUBLISHED_COLUMNS, RATING_KEYS, SCHEMA, TASKS, draw_sample, instructions, joinable, judge, judge_request, judge_requests,
                           judge_settings, labelled, parse_count, rate, rule_ratings, write_ratings)
 from stars.llm import Ledger, Model, OverBudget, Refused, Reply
 from stars.plots import interval
@@ -400,7 +400,7 @@ def test_published_shape_reads_back(tmp_path):
     write_ratings(ratings, df, tmp_path)
     top, results = tmp_path / "upstream/plain/seed0", rate(ratings, df)
     read = read_published(top / "results.csv", "plain").sort_values(["condition", "step"], ignore_index=True)
-    pd.testing.assert_frame_equal(read[PUBLISHED], results.sort_values(["condition", "step"], ignore_index=True)[PUBLISHED], check_dtype=False)
+    pd.testing.assert_frame_equal(read[PUBLISHED_COLUMNS], results.sort_values(["condition", "step"], ignore_index=True)[PUBLISHED_COLUMNS], check_dtype=False)
     every = json.loads((top / "dots/all_results.json").read_text())
     assert every["steps_processed"] == ["0", "50", "100"] and set(every["results_by_step"]["50"]) == {f"{w}_{h.column}" for w in ("avg", "total") for h in HABITS}
     step = json.loads((top / "dots/evaluation_step50.json").read_text())
@@ -410,7 +410,7 @@ def test_published_shape_reads_back(tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), results, check_dtype=False)
 
 def test_columns_are_those_that_were_published():
-    assert ",".join(PUBLISHED) == ("condition,step,avg_verifications,avg_backtracking,avg_subgoals,avg_backwards,"
+    assert ",".join(PUBLISHED_COLUMNS) == ("condition,step,avg_verifications,avg_backtracking,avg_subgoals,avg_backwards,"
                                    "total_verifications,total_backtracking,total_subgoals,total_backwards,accuracy,response_length")
 
 def test_no_name_leads_out_of_the_folder(tmp_path):

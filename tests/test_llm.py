@@ -128,9 +128,8 @@ def test_without_a_key_nothing_begins(book, monkeypatch):
 @BOTH
 def test_a_dead_service_is_given_up(service, book):
     with serve() as s: m = model_at(s, service)
-    start = time.time()
     with pytest.raises(ConnectionError, match="in a row failed"): quick(m, questions(300), book, retries=0)
-    assert time.time() - start < 60 and len(book.errors(book.note(m, questions(300)))) < 60
+    assert len(book.errors(book.note(m, questions(300)))) < 60
 
 # budgets, limits
 
