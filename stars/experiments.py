@@ -14,12 +14,13 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from traceback import clear_frames
 
 import pandas as pd
 import torch
@@ -34,8 +35,8 @@ from .corpus import documents
 from .curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
 from .datasets import cores, follow_parent, from_parquet, replacing, to_parquet, write_json
 from .evals import complete, failures, summarize, write_completions
-from .models import (BASES, attention, base_path, check_spells, digest, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
-                          micro_tokenizer, weights_digest, weights_of)
+from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
+                          micro_tokenizer, token_ids, weights_digest, weights_of)
 from .parallel import Team, on_workers, prepare, start_ray
 from .ppo import ppo
 from .problems import sample_problems
@@ -45,7 +46,7 @@ from .priming import (CONTROLS, METHODS, SCHEMA, control_rows, corpus_rows, dots
 from .quantized import convert_gguf, smollm2_gguf
 from .rollouts import Elsewhere, Engine, LlamaEngine
 from .sft import sft
-from .stages import Job, NotBuilt, environment, stage
+from .stages import Job, NotBuilt, environment, stage, stage_key
 
 # %% ../nbs/10_experiments.ipynb #c011
 def data_stage(job:Job)->Path:
@@ -67,9 +68,8 @@ def base_stage(job:Job)->Path:
         return stage(job.model_dir, "base", {}, dict(gguf=file_digest(gguf)), lambda out: convert_gguf(gguf, out/"model"), **job.how)/"model"
     if name not in BASES: return Path(name)
     settings = cfg.world | cfg.settings("base_", "top", "template") | (dict() if name == "rich" else dict(base_share=0., base_mix=""))
-    key = digest(dict(stage="base", config=json.loads(json.dumps(settings)), inputs={}))
     try:
-        if json.loads((base_path(name)/"recipe.json").read_text())["hash"] == key: return base_path(name)
+        if json.loads((base_path(name)/"recipe.json").read_text())["hash"] == stage_key("base", settings, {}): return base_path(name)
     except (ValueError, OSError, KeyError): pass # not shipped with this installation: train it
     def run(out:Path):
         tok = micro_tokenizer(cfg.top)
@@ -92,9 +92,11 @@ def _problems(job:Job, data:Path, split:str, tokenizer)->list:
 
 def _rows_file(job:Job)->Path|None:
     "The file that a condition's rows come from, if any; a control's own, or else the one of the mix it is made from"
-    if not job.cfg.prime_file: return None
+    if not job.cfg.prime_file or job.condition in ("base", *METHODS): return None
     at = lambda condition: Path(job.cfg.prime_file.replace("{condition}", condition))
-    return at(job.condition) if job.condition not in CONTROLS or at(job.condition).exists() else at(job.cfg.prime_mix)
+    path = at(job.condition) if job.condition not in CONTROLS or at(job.condition).exists() else at(job.cfg.prime_mix)
+    if not path.is_file(): raise ValueError(f"prime_file={path} does not exist, and the rows of {job.condition} should come from it; give the path of a parquet file, where {{condition}} stands for the mix")
+    return path
 
 def _rows_from_file(path:Path, job:Job, prompt:Callable, n_tokens:Callable)->list[dict]:
     "Rows that somebody else wrote, checked, with this experiment's prompts, and the control made from them"
@@ -161,11 +163,11 @@ def _curated_rows(job:Job, where:Path, tok, out:Path)->tuple[list[dict], list[di
 
 def pretraining_stage(job:Job)->Path:
     "Rewritten text of the job's condition, for continued pretraining: train.parquet, val.parquet, and stats.json on what was dropped"
-    cfg, base = job.cfg, base_stage(job)
+    cfg = job.cfg
     given = Path(cfg.curate_file)/job.condition if cfg.curate_file else None
     if given and not (given.parent/"report.json").exists(): raise ValueError(f"curate_file={given.parent} is no folder that `stars curate` has filled: it has no report.json")
     if given and not (given/"train.parquet").exists(): raise ValueError(f"curate_file={given.parent} holds nothing {job.condition}; `stars curate … --method {job.condition}` makes it")
-    where = given or curate_stage(job)
+    base, where = base_stage(job), given or curate_stage(job)
     def run(out:Path):
         tok = load_tokenizer(base)
         train, val = (read_rows(given/f"{name}.parquet") for name in ("train", "test")) if given else _curated_rows(job, where, tok, out)
@@ -181,8 +183,8 @@ def pretraining_stage(job:Job)->Path:
 def prime_stage(job:Job)->Path:
     "Priming rows of the job's condition: train.parquet, val.parquet, and stats.json on what they show"
     if job.condition in METHODS: return pretraining_stage(job)
-    cfg, data, base = job.cfg, data_stage(job), base_stage(job)
-    control, file = job.condition in CONTROLS, _rows_file(job)
+    cfg, control, file = job.cfg, job.condition in CONTROLS, _rows_file(job)
+    data, base = data_stage(job), base_stage(job)
     sampled = sft_stage(replace(job, condition=cfg.prime_mix)) if job.condition == "incorrect_only" and cfg.prime_failures == "sampled" else None
     def run(out:Path):
         tok = load_tokenizer(base)
@@ -208,16 +210,14 @@ def prime_stage(job:Job)->Path:
 
 def sft_stage(job:Job)->Path:
     "The primed, or further pretrained, model (the base itself for condition `base`)"
-    base = base_stage(job)
-    if job.condition == "base": return base
-    prime, cfg = prime_stage(job), job.cfg
+    if job.condition == "base": return base_stage(job)
+    prime, base, cfg = prime_stage(job), base_stage(job), job.cfg # what is wrong with a file of rows shows before a base is trained
     settings = cfg.settings("cpt_", "sft_bf16", "lora_") if job.condition in METHODS else cfg.settings("sft_", "lora_")
     return stage(job.dir, "sft", dict(seed=job.seed) | settings, dict(prime=prime.name, base=_base_digest(base)), lambda out: _train(_sft, job, base, prime, out), **job.how)/"model"
 
 def _sft(job:Job, base:Path, prime:Path, out:Path):
     "SFT, as each worker runs it"
-    cfg, team = job.cfg, Team.join(job.cfg.shard) # below: flash-attn tells packed sequences apart in batches of one row only
-    how = cfg.continued(job.seed) if job.condition in METHODS else cfg.sft(job.seed)
+    cfg, how, team = job.cfg, job.sft, Team.join(job.cfg.shard) # below: flash-attn tells packed sequences apart in batches of one row only
     model = prepare(load_model(base, device(), bf16=how.bf16 and not how.packing), cfg.remat, cfg.lora_rank, cfg.lora_alpha, job.seed)
     sft(model, load_tokenizer(base), read_rows(prime/"train.parquet"), out, how, read_rows(prime/"val.parquet"), job.progress, team)
 
@@ -242,14 +242,14 @@ def make_engine(
     model,                 # a checkpoint that was just loaded
     path:Path,             # where it lies
     tokenizer,
-    prompts:Sequence[str], # what it will be given, for the longest
+    prompts:Iterable[str], # what it will be given, for the longest
     team:Team=Team(),
 )->Engine:
     "The sampler that a configuration asks for, with the model's weights"
     if cfg.engine == "default": return LlamaEngine(model, tokenizer.eos_token_id, cfg.engine_rows, known_ids(tokenizer), torch.bfloat16 if cfg.ppo_bf16 else None)
     if not team.first: return Elsewhere()
     from stars.engines import RayEngine, VLLMEngine
-    context = max(map(len, tokenizer(list(prompts), add_special_tokens=False).input_ids)) + cfg.ppo_max_tokens
+    context = max(map(len, token_ids(tokenizer, prompts))) + cfg.ppo_max_tokens
     make = partial(VLLMEngine, path.resolve() if path.exists() else path, tokenizer, "bfloat16" if cfg.ppo_bf16 else "float32", context, cfg.engine_memory)
     if not cfg.engines: return make(sleeps=torch.cuda.is_available())
     share = _shared(cfg)
@@ -257,8 +257,8 @@ def make_engine(
 
 def ppo_stage(job:Job)->Path:
     "PPO from the primed model: checkpoints step-NNNN/ and metrics.jsonl"
-    cfg, data, start = job.cfg, data_stage(job), sft_stage(job)
-    return stage(job.dir, "ppo", dict(seed=job.seed, template=cfg.template) | cfg.settings("ppo_", "lora_"), dict(data=data.name, start=_base_digest(start)), lambda out: _train(_ppo, job, start, data, out), **job.how)
+    cfg, start, data = job.cfg, sft_stage(job), data_stage(job)
+    return stage(job.dir, "ppo", dict(seed=job.seed, template=cfg.template_key) | cfg.settings("ppo_", "lora_"), dict(data=data.name, start=_base_digest(start)), lambda out: _train(_ppo, job, start, data, out), **job.how)
 
 def _ppo(job:Job, start:Path, data:Path, out:Path):
     "PPO, as each worker runs it"
@@ -272,7 +272,7 @@ def _ppo(job:Job, start:Path, data:Path, out:Path):
 
 def eval_stage(job:Job)->Path:
     "Completions of every checkpoint on the eval split, and results.csv"
-    cfg, data, run_ = job.cfg, data_stage(job), ppo_stage(job)
+    cfg, run_, data = job.cfg, ppo_stage(job), data_stage(job)
     def run(out:Path):
         left = [c for c in sorted(run_.glob("step-*")) if not (out/f"completions-{c.name}.parquet").exists()]
         tok, engine = load_tokenizer(run_/"step-0000"), None
@@ -287,9 +287,9 @@ def eval_stage(job:Job)->Path:
                 write_completions(complete(engine, tok, problems, cfg.ppo_max_tokens, cfg.eval_samples, cfg.eval_temperature, f"{cfg.eval_seed}/{job.seed}/{step}", prompt, labels), out/f"completions-{ckpt.name}.parquet")
         finally:
             if engine: engine.close()
-        results = summarize(pd.concat(map(pd.read_parquet, sorted(out.glob("completions-*.parquet")))))
-        results.to_csv(out/"results.csv", index=False)
-    return stage(job.dir, "eval", dict(seed=job.seed, template=cfg.template, max_tokens=cfg.ppo_max_tokens) | cfg.settings("eval_"), dict(data=data.name, ppo=run_.name), run, **job.how)
+        table = summarize(pd.concat(map(pd.read_parquet, sorted(out.glob("completions-*.parquet")))))
+        table.to_csv(out/"results.csv", index=False)
+    return stage(job.dir, "eval", dict(seed=job.seed, template=cfg.template_key, max_tokens=cfg.ppo_max_tokens) | cfg.settings("eval_"), dict(data=data.name, ppo=run_.name), run, **job.how)
 
 def device()->str: return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -314,10 +314,24 @@ def _now(job:Job)->tuple[str, int]:
         return logs[-1].parent.name.split("-")[0], logs[-1].read_bytes().count(b"\n")
     except (OSError, IndexError): return "data", 0 # nothing yet, or renamed at this moment
 
-def is_built(job:Job)->bool:
-    "Are the results of a job there?"
-    try: return bool(eval_stage(replace(job, build=False)))
-    except NotBuilt: return False
+def is_built(
+    job:Job,
+    made_by:Callable[[Job], Path]=eval_stage, # the stage's function
+)->bool:
+    "Is a stage of a job there, by default its results? What cannot even be looked up is not: building it will say why"
+    try: return bool(made_by(replace(job, build=False)))
+    except (NotBuilt, OSError, ValueError): return False
+
+def _outcome(job:Job)->Future:
+    "A job's results, or why there are none, without the tensors that were in use when it failed"
+    done = Future()
+    try: done.set_result(eval_stage(job))
+    except Exception as e:
+        done.set_exception(e)
+        while e:
+            clear_frames(e.__traceback__)
+            e = e.__cause__ or e.__context__
+    return done
 
 def run_jobs(
     jobs:Sequence[Job],      # what to build
@@ -327,7 +341,14 @@ def run_jobs(
     jobs, n_cores = list(dict.fromkeys(jobs)), cores()
     quiet(None)
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else n_cores))
-    if workers <= 1 or all(map(is_built, jobs)): return {j: eval_stage(j) for j in jobs}
+    for j in jobs: _rows_file(j) # one that is missing is refused before anything is built
+    done = {j: _outcome(j) for j in jobs} if workers <= 1 or all(map(is_built, jobs)) else _side_by_side(jobs, workers, n_cores)
+    failed = {j: f.exception() for j, f in done.items() if f.exception()}
+    for j, e in failed.items(): print(f"{j.name} failed: {e}", file=sys.stderr)
+    return {j: done[j].result() for j in jobs} # raises the first failure, after all the others have finished
+
+def _side_by_side(jobs:Sequence[Job], workers:int, n_cores:int)->dict[Job, Future]:
+    "Build jobs in processes that share the cores"
     for j in {(j.cfg, j.model): j for j in jobs}.values(): data_stage(j), base_stage(j) # shared: once, with all cores
     done, bar = {}, tqdm(total=len(jobs), desc="jobs", bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]{postfix}")
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(), max(1, n_cores // workers))) as pool:
@@ -338,16 +359,14 @@ def run_jobs(
                     done[pending[f]] = f
                     bar.update()
                 busy = [j for f, j in pending.items() if f.running()][:workers]
-                bar.set_postfix_str(" · ".join(f"{j.model}/{j.condition}/{j.seed}: {s} {n}" for j in busy for s, n in [_now(j)]))
+                bar.set_postfix_str(" · ".join(f"{j.name}: {s} {n}" for j in busy for s, n in [_now(j)]))
                 time.sleep(1)
         except BaseException: # Ctrl-C: what the workers have saved is kept, nobody waits for the rest
             pool.shutdown(wait=False, cancel_futures=True)
             for p in multiprocessing.active_children(): p.terminate()
             raise
     bar.close()
-    failed = {j: f.exception() for j, f in done.items() if f.exception()}
-    for j, e in failed.items(): print(f"{j.model}/{j.condition}/seed{j.seed} failed: {e}", file=sys.stderr)
-    return {j: done[j].result() for j in jobs} # raises the first failure, after all the others have finished
+    return done
 
 def grid(
     cfg:Config,                # from `preset`

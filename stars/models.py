@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SPECIAL', 'BASES', 'SOFTMAX', 'micro_words', 'micro_tokenizer', 'check_spells', 'micro_model', 'n_params',
-           'attention', 'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'known_ids', 'load_model',
-           'digest', 'file_digest', 'weights_digest', 'weights_of', 'save_checkpoint', 'Critic', 'token_logprobs']
+           'attention', 'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'token_ids', 'known_ids',
+           'load_model', 'digest', 'file_digest', 'weights_digest', 'weights_of', 'save_checkpoint', 'Critic',
+           'token_logprobs']
 
 # %% ../nbs/04_models.ipynb #c002
 import copy
@@ -14,9 +15,12 @@ import importlib.util
 import json
 import re
 import shutil
+from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -141,6 +145,15 @@ def load_tokenizer(
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
+def token_ids(
+    tokenizer:PreTrainedTokenizerBase, # any tokenizer
+    texts:Iterable[str],               # any number of them
+)->list[array]: # of each text
+    "Token ids without special tokens, at four bytes each: hundreds of thousands of prompts stay small"
+    texts, out = iter(texts), []
+    while some := list(islice(texts, 4_096)): out += [array("i", ids) for ids in tokenizer(some, add_special_tokens=False).input_ids]
+    return out
+
 def known_ids(
     tokenizer:PreTrainedTokenizerBase, # any tokenizer
 )->int: # ids from here on are no tokens, though the embedding may have rows for them
@@ -173,7 +186,11 @@ def weights_digest(
     path:str|Path, # folder with a checkpoint
 )->str: # ten hex digits
     "What tells one checkpoint's weights from another's"
-    return digest([file_digest(f) for f in sorted(Path(path).glob("*.safetensors"))])
+    found = [(f, f.stat()) for f in sorted(Path(path).resolve().glob("*.safetensors"))]
+    return _digest_of(tuple((f, s.st_size, s.st_mtime_ns, s.st_ino) for f, s in found))
+
+@lru_cache
+def _digest_of(found:tuple)->str: return digest([file_digest(f) for f, *_ in found]) # files as they are now: gigabytes are read once
 
 def weights_of(
     model:nn.Module, # a transformers model, perhaps with LoRA adapters, perhaps sharded

@@ -14,7 +14,7 @@ from math import ceil
 import pandas as pd
 
 from .configs import Config
-from .experiments import Job, NotBuilt, base_stage
+from .experiments import Job, base_stage, is_built
 from .memory import Shape, cache_bytes, cast_bytes, forward_bytes, llama_config, logit_bytes, pass_bytes, sampling_bytes, shape_of
 from .models import BASES, attention, micro_words
 
@@ -77,8 +77,7 @@ def _kernel(shape:Shape, bf16:bool)->str:
 def _pretrains(cfg:Config, model:str)->bool:
     "Would the base be pretrained here, for want of a shipped one with these settings?"
     if model not in BASES: return False
-    try: return not base_stage(Job(cfg, model, "base", build=False))
-    except NotBuilt: return True
+    return not is_built(Job(cfg, model, "base"), base_stage)
 
 def _training(shape:Shape, cfg:Config, tokens:int, length:int, bf16:bool)->dict[str, int]:
     "Supervised training, pretraining included"
@@ -121,7 +120,7 @@ def plan(
     if not 0 < memory < 1e6: raise ValueError(f"memory={memory} GiB must be above 0, and that of one GPU")
     if prompt is not None and prompt < 1: raise ValueError(f"prompt={prompt} tokens must be at least 1")
     shape, total = micro_shape(cfg) if model in BASES else shape_of(model), memory * GIB
-    prompt = prompt or (3*max(cfg.n_numbers) + 8 if cfg.template == "micro" else 256)
+    prompt = prompt or (cfg.micro_prompt if cfg.template == "micro" else 256)
     size, room, vllm = 2 if cfg.ppo_bf16 else 4, max(0, total * (1 - RESERVE_SHARE) - RESERVE_FIXED), cfg.engine == "vllm"
     copy, responses = size*shape.parameters, cfg.data_eval * cfg.eval_samples
     alone, base = replace(cfg, workers=1, shard=False, remat=False, lora_rank=0), cfg.pretraining()
@@ -144,7 +143,7 @@ def batch_arithmetic(
     rollouts, n, share = c.ppo_prompts * c.ppo_samples, p.shape.parameters, ceil(c.ppo_minibatch / c.workers)
     state = lambda n: 12 * _trained(p.shape, n, c)
     critic = state(p.shape.body + p.shape.hidden) if c.ppo_estimator == "gae" else 0
-    sft_updates, checkpoints = c.sft_epochs * ceil(c.prime_rows / c.sft_batch_size), 1 + ceil(c.ppo_steps / c.ppo_save_every)
+    sft_updates, checkpoints = c.sft_epochs * ceil(c.prime_rows / c.sft_batch_size), c.checkpoints
     return dict(rollouts=rollouts, rollouts_per_worker=ceil(rollouts / c.workers), tokens_per_worker=ceil(rollouts / c.workers) * length,
                 minibatches=rollouts // c.ppo_minibatch, minibatch_per_worker=share, micro_batches=ceil(share / max(1, c.ppo_micro_tokens // length)),
                 sft_updates=sft_updates, ppo_updates=c.ppo_steps * c.ppo_epochs * rollouts // c.ppo_minibatch, sampled=c.ppo_steps * rollouts * c.ppo_max_tokens,
@@ -157,8 +156,8 @@ def problems(
 )->list[str]: # the phase that lacks most first; empty if it fits
     "What stands in the way of a plan"
     c, out = p.cfg, []
-    devices, gib = max(c.workers, c.engines if c.engine == "vllm" else 0), lambda x: f"{x / GIB:.1f} GiB"
-    if devices > p.gpus: out.append(f"{'workers' if c.workers == devices else 'engines'}={devices} need {devices} GPUs and there {'is' if p.gpus == 1 else 'are'} {p.gpus}")
+    gib = lambda x: f"{x / GIB:.1f} GiB"
+    if c.devices > p.gpus: out.append(f"{'workers' if c.workers == c.devices else 'engines'}={c.devices} need {c.devices} GPUs and there {'is' if p.gpus == 1 else 'are'} {p.gpus}")
     if p.prompt + c.ppo_max_tokens > p.shape.context: out.append(f"a prompt of {p.prompt} tokens and ppo_max_tokens={c.ppo_max_tokens} exceed the context of {p.shape.context}")
     for x in sorted((x for x in p.phases if x.total > x.room), key=lambda x: x.room - x.total):
         large = sorted(x.parts, key=x.parts.get, reverse=True)[:3]
@@ -166,7 +165,7 @@ def problems(
     return out
 
 def _excess(p:Plan)->tuple[int, float]: # devices and bytes that are missing
-    return max(0, max(p.cfg.workers, p.cfg.engines * (p.cfg.engine == "vllm")) - p.gpus), sum(max(0, x.total - x.room) for x in p.phases)
+    return max(0, p.cfg.devices - p.gpus), sum(max(0, x.total - x.room) for x in p.phases)
 
 def _halves(n:int, least:int)->Iterator[int]:
     while n // 2 >= least: yield (n := n // 2)
@@ -175,7 +174,7 @@ def _changes(p:Plan)->Iterator[dict]:
     "Settings to try, the cheapest first; later ones are tried on top of those that helped"
     c, sharing = p.cfg, p.gpus if p.gpus > 1 else 0
     if c.workers > p.gpus: yield dict(workers=p.gpus, shard=p.gpus > 1)
-    if c.engine == "vllm" and c.engines > p.gpus: yield dict(engines=sharing)
+    if c.engines > p.gpus: yield dict(engines=sharing)
     yield dict(remat=True)
     if c.workers > 1: yield dict(shard=True)
     if c.workers < p.gpus: yield dict(workers=p.gpus, shard=True)

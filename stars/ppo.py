@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .behaviors import column_of, count_in
 from .countdown import Problem, make_prompt, score
-from .models import Critic, known_ids, save_checkpoint, token_logprobs, weights_of
+from .models import Critic, known_ids, save_checkpoint, token_ids, token_logprobs, weights_of
 from .parallel import Team, load_state, memory_for, save_state
 from .rollouts import Engine, LlamaEngine, Rollout, probe, seeds_of
 from .sft import Log, check_finite, pad, resumed
@@ -240,6 +240,13 @@ class PPOConfig:
             raise ValueError(f"minibatch={self.minibatch} does not divide the {self.prompts * self.samples} rollouts of a step (prompts × samples)")
         if self.estimator == "group" and self.kl_coef and self.kl_in == "reward":
             raise ValueError("estimator='group' would scale the KL penalty of a group that agrees to the size of a reward; set kl_in='loss' or kl_coef=0")
+        for f in ("kl_coef", "warmup", "weight_decay"):
+            if not getattr(self, f) >= 0: raise ValueError(f"{f}={getattr(self, f)} must be at least 0 (off)")
+        for f in ("gamma", "lam"):
+            if not 0 <= getattr(self, f) <= 1: raise ValueError(f"{f}={getattr(self, f)} must lie between 0 and 1")
+        for f in ("clip", "value_clip", "max_grad_norm"):
+            if not getattr(self, f) > 0: raise ValueError(f"{f}={getattr(self, f)} must be above 0; inf clips nothing")
+        if not 0 <= self.format_score < 1: raise ValueError(f"format_score={self.format_score} must be at least 0 and below 1, which is what a correct answer earns")
         for f in ("lr", "critic_lr"):
             if not 0 < getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)} must lie between 0 and 1")
         if self.estimator == "group" and self.samples < 2: raise ValueError("estimator='group' needs samples of at least 2")
@@ -334,6 +341,35 @@ def sync(engine:Engine, team:Team, policy:PreTrainedModel):
     if team.first or not engine.shared: engine.sync(weights)
     for _ in weights: pass
 
+def _valued(
+    rollouts:Sequence[Rollout], scores:Sequence[float],
+    cfg:PPOConfig,
+    policy:PreTrainedModel, critic:Critic|None, ref:nn.Module|None,
+    vocab:int, team:Team, device:torch.device,
+)->tuple[Batch, Tensor|None, dict[str, float]]: # with advantages; reference logprobs, if the KL is in the loss; what is worth logging
+    "A step's batch, with all that must be known before the policy moves"
+    half = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    logprobs = lambda model: over_batch(lambda ids, skip: token_logprobs(model, ids, skip, cfg.temperature, vocab=vocab), batch, cfg.micro_tokens, team)
+    batch, s, row = collate(rollouts, device), torch.tensor(scores, dtype=torch.float32, device=device), {}
+    if cfg.mask_truncated: batch.mask *= torch.tensor([[float(r.finished)] for r in rollouts], device=device)
+    rewards, ref_logp = token_rewards(s, batch.mask) * batch.mask, None
+    if cfg.is_cap: # the ratio is taken against the trainer's own old policy; that the sampler was another one is corrected by a weight
+        with half(): trainer = logprobs(policy)
+        ratio = (trainer - batch.old_logp).exp()
+        batch.weights, batch.old_logp, row["is_capped"] = ratio.clamp(max=cfg.is_cap), trainer, masked_mean((ratio > cfg.is_cap).float(), batch.mask).item()
+    if ref is not None:
+        with half(): ref_logp = logprobs(ref)
+        kl = kl_estimate(batch.old_logp, ref_logp, "k1") * batch.mask
+        row["kl"] = masked_mean(kl, batch.mask).item()
+        if cfg.kl_in == "reward": rewards, ref_logp = rewards - cfg.kl_coef * kl, None
+    if critic:
+        with half(): batch.values = over_batch(lambda ids, skip: critic(ids)[:, skip:-1], batch, cfg.micro_tokens, team)
+        advantages, batch.returns = gae(rewards, batch.values, batch.mask, cfg.gamma, cfg.lam)
+        row["explained_variance"] = explained_variance(batch.values, batch.returns, batch.mask)
+        batch.advantages = whiten(advantages, batch.mask)
+    else: batch.advantages = group_advantages(rewards.sum(-1), cfg.samples)[:, None] * batch.mask
+    return batch, ref_logp, row
+
 def ppo(
     policy:PreTrainedModel,            # trained in place
     tokenizer:PreTrainedTokenizerBase,
@@ -363,7 +399,7 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
     reward = reward or (lambda text, p: score(text, p.numbers, p.target, cfg.format_score))
     half = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
     engine = engine or LlamaEngine(policy, tokenizer.eos_token_id, vocab=vocab, dtype=torch.bfloat16 if cfg.bf16 else None)
-    prompt_ids = tokenizer([prompt(p) for p in problems], add_special_tokens=False).input_ids
+    prompt_ids = token_ids(tokenizer, map(prompt, problems))
     critic = Critic.from_policy(policy) if cfg.estimator == "gae" else None
     ref = reference().eval().requires_grad_(False) if cfg.kl_coef else None
     if ref is not None and team.shard: ref = team.wrap(ref, cfg.bf16)
@@ -376,7 +412,6 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
     if not done: checkpoint(0)
     log = Log(out/"metrics.jsonl", done) if team.first else lambda **row: None
     sync(engine, team, policy)
-    logprobs = lambda model: over_batch(lambda ids, skip: token_logprobs(model, ids, skip, cfg.temperature, vocab=vocab), batch, cfg.micro_tokens, team)
     bar = tqdm(total=cfg.steps, initial=done, desc="ppo", disable=not progress)
     for step in range(done, cfg.steps):
         clock = [time.perf_counter()]
@@ -396,24 +431,8 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
         row = dict(step=step + 1, **rollout_metrics(rollouts, scores, list(map(count, texts, batch_problems))), rollout_gap=gap, rollout_kl=kl)
         tick()
         # value
-        batch, s = collate(rollouts, device), torch.tensor(scores, dtype=torch.float32, device=device)
-        if cfg.mask_truncated: batch.mask *= torch.tensor([[float(r.finished)] for r in rollouts], device=device)
-        rewards, ref_logp = token_rewards(s, batch.mask) * batch.mask, None
-        if cfg.is_cap: # the ratio is taken against the trainer's own old policy; that the sampler was another one is corrected by a weight
-            with half(): trainer = logprobs(policy)
-            ratio = (trainer - batch.old_logp).exp()
-            batch.weights, batch.old_logp, row["is_capped"] = ratio.clamp(max=cfg.is_cap), trainer, masked_mean((ratio > cfg.is_cap).float(), batch.mask).item()
-        if ref is not None:
-            with half(): ref_logp = logprobs(ref)
-            kl = kl_estimate(batch.old_logp, ref_logp, "k1") * batch.mask
-            row["kl"] = masked_mean(kl, batch.mask).item()
-            if cfg.kl_in == "reward": rewards, ref_logp = rewards - cfg.kl_coef * kl, None
-        if critic:
-            with half(): batch.values = over_batch(lambda ids, skip: critic(ids)[:, skip:-1], batch, cfg.micro_tokens, team)
-            advantages, batch.returns = gae(rewards, batch.values, batch.mask, cfg.gamma, cfg.lam)
-            row["explained_variance"] = explained_variance(batch.values, batch.returns, batch.mask)
-            batch.advantages = whiten(advantages, batch.mask)
-        else: batch.advantages = group_advantages(rewards.sum(-1), cfg.samples)[:, None] * batch.mask
+        batch, ref_logp, valued = _valued(rollouts, scores, cfg, policy, critic, ref, vocab, team, device)
+        row |= valued
         tick()
         # improve
         rise = min(1., (step + 1) / max(1, cfg.warmup))

@@ -24,7 +24,7 @@ from . import countdown
 from .countdown import Problem, make_prompt
 from .datasets import from_parquet, replacing
 from .experiments import Config, Job, base_stage, data_stage, prime_stage
-from .models import BASES, digest, load_tokenizer
+from .models import BASES, digest, load_tokenizer, token_ids
 from .priming import METHODS
 from .sft import SFTConfig, encode
 
@@ -145,7 +145,8 @@ def sft_counterparts(
 def sft_steps(cfg:Config)->int: return cfg.prime_rows // cfg.sft_batch_size * cfg.sft_epochs # updates; verl drops a batch that is not full
 
 # %% ../nbs/10d_verl.ipynb #c015
-IN_DATA = ("preset", "n_numbers", "min_", "max_", "top", "template", "data_", "base_", "prime_", "models", "figures") # beginnings of field names
+IN_DATA = ("preset", "n_numbers", "min_", "max_", "top", "template", "data_", "base_", "prime_", "models", "seeds", "figures",
+           "corpus_", "curate_", "cpt_", "restarts") # beginnings of field names: what the export holds already, or what such a run never asks
 
 NOTES = dict(
     ppo_mask_truncated="", # refused where it is not False
@@ -163,8 +164,8 @@ def differences(
     exported = {**ppo_counterparts(cfg), **sft_counterparts(cfg)}
     left = [f.name for f in fields(Config) if f.name not in exported and not f.name.startswith(IN_DATA)]
     lines = [f"{f}={getattr(cfg, f)!r}: {NOTES.get(f, 'has no counterpart in verl')}" for f in left if NOTES.get(f) != ""]
+    if not cfg.ppo_is_cap: lines += ["old log-probabilities are computed again by the trainer; here they are the sampler's"]
     lines += ["random streams are verl's: the same seed gives other orders and other draws than here",
-              "old log-probabilities are computed again by the trainer; here they are the sampler's",
               "ppo_micro_tokens counts padding here and none in verl: memory differs, gradients do not"]
     if not cfg.ppo_bf16: lines += ["ppo_bf16=False: verl computes in bfloat16 over fp32 weights all the same (its critic takes flash-attention 2, which has no fp32)"]
     if cfg.ppo_estimator == "gae": lines += ["verl's value head starts from random weights, here from zeros"]
@@ -197,9 +198,7 @@ def check(
     need(gpus % tensor_parallel == 0, f"tensor_parallel={tensor_parallel} does not divide gpus={gpus}")
     need(not cfg.ppo_mask_truncated, "ppo_mask_truncated=True: verl cannot leave truncated responses out of the loss; set it to False")
     need(cfg.ppo_minibatch % cfg.ppo_samples == 0, f"ppo_minibatch={cfg.ppo_minibatch} holds no whole number of prompts of ppo_samples={cfg.ppo_samples} rollouts, in which verl counts")
-    total = cfg.ppo_prompts * cfg.ppo_samples
     need(cfg.ppo_minibatch % (gpus*nodes) == 0, f"ppo_minibatch={cfg.ppo_minibatch} does not divide among {gpus*nodes} GPUs")
-    need(total % cfg.ppo_minibatch == 0, f"ppo_minibatch={cfg.ppo_minibatch} does not divide the {total} rollouts of a step")
     need(cfg.data_rows >= cfg.ppo_prompts, f"data_rows={cfg.data_rows} do not fill a step of ppo_prompts={cfg.ppo_prompts}; verl does not begin the next epoch inside a step")
     need(cfg.lora_alpha == int(cfg.lora_alpha), f"lora_alpha={cfg.lora_alpha} is not a whole number, which verl wants")
     if not primed: return
@@ -318,7 +317,7 @@ def to_verl(
     _claim(out, about)
     prompt = lambda p: make_prompt(p, cfg.template, tokenizer)
     prompts = [t for split in ("train", "eval") for t in write_rl(data/f"{split}.parquet", out/f"{split}.parquet", prompt)]
-    longest = max(map(len, tokenizer(sorted(set(prompts)), add_special_tokens=False).input_ids))
+    longest = max(map(len, token_ids(tokenizer, sorted(set(prompts)))))
     if prime:
         for split in ("train", "val"): encode(write_sft(prime/f"{split}.parquet", out/f"sft-{split}.parquet"), tokenizer, cfg.sft_max_length) # none is too long, or verl stops
     _write(out/"reward.py", reward_source(cfg.ppo_format_score))

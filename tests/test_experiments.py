@@ -20,9 +20,12 @@ from stars.configs import FIGURES
 from stars.countdown import Problem, split_of
 from stars.datasets import from_parquet
 from stars.figures import controls
+from stars.models import weights_digest
 from stars.plots import save_figure
 from stars.priming import METHODS, read_rows
 from stars.sources import COUNTED, FILES
+from stars.stages import stage_key
+from stars.sweeps import begun
 
 TINY = ["--preset", "smoke", "--set", "base_docs=300", "prime_rows=120", "data_eval=10"]
 TINY_SET = dict(base_docs=300, prime_rows=120, data_eval=10)
@@ -138,7 +141,7 @@ def test_run_store_explains_itself(reproduced):
     for m in (cwd/"runs").rglob("manifest.json"):
         manifest = json.loads(m.read_text())
         assert m.parent.name == f"{manifest['stage']}-{manifest['hash']}" and manifest["packages"]["torch"]
-        assert manifest["hash"] == ex.digest(dict(stage=manifest["stage"], config=manifest["config"], inputs=manifest["inputs"]))
+        assert manifest["hash"] == stage_key(manifest["stage"], manifest["config"], manifest["inputs"])
     log = untimed(next((cwd/"runs").glob("smoke/plain/base/seed0/ppo-*/metrics.jsonl")))
     assert [r["step"] for r in log] == [1, 2, 3, 4]
     assert {"reward", "accuracy", "format", "response_tokens", "truncated", "avg_verifications", "avg_backtracking", "avg_subgoals", "avg_backwards", "kl", "entropy",
@@ -209,10 +212,15 @@ if __name__ == "__main__": ex.results(ex.preset("smoke", ppo_steps=500, **{TINY_
     (["ppo", "--set", "ppo_lr=fast"], "ppo_lr='fast' is not a float"),
     (["ppo", "--set", "ppo_minibatch=48"], "minibatch=48 does not divide the 128 rollouts"),
     (["ppo", "--set", "ppo_estimator=group", "ppo_kl_coef=0"], "needs samples of at least 2"),
-    (["ppo", "--set", "ppo_estimator=group"], "set kl_in='loss'"),
+    (["ppo", "--set", "ppo_estimator=group"], "set ppo_kl_in='loss' or ppo_kl_coef=0"),
     (["ppo", "--set", "min_target=40"], "min_target=40 is above max_target=30"),
     (["ppo", "--set", "template=nope"], "template='nope'"),
     (["ppo", "--set", "ppo_max_tokens=600"], "do not fit into base_context=512"),
+    (["ppo", "--set", "base_batch=0"], "base_batch=0 must"),
+    (["ppo", "--set", "base_micro_tokens=200"], "base_micro_tokens=200 is below base_context=512"),
+    (["ppo", "--set", "sft_micro_tokens=600", "cpt_max_length=700"], "sft_micro_tokens=600 is below cpt_max_length=700"),
+    (["ppo", "--set", "engine=vllm", "eval_temperature=.001"], "eval_temperature=0.001: vLLM takes 0.01 to 100, or 0"),
+    (["ppo", "--set", "ppo_format_score=1"], "ppo_format_score=1.0 must be"),
     (["ppo", "--set", "ppo_steps=inf"], "ppo_steps='inf' is not a int"),
     (["figure", "fig_controls", "-p", "models=rich"], "models='rich' must be a list"),
     (["ppo", "--set", "max_number=500"], "must not exceed top=199"),
@@ -246,10 +254,55 @@ def test_a_changed_setting_never_meets_old_results(tmp_path):
     assert a != b and a.parent == b.parent and ex.prime_stage(job(ppo_lr=.5)) == a
 
 
+def test_a_template_is_its_text_and_not_its_file(tmp_path):
+    "Edited, it never meets what it made before; moved, it does"
+    file, other = tmp_path/"mine.txt", tmp_path/"moved.txt"
+    data = lambda at: ex.data_stage(ex.Job(ex.preset("smoke", **TINY_SET, template=str(at)), "plain", "base", 0, str(tmp_path), progress=False))
+    file.write_text("using {numbers} make {target} : <think>")
+    first = data(file)
+    file.rename(other)
+    file.write_text("make {target} from {numbers} : <think>")
+    assert data(other) == first != data(file) and first.parent == data(file).parent
+    keys = [{json.dumps(c.settings("template"))} | {c.template_key} for c in (ex.preset("smoke", template=str(p)) for p in (file, other))]
+    assert not keys[0] & keys[1] and ex.preset("smoke").template_key == "micro" and list(begun(first.parent, ex.preset("smoke", **TINY_SET, template=str(other)))) == [first.name]
+
+
+def test_serial_jobs_fail_alone(tmp_path, monkeypatch, capsys):
+    "The others are built, the first failure is raised at the end; Ctrl-C stops at once"
+    jobs, built = ex.grid(ex.preset("smoke"), ["plain"], ["base"], range(4), tmp_path), []
+    def evaluated(job):
+        if job.seed % 2: raise ValueError(f"seed {job.seed} is odd")
+        built.append(job.seed)
+    monkeypatch.setattr(ex, "eval_stage", evaluated)
+    with pytest.raises(ValueError, match="seed 1 is odd"): ex.run_jobs(jobs, workers=1)
+    assert built == [0, 2] and capsys.readouterr().err.splitlines() == [f"plain/base/{s} failed: seed {s} is odd" for s in (1, 3)]
+    monkeypatch.setattr(ex, "eval_stage", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): ex.run_jobs(jobs, workers=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_missing_priming_file_is_named_before_anything_is_built(tmp_path, workers):
+    jobs = ex.grid(ex.preset("smoke", prime_file=f"{tmp_path}/{{condition}}.parquet"), ["plain"], ["base", "dots"], [0], tmp_path/"runs")
+    with pytest.raises(ValueError, match="prime_file=.*/backtracking_verification.parquet does not exist, and the rows of dots"): ex.run_jobs(jobs, workers)
+    for made_by in (ex.prime_stage, ex.sft_stage, ex.ppo_stage, ex.eval_stage):
+        with pytest.raises(ValueError, match="does not exist"): made_by(jobs[1])
+    assert not (tmp_path/"runs").exists()
+
+
+def test_weights_are_read_again_when_they_change(tmp_path):
+    "Their digest is remembered by what the file system says of the file"
+    w = tmp_path/"model.safetensors"
+    w.write_bytes(b"old!")
+    os.utime(w, ns=(0, 0))
+    a = weights_digest(tmp_path)
+    w.write_bytes(b"new!")
+    assert a != weights_digest(tmp_path) == ex.weights_digest(str(tmp_path)) and weights_digest(tmp_path) == ex.weights_digest(tmp_path/".")
+
+
 def test_shipped_bases_are_what_the_base_stage_makes():
     for name in ("plain", "rich"):
         recipe = json.loads((ex.base_path(name)/"recipe.json").read_text())
-        assert recipe["hash"] == ex.digest(dict(stage="base", config=recipe["config"], inputs={}))
+        assert recipe["hash"] == stage_key("base", recipe["config"], {})
         assert recipe["weights_sha256"] == ex.file_digest(ex.base_path(name)/"model.safetensors")
         assert ex.base_stage(ex.Job(ex.preset("cpu"), name, "base")) == ex.base_path(name) # no training
 

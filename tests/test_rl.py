@@ -119,10 +119,9 @@ def test_sft_ignores_the_query_and_the_padding():
     tok = micro_tokenizer()
     model = micro_model(tok, hidden=32, layers=2, heads=2, ffn=64)
     a, b = Example([10, 11, 12, 13, 2], 2), Example([10, 11, 12, 2], 3)
-    both, n = sft_loss(model, [a, b])
-    alone = [sft_loss(model, [e])[0] for e in (a, b)]
-    torch.testing.assert_close(both, sum(alone))
-    assert n == 3 + 1
+    alone = [sft_loss(model, [e]) for e in (a, b)]
+    torch.testing.assert_close(sft_loss(model, [a, b]), sum(alone))
+    assert [e.counted for e in (a, b)] == [3, 1]
     ids = torch.tensor([a.ids])
     want = torch.nn.functional.cross_entropy(model(ids).logits[0, 1:-1], ids[0, 2:], reduction="sum") # transformers' own shift
     torch.testing.assert_close(alone[0], want)
@@ -180,6 +179,12 @@ def test_bad_configurations_are_named():
     for cls, bad, field in ((P.PPOConfig, dict(minibatch=500), "minibatch=500"), (P.PPOConfig, dict(aggregate="mean"), "aggregate='mean'"),
                             (P.PPOConfig, dict(estimator="group", samples=1, minibatch=256, kl_coef=0.), "samples"), (P.PPOConfig, dict(estimator="group"), "kl_in"), (SFTConfig, dict(epochs=0), "epochs=0"), (SFTConfig, dict(lr=0.), "lr=0.0")):
         with pytest.raises(ValueError, match=field): cls(**bad).validate()
+    for cls, bad in ((P.PPOConfig, dict(format_score=1.)), (P.PPOConfig, dict(format_score=-.1)), (P.PPOConfig, dict(kl_coef=-1e-3)), (P.PPOConfig, dict(warmup=-1)), (P.PPOConfig, dict(gamma=1.01)),
+                     (P.PPOConfig, dict(lam=-.1)), (P.PPOConfig, dict(clip=0.)), (P.PPOConfig, dict(value_clip=-.5)), (P.PPOConfig, dict(max_grad_norm=0.)), (P.PPOConfig, dict(gamma=math.nan)),
+                     (SFTConfig, dict(warmup=-.1)), (SFTConfig, dict(warmup=20)), (SFTConfig, dict(clip=0.))):
+        with pytest.raises(ValueError, match="{}={}".format(*next(iter(bad.items())))): cls(**bad).validate()
+    P.PPOConfig(format_score=0., kl_coef=0., gamma=0., lam=0., value_clip=math.inf).validate()
+    SFTConfig(warmup=0., clip=math.inf).validate()
     with pytest.raises(ValueError, match="row 0 takes 14 tokens"):
         encode([dict(query="using 3 , 4 make 12 : <think>", completion=" 3 * 4 = 12")], micro_tokenizer(), max_length=8)
 

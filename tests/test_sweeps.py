@@ -105,6 +105,19 @@ def test_results_are_those_of_an_ordinary_run(cluster, started, tmp_path):
     assert list(started) == ["eval plain/incorrect_only/0"] and Path(swept.folder[1]).is_dir()
 
 
+def test_rewritten_text_is_made_once(tmp_path, monkeypatch):
+    "Eight runs wait for one curation; with a folder of `stars curate` there is nothing to wait for"
+    begun = []
+    monkeypatch.setattr(sweeps.Tasks, "_start", lambda self, stage, job: begun.append((stage, job.model)) or len(begun))
+    tasks = lambda **how: sweeps.Tasks([sweeps.Run(j) for j in ex.grid(ex.preset("smoke", **how), ["plain", "rich"], ["curated", "negated"], [0, 1], tmp_path)], 0, 1, 0, 9)
+    made = tasks()
+    assert sorted(begun) == [("base", "plain"), ("base", "rich"), ("curate", "plain"), ("data", "plain")]
+    assert all(len(made._needs(r.job)) == 3 and begun.index(("curate", "plain")) + 1 in made._needs(r.job) for r in made.queue)
+    begun.clear()
+    tasks(curate_file="mine")
+    assert [stage for stage, _ in begun] == ["data", "base", "base"]
+
+
 def test_failures_stay_with_their_runs(shared, tmp_path, monkeypatch, capsys):
     "A model that cannot be loaded, and a shared stage that cannot be built, beside a run that works"
     monkeypatch.chdir(tmp_path)

@@ -68,6 +68,12 @@ def test_no_field_is_passed_over():
         shown = lambda c: (rl(c), sft_overrides(c, "m", "run"), reward_source(c.ppo_format_score), differences(c, True))
         assert shown(cfg) != shown(other), f.name
 
+def test_differences_are_true():
+    "What decides data alone is not listed; with a cap the trainer computes old log-probabilities here, too"
+    plain, capped = differences(preset("cpu"), True), differences(preset("cpu", ppo_is_cap=2.), True)
+    assert not [l for l in plain if l.startswith(("corpus_", "curate_", "cpt_", "seeds", "restarts"))]
+    assert any("here they are the sampler's" in l for l in plain) and not any("the sampler's" in l for l in capped)
+
 def test_a_new_field_is_reported(monkeypatch):
     from dataclasses import make_dataclass
     import stars.verl as module
