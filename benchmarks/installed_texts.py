@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from stars.datasets import replacing
+from stars.files import replacing
 
 C_COMMENT = re.compile(r"/\*+(.*?)\*/|((?:^[ \t]*//[^\n]*\n){2,})", re.S | re.M)
 LARGEST = 3_000_000 # bytes of a file; larger ones are data

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from common.report import report
 from stars import experiments as ex
 from stars.countdown import make_prompt
-from stars.datasets import cores
+from stars.workers import cores
 from stars.evals import complete, summarize
 from stars.models import fast_cpu_math, known_ids, load_model, load_tokenizer
 from stars.notebooks import figure_notebook, run_notebook

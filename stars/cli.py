@@ -25,6 +25,7 @@ from . import __version__
 from .asking import curate, judge, label, ledger, prime
 from .countdown import split_of
 from .datasets import read_problems, to_parquet, write_problems
+from .files import write_json
 from .options import Later, Set, ex, job_of, overrides, space_of
 from .priming import CONDITIONS, METHODS
 from .problems import whole
@@ -74,7 +75,7 @@ def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"
             if (out/f"{split}.parquet").exists(): raise ValueError(f"{out/f'{split}.parquet'} exists; remove it or choose another folder")
             if len(there) > n: print(f"{len(there) - n:,} problems of split {split} are left out: --{split} {n}")
             if mine := there[:n]: print(f"{to_parquet(mine, out/f'{split}.parquet', split, template, difficulty=difficulty)}: {len(mine):,} problems")
-        (out/"report.json").write_text(json.dumps(vars(report), indent=1) + "\n")
+        write_json(out/"report.json", vars(report))
         return
     for split, n in sizes.items():
         if n: print(f"{write_problems(out/f'{split}.parquet', n, seed, replace(where, split=split), template, difficulty=difficulty, workers=workers)}: {n:,} problems")

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .behaviors import count_behaviors
 from .corpus import embedded_rewrite
-from .datasets import check_settings, held, replacing, write_json
+from .files import check_settings, held, write_json, write_table
 from .pretraining import Shard, Text, corpus_files, label_files, labels_file, plan_shards, read_shard, spread
 from .priming import METHODS, Trace, write_rows
 
@@ -94,7 +94,7 @@ def rewrite_corpus(
         done = len(list(out.glob(f"{method}-*.parquet")))
         with tqdm(total=n, initial=done, desc=f"rewrite {method}", unit=" shards", disable=not progress) as bar:
             for shard, rows in rewriter(s for s in shards if not at(s).exists()) if done < n else ():
-                with replacing(at(shard)) as tmp: pq.write_table(pa.Table.from_pylist(rows, REWRITES), tmp, compression="zstd")
+                write_table(pa.Table.from_pylist(rows, REWRITES), at(shard), compression="zstd")
                 bar.update()
     return read_rewrites(out, method)
 

@@ -18,7 +18,7 @@ import nbformat
 from tqdm import tqdm
 
 from .configs import preset as preset_of
-from .datasets import replacing
+from .files import replacing
 from .experiments import run_jobs
 from .gallery import gallery
 from .models import BASES

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .behaviors import HABIT_NAMES, column_of, count_in
 from .countdown import Problem, answer_of, make_prompt, reward_of, split_of
-from .datasets import replacing
+from .files import replacing
 from .rollouts import Engine, seeds_of
 
 # %% ../nbs/08_evals.ipynb #c005

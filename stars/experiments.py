@@ -33,7 +33,9 @@ from .configs import PRESETS, Config, preset
 from .countdown import Problem, make_prompt, score, split_of
 from .corpus import documents
 from .curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
-from .datasets import cores, follow_parent, from_parquet, replacing, to_parquet, write_json
+from .datasets import from_parquet, to_parquet
+from .files import replacing, write_json
+from .workers import cores, follow_parent
 from .evals import complete, failures, summarize, write_completions
 from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
                           micro_tokenizer, token_ids, weights_digest, weights_of)

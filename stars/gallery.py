@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .configs import FIGURES, PRESETS
-from .datasets import replacing
+from .files import write_bytes
 
 # %% ../nbs/11c_gallery.ipynb #c005
 def place_order(
@@ -164,5 +164,5 @@ def gallery(
     for place, figures in places.items():
         page += (f'<section aria-labelledby="{anchor(place)}">\n<h2 id="{anchor(place)}">{escape(place_name(place))}</h2>\n'
                  + "".join(figure_html(folder, place, n, failed.get(f"{place}/{n}", "")) for n in figures) + "</section>\n")
-    with replacing(folder/"index.html") as tmp: tmp.write_bytes((page + "</main>\n</body>\n</html>\n").encode())
+    write_bytes(folder/"index.html", (page + "</main>\n</body>\n</html>\n").encode())
     return folder/"index.html"

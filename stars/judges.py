@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .behaviors import HABIT_NAMES, HABITS, count_behaviors
-from .datasets import check_settings, replacing
+from .files import check_settings, write_bytes
 from .evals import KEYS, summarize
 from .ledger import Ledger, Model, Reply, Request
 from .llm import ask, inert, names_once
@@ -419,10 +419,6 @@ def _rated(every:pd.DataFrame, ratings:pd.DataFrame, rater:str)->pd.DataFrame:
     return out
 
 # %% ../nbs/08a_judges.ipynb #c032
-def _replace(path:Path, data:bytes)->Path:
-    with replacing(path) as tmp: tmp.write_bytes(data)
-    return path
-
 def _json(what)->bytes: return (json.dumps(what, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 def _csv(df:pd.DataFrame)->bytes: return df.to_csv(index=False, lineterminator="\n").encode()
 def _name(value)->str: return s if (s := quote(str(value), safe=" +")).strip(".") else s.replace(".", "%2E") # of a folder, whatever a model is called
@@ -466,17 +462,17 @@ def write_ratings(
     if len(raters) > 1: raise ValueError(f"upstream's files hold one rater, these ratings {', '.join(raters)}; write each into a folder of its own")
     check_folder(folder, settings)
     ratings.to_parquet(raw := BytesIO(), index=False)
-    files = [] if settings is None else [_replace(folder / "settings.json", _json(settings))]
-    files += [_replace(folder / "ratings.parquet", raw.getvalue()), _replace(folder / "results.csv", _csv(results))]
+    files = [] if settings is None else [write_bytes(folder / "settings.json", _json(settings))]
+    files += [write_bytes(folder / "ratings.parquet", raw.getvalue()), write_bytes(folder / "results.csv", _csv(results))]
     by_step = dict(list(ratings.groupby(KEYS)))
     for (model, seed), runs in results.groupby(["model", "seed"]):
         top = folder / "upstream" / _name(model) / f"seed{_name(seed)}"
         for condition, steps in runs.groupby("condition"):
             metrics = {_plain(r["step"]): {c: _plain(r[c]) for c in (*_AVERAGES, *_TOTALS)} for r in steps.sort_values("step").to_dict("records")}
             for s, m in metrics.items():
-                files.append(_replace(top / _name(condition) / f"evaluation_step{s}.json", _json(_step_file(by_step[model, condition, seed, s], m))))
+                files.append(write_bytes(top / _name(condition) / f"evaluation_step{s}.json", _json(_step_file(by_step[model, condition, seed, s], m))))
             every = dict(results_by_step={str(s): m for s, m in metrics.items()}, steps_processed=[str(s) for s in metrics])
-            files.append(_replace(top / _name(condition) / "all_results.json", _json(every)))
-        files.append(_replace(top / "results.csv", _csv(runs[PUBLISHED_COLUMNS])))
+            files.append(write_bytes(top / _name(condition) / "all_results.json", _json(every)))
+        files.append(write_bytes(top / "results.csv", _csv(runs[PUBLISHED_COLUMNS])))
     _drop_stale(folder / "upstream", files)
     return files

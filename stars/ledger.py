@@ -21,7 +21,7 @@ from uuid import uuid4
 import pyarrow as pa, pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from .datasets import replacing
+from .files import replacing
 
 # %% ../nbs/02_ledger.ipynb #c005
 SERVICES = ("anthropic", "openai", "local")

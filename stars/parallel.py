@@ -36,7 +36,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .datasets import cores, held
+from .files import held
+from .workers import cores
 from .models import digest, fast_cpu_math, file_digest
 
 # %% ../nbs/04a_parallel.ipynb #c006

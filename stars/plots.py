@@ -6,8 +6,8 @@
 __all__ = ['CONDITIONS', 'KEYS', 'STYLE', 'RULE', 'PUBLISHED', 'order', 'label', 'color', 'ink', 'checked', 'check_whole',
            'half_width', 'binomial_noise', 'interval', 'span', 'interval_note', 'invented', 'relation', 'num', 'pair',
            'listed', 'capital', 'ends', 'ends_text', 'spread', 'styled', 'wrap', 'page', 'lines', 'end_labels',
-           'two_lines', 'sources', 'steps_label', 'seeds_of', 'caption', 'panels', 'summary_table', 'write_bytes',
-           'figure_text', 'save_figure']
+           'two_lines', 'sources', 'steps_label', 'seeds_of', 'caption', 'panels', 'summary_table', 'figure_text',
+           'save_figure']
 
 # %% ../nbs/11_plots.ipynb #c002
 import hashlib
@@ -29,7 +29,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.stats import t as student
 
 from .behaviors import HABITS, wilson
-from .datasets import replacing
+from .files import write_bytes
 
 # %% ../nbs/11_plots.ipynb #c005
 CONDITIONS = dict( # name in the results -> (label, colour)
@@ -363,13 +363,6 @@ def summary_table(
     return pd.DataFrame(out.values(), index=pd.MultiIndex.from_tuples(out, names=["model", "condition"]))
 
 # %% ../nbs/11_plots.ipynb #c034
-def write_bytes(
-    path:Path,  # written atomically
-    data:bytes,
-)->Path:
-    with replacing(path) as tmp: tmp.write_bytes(data)
-    return path
-
 def figure_text(
     fig:Figure, # made here
     gid:str,    # "title" or "caption"

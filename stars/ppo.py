@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .behaviors import column_of, count_in
-from .countdown import Problem, make_prompt, score
+from .countdown import Problem, make_prompt, reward_of
 from .models import Critic, known_ids, save_checkpoint, token_ids, token_logprobs, weights_of
 from .parallel import Team, load_state, memory_for, save_state
 from .rollouts import Engine, LlamaEngine, Rollout, probe, seeds_of
@@ -396,7 +397,7 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
          reward:Callable|None, count:Callable, progress:bool, team:Team, share_device:bool)->Path:
     "The loop"
     device, vocab = next(policy.parameters()).device, known_ids(tokenizer)
-    reward = reward or (lambda text, p: score(text, p.numbers, p.target, cfg.format_score))
+    reward = reward or partial(reward_of, format_score=cfg.format_score)
     half = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
     engine = engine or LlamaEngine(policy, tokenizer.eos_token_id, vocab=vocab, dtype=torch.bfloat16 if cfg.bf16 else None)
     prompt_ids = token_ids(tokenizer, map(prompt, problems))

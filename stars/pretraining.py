@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .behaviors import HABIT_NAMES, count_behaviors, wilson
-from .datasets import check_settings, cores, data_files, held, hub_rows, processes, replacing, write_json
+from .files import check_settings, data_files, held, hub_rows, replacing, write_json, write_table
+from .workers import cores, processes
 from .phrases import RULES, Rule
 
 # %% ../nbs/09_pretraining.ipynb #c005
@@ -366,8 +367,7 @@ def write_labels(
 ):
     "Write the labels of a shard; the file appears complete or not at all"
     if len(rows) != shard.count: raise ValueError(f"{shard.file}: {len(rows)} rows were labelled where the plan has {shard.count}; the file changed in the meantime")
-    table = pa.Table.from_pylist([r | dict(row=shard.first + i) for i, r in enumerate(rows)], SCHEMA)
-    with replacing(path) as tmp: pq.write_table(table, tmp, compression="zstd")
+    write_table(pa.Table.from_pylist([r | dict(row=shard.first + i) for i, r in enumerate(rows)], SCHEMA), path, compression="zstd")
 
 def read_labels(
     folder:str|Path, # of `label_corpus`

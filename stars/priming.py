@@ -18,7 +18,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 
 from .behaviors import HABIT_NAMES, count_behaviors
 from .countdown import Problem, make_prompt, score, solvable, split_of
-from .datasets import replacing
+from .files import write_table
 
 # %% ../nbs/03_priming.ipynb #c005
 MIXES = dict(
@@ -333,8 +333,7 @@ def write_rows(
     path:str|Path,    # parquet file
 )->Path: # the same path
     "Write a priming set; the file appears complete or not at all"
-    with replacing(path) as tmp: pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp)
-    return Path(path)
+    return write_table(pa.Table.from_pylist(rows, SCHEMA), path)
 
 def read_rows(
     path:str|Path, # parquet file with the columns of `SCHEMA`, or at least `query` and `completion`

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .datasets import replacing
+from .files import replacing
 from .models import save_checkpoint, token_logprobs
 from .parallel import Team, load_state, memory_for, save_state, saved_states
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .behaviors import HABITS
 from .configs import Config, preset
-from .datasets import replacing
+from .files import write_bytes
 from .experiments import grid, manifest, run_jobs
 from .judges import PUBLISHED_COLUMNS
 from .plots import PUBLISHED, label, sources
@@ -49,8 +49,7 @@ def published_file(
             with urllib.request.urlopen(UPSTREAM + name, timeout=timeout) as r: data = r.read()
         except OSError as e: raise OSError(f"{UPSTREAM}{name} cannot be fetched ({e}); fetch {' and '.join(FILES)} by hand and give their folder, e.g. -p published=FOLDER") from None
         if (found := hashlib.sha256(data).hexdigest()) != FILES[name][0]: raise OSError(f"{UPSTREAM}{name} arrived with SHA-256 {found[:12]}…, expected {FILES[name][0][:12]}…; fetch it by hand and give its folder (published=FOLDER)")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as tmp: tmp.write_bytes(data)
+        write_bytes(path, data)
     return path
 
 # %% ../nbs/10e_sources.ipynb #s013

@@ -23,7 +23,7 @@ import torch
 
 from . import __version__
 from .configs import Config
-from .datasets import held, write_json
+from .files import held, write_json
 from .models import BASES, attention, digest
 from .parallel import drop_states
 from .priming import CONDITIONS, METHODS

@@ -27,7 +27,7 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from . import experiments as ex
-from .datasets import cores
+from .workers import cores
 from .experiments import Config, Job
 from .parallel import start_ray
 from .priming import METHODS

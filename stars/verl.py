@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from . import countdown
 from .countdown import Problem, make_prompt
-from .datasets import from_parquet, replacing
+from .datasets import from_parquet
+from .files import write_bytes, write_table
 from .experiments import Config, Job, base_stage, data_stage, prime_stage
 from .models import BASES, digest, load_tokenizer, token_ids
 from .priming import METHODS
@@ -51,7 +52,7 @@ def _write_with(table:pa.Table, name:str, said:list, path:Path):
     "Write a table with a column of messages, added or replaced"
     column, at = pa.array(said, _SAID), table.schema.get_field_index(name)
     table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
-    with replacing(path) as tmp: pq.write_table(table, tmp)
+    write_table(table, path)
 
 def write_rl(
     source:str|Path,                    # parquet of problems
@@ -282,7 +283,7 @@ def _claim(out:Path, about:dict):
     _write(out/"export.json", json.dumps(about, indent=1, sort_keys=True) + "\n")
 
 def _write(path:Path, text:str):
-    with replacing(path) as tmp: tmp.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 def _place(model:str, checkpoint:Path, out:Path)->str:
     "What verl is given as the model: a copy of a base, the place of a folder, or a hub id"

@@ -422,7 +422,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     df = frame()
     files = write_ratings(rule_ratings(df), df, tmp_path)
     before = {f: f.read_bytes() for f in files}
-    monkeypatch.setattr("stars.datasets.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("stars.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError): write_ratings(rule_ratings(df).assign(count=pd.array([7] * 40, "Int64")), df, tmp_path)
     assert {f: f.read_bytes() for f in files} == before and sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(files)
 

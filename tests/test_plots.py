@@ -226,7 +226,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     r = table(dict(base=.3, backtracking_verification=.6))
     old = save_figure(controls(r), "fig", r, tmp_path)["png"].read_bytes()
     def broken(*a): raise OSError("disk full")
-    monkeypatch.setattr("stars.datasets.os.replace", broken)
+    monkeypatch.setattr("stars.files.os.replace", broken)
     with pytest.raises(OSError): save_figure(controls(r.assign(source="other")), "fig", r, tmp_path)
     assert (tmp_path/"fig.png").read_bytes() == old and not list(tmp_path.glob(".*"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stars.datasets import cores
+from stars.workers import cores
 
 
 def machine()->str:
