@@ -37,7 +37,7 @@ from .datasets import from_parquet, to_parquet
 from .files import replacing, write_json
 from .workers import cores, follow_parent
 from .evals import complete, failures, summarize, write_completions
-from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
+from .models import (BASES, attention, base_path, check_spells, digest, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
                           micro_tokenizer, token_ids, weights_digest, weights_of)
 from .parallel import Team, on_workers, prepare, start_ray
 from .ppo import ppo

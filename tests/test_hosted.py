@@ -165,7 +165,7 @@ def test_rows_from_a_file_prime_every_condition():
     with pytest.raises(ValueError, match="mix='negative_control', backtracking_verification needs"): prime_stage(job("backtracking_verification", prime_file="negative_control.parquet"))
     write_rows([{**r, "score": .1} for r in rows_of("backtracking_verification")], "backtracking_verification.parquet") # scores are not believed
     assert all(score(r["completion"], r["numbers"], r["target"]) == r["score"] for r in read_rows(prime_stage(job("backtracking_verification", **with_file))/"train.parquet"))
-    with pytest.raises(FileNotFoundError): prime_stage(job("all_strategies", **with_file))
+    with pytest.raises(ValueError, match="prime_file=all_strategies.parquet does not exist"): prime_stage(job("all_strategies", **with_file))
 
 def test_held_out_problems_never_prime():
     rows, p = rows_of("negative_control", 330), sample_problems(1, 0, split="eval", **WORLD)[0]
