@@ -59,7 +59,7 @@ class Asking:
         how = {n: getattr(self, n) for n in ("batch", "max_cost", "concurrency", "rpm", "tpm", "poll", "prices")}
         model = llm.Model.parse(name, self.base_url, extra)
         if model.service != "local" or self.ledger.suffix == ".parquet": return model, how # a recorded checkpoint is named as the ledger names it
-        if "/" not in model.name and model.name not in ex.BASES and not Path(model.name).is_dir():
+        if "/" not in model.name and model.name not in models.BASES and not Path(model.name).is_dir():
             raise ValueError(f"{model} is no folder with a checkpoint; a recorded model needs --ledger RECORDING.parquet")
         model, service = rollouts.local_service(model.name, ex.device())
         return model, how | dict(service=service)
@@ -139,7 +139,7 @@ def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(
     (who, how), texts = asking.open(judge), viewer.read_completions(source)
     settings = dict(task=task, format=format, n=n or None, seed=seed, repeat=repeat, max_tokens=asking.max_tokens, temperature=asking.temperature)
     decides = judges.judge_settings(texts, who, **settings, prices=asking.prices)
-    where = out or (source if source.is_dir() else source.parent)/f"judge-{ex.digest(decides)}"
+    where = out or (source if source.is_dir() else source.parent)/f"judge-{models.digest(decides)}"
     judges.check_folder(where, decides)
     with llm.Ledger(asking.ledger) as book:
         if asking.dry_run: return asking.say(who, judges.judge_requests(texts, who, **settings, prices=asking.prices), book)

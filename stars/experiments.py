@@ -37,7 +37,7 @@ from .datasets import from_parquet, to_parquet
 from .files import replacing, write_json
 from .workers import cores, follow_parent
 from .evals import complete, failures, summarize, write_completions
-from .models import (BASES, attention, base_path, check_spells, digest, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
+from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
                           micro_tokenizer, token_ids, weights_digest, weights_of)
 from .parallel import Team, on_workers, prepare, start_ray
 from .ppo import ppo
@@ -352,7 +352,7 @@ def run_jobs(
 def _side_by_side(jobs:Sequence[Job], workers:int, n_cores:int)->dict[Job, Future]:
     "Build jobs in processes that share the cores"
     for j in {(j.cfg, j.model): j for j in jobs}.values(): data_stage(j), base_stage(j) # shared: once, with all cores
-    done, bar = {}, tqdm(total=len(jobs), desc="jobs", bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]{postfix}")
+    others, done, bar = set(multiprocessing.active_children()), {}, tqdm(total=len(jobs), desc="jobs", bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]{postfix}")
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(), max(1, n_cores // workers))) as pool:
         try:
             pending = {pool.submit(eval_stage, replace(j, progress=False, wait=True)): j for j in sorted(jobs, key=_weight, reverse=True)}
@@ -365,7 +365,7 @@ def _side_by_side(jobs:Sequence[Job], workers:int, n_cores:int)->dict[Job, Futur
                 time.sleep(1)
         except BaseException: # Ctrl-C: what the workers have saved is kept, nobody waits for the rest
             pool.shutdown(wait=False, cancel_futures=True)
-            for p in multiprocessing.active_children(): p.terminate()
+            for p in set(multiprocessing.active_children()) - others: p.terminate()
             raise
     bar.close()
     return done
