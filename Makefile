@@ -45,12 +45,15 @@ clean: ## drop what can be built again, but no runs
 
 .venv/.cpu: requirements/cpu.lock setup.py settings.ini
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the locks need Python 3.11 or newer: make PYTHON=...")'
+	@echo "installing PyTorch and the rest of requirements/cpu.lock into .venv: 2 GB, a few minutes"
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements/cpu.lock
 	$(PIP) --no-deps -e .
 	@touch $@
+	@echo "source .venv/bin/activate puts stars and python on your path"
 
 .venv/.dev: requirements/dev.lock .venv/.cpu
+	@echo "installing notebooks, tests, docs, Ray and vLLM into .venv: 2 GB more, some minutes"
 	$(PIP) --no-deps -r requirements/dev.lock
 	@touch $@
 

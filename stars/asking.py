@@ -7,6 +7,7 @@ __all__ = ['AskingArgs', 'ServingArgs', 'Asking', 'paid_by', 'prime', 'judge', '
 
 # %% ../nbs/12a_asking.ipynb #c003
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,6 +202,7 @@ class Serving:
         if name.startswith("vllm:"):
             if asking.dry_run: raise ValueError(f"--dry-run says what a hosted model would cost; {name} runs here")
             model, chat = name.removeprefix("vllm:"), _object("--chat", self.chat)
+            if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model): raise ValueError(f"{name}: {model} is no folder with a checkpoint, and no hub id like organisation/name")
             replies = partial(labellers.offline_replies, model=model, context=self.context, engines=self.engines, tensor_parallel=self.tensor_parallel, memory=self.gpu_memory, cache=self.cpu_cache, chat=chat)
             yield labellers.LLMRows(replies, asks(tokenizer=model, context=labellers.model_context(model, self.context)), self.max_bad)
             return

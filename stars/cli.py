@@ -76,6 +76,7 @@ def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"
             if len(there) > n: print(f"{len(there) - n:,} problems of split {split} are left out: --{split} {n}")
             if mine := there[:n]: print(f"{to_parquet(mine, out/f'{split}.parquet', split, template, difficulty=difficulty)}: {len(mine):,} problems")
         write_json(out/"report.json", vars(report))
+        if not problems: raise ValueError(f"no row of {source} is a problem that can be used; {out/'report.json'} says why")
         return
     for split, n in sizes.items():
         if n: print(f"{write_problems(out/f'{split}.parquet', n, seed, replace(where, split=split), template, difficulty=difficulty, workers=workers)}: {n:,} problems")
@@ -83,6 +84,7 @@ def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"
 def _check_fits(job:"ex.Job"):
     "Raise ValueError, before anything is loaded, where this machine's GPUs cannot hold a job; a cluster's are not known here"
     from torch import cuda
+    if not cuda.is_available() and job.cfg.preset not in ("smoke", "cpu"): print(f"stars: there is no GPU here, which preset {job.cfg.preset} is made for; on CPU cores it takes very long", file=sys.stderr)
     if not cuda.is_available() or "RAY_ADDRESS" in os.environ: return
     if job.condition in METHODS: job = replace(job, cfg=replace(job.cfg, **{f"sft_{f}": getattr(job.cfg, f"cpt_{f}") for f in ("epochs", "batch_size", "lr", "max_length", "packing")}))
     plan_.check(plan_.plan(job.cfg, job.model, cuda.device_count(), cuda.get_device_properties(0).total_memory / 2**30))
@@ -210,8 +212,12 @@ def figure(name:tyro.conf.Positional[str], preset:str="cpu", runs:Path=Path("run
         runs: folder of the run store
         figures: folder for the pictures
     """
-    print(drawing.run_figure(name, drawing.parameters_of(notebooks.figure_notebook(name), preset, runs, figures, overrides(set_), **_parameters(p))))
-    gallery_.gallery(figures)
+    params = drawing.parameters_of(notebooks.figure_notebook(name), preset, runs, figures, overrides(set_), **_parameters(p))
+    try: drawing.run_figure(name, params)
+    except Exception as e:
+        if not hasattr(e, "ename"): raise
+        raise RuntimeError(f"{name} failed: {drawing.failure(e, drawing.executed(name, params))}") from None # papermill's message is a traceback
+    print(f"{figures/drawing.place_of(params)/name}.png\nall figures on one page: {gallery_.gallery(figures).resolve().as_uri()}")
 
 def reproduce(preset:str="cpu", only:str="", runs:Path=Path("runs"), figures:Path=Path("figures"), p:FigureParams=(), set_:Set=()):
     """All figures of a preset, from nothing.
@@ -316,5 +322,5 @@ def main(
         print(f"stars: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stars: interrupted; the same command goes on from here (a batch that was handed in goes on at its service)", file=sys.stderr)
+        print("stars: interrupted; the same command goes on from here" + " (a batch that was handed in goes on at its service)" * ("--batch" in given), file=sys.stderr)
         sys.exit(130)

@@ -278,6 +278,8 @@ def preset(
 def _close(name:str)->list[str]:
     return get_close_matches(name, [f.name for f in fields(Config)], n=3)
 
+_KINDS = {int: "whole number", float: "number", bool: "truth value (true or false)", tuple: "list such as 3,4"}
+
 def _as(value, like, name:str):
     "Convert a value that came as a string or from JSON to the type of a field"
     try:
@@ -287,4 +289,4 @@ def _as(value, like, name:str):
             return tuple(type(like[0])(x) for x in items)
         if isinstance(like, int) and float(value) != int(float(value)): raise ValueError
         return type(like)(float(value)) if isinstance(like, int) else type(like)(value)
-    except (KeyError, ValueError, TypeError, OverflowError): raise ValueError(f"{name}={value!r} is not a {type(like).__name__}") from None
+    except (KeyError, ValueError, TypeError, OverflowError): raise ValueError(f"{name}={value!r} is no {_KINDS.get(type(like), 'text')}") from None

@@ -83,7 +83,9 @@ def run_figure(
     p:dict,   # from `parameters_of`
 )->Path: # the executed notebook
     "Build what a figure needs, and draw it"
-    if (study := study_of(p)) and study.own: run_jobs(study.jobs())
+    if study := study_of(p):
+        study.published_rows() # they may not be had: that shows before hours of work
+        if study.own: run_jobs(study.jobs())
     done = run_notebook(figure_notebook(name), executed(name, p), **p)
     for_readers(done, Path(p["figures"])/place_of(p)/f"{name}.ipynb")
     return done

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -368,6 +369,8 @@ def _side_by_side(jobs:Sequence[Job], workers:int, n_cores:int)->dict[Job, Futur
             for p in set(multiprocessing.active_children()) - others: p.terminate()
             raise
     bar.close()
+    if any(isinstance(f.exception(), BrokenProcessPool) for f in done.values()):
+        raise RuntimeError("a worker process died: killed for want of memory (then set workers=1, or close something), or by what it wrote above; what is complete is kept, and the same command goes on")
     return done
 
 def grid(
@@ -379,7 +382,7 @@ def grid(
 )->list[Job]: # one per combination
     "The jobs of an experiment; ValueError for a list that is none, or empty"
     for what, given in dict(models=models, conditions=conditions, seeds=seeds).items():
-        if isinstance(given, (str, int)): raise ValueError(f"{what}={given!r} must be a list, e.g. [{given!r}]")
+        if isinstance(given, (str, int)): raise ValueError(f"{what}={given!r} must be a list, e.g. {what}={json.dumps(str(given).split(',') if what != 'seeds' else [0, 1])}")
         if not given: raise ValueError(f"{what} is empty; name at least one")
     return [Job(cfg, m, c, s, str(runs)) for m, c, s in product(models, conditions, seeds)]
 

@@ -55,5 +55,6 @@ def run_notebook(
     import papermill as pm
     check_parameters(notebook, parameters)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    pm.execute_notebook(str(notebook), str(out), parameters, kernel_name="python3", language="python", cwd=os.getcwd())
+    pm.execute_notebook(str(notebook), str(out), parameters, kernel_name="python3", language="python", cwd=os.getcwd(),
+                        extra_arguments=["--IPKernelApp.log_level=ERROR"]) # it warns of connections that are not encrypted, and they are to this machine
     return Path(out)

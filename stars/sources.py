@@ -155,12 +155,14 @@ class Study:
 
     def results(self)->pd.DataFrame: # one row per (model, condition, seed, step, rater), with its source
         "Its tidy results; builds whatever is missing"
-        done, tables = run_jobs(self.jobs()) if self.own else {}, []
+        published, done, tables = self.published_rows(), run_jobs(self.jobs()) if self.own else {}, []
         for jobs, marks in self.groups(): tables += [pd.read_csv(done[j]/"results.csv").assign(source=self.preset, **marks) for j in jobs]
-        if self.source != "own": tables.append(self._published())
+        if published is not None: tables.append(published)
         return pd.concat(tables, ignore_index=True)
 
-    def _published(self)->pd.DataFrame:
+    def published_rows(self)->pd.DataFrame|None: # None: it shows none
+        "What it shows of the published results"
+        if self.source == "own": return None
         rows = published_results(self.parts, self.published)
         if parts := [PARTS[m] for m in self.references if m in PARTS]:
             rest = published_results(parts, self.published)

@@ -311,8 +311,9 @@ def to_verl(
     out, primed, job = Path(out), condition != "base", Job(cfg.validate(), model, condition, seed, str(runs), progress)
     if condition in METHODS: raise ValueError(f"condition={condition!r} continues pretraining, which verl's SFT is not set up for here; run `stars sft --condition {condition}` and export its checkpoint with --model FOLDER --condition base")
     check(cfg, primed, gpus, nodes, tensor_parallel)
-    data, base, prime = data_stage(job), base_stage(job), prime_stage(job) if primed else None
-    tokenizer = load_tokenizer(base)
+    base = base_stage(job)
+    tokenizer = load_tokenizer(base) # what is on no disk and behind no network shows before problems are drawn
+    data, prime = data_stage(job), prime_stage(job) if primed else None
     about = dict(config=asdict(cfg), model=model, condition=condition, seed=seed, gpus=gpus, nodes=nodes, tensor_parallel=tensor_parallel,
                  data=data.name, prime=prime.name if prime else None)
     _claim(out, about)

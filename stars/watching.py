@@ -241,10 +241,10 @@ def cells(run:Run)->dict[str, str]: # heading → text
     "What a terminal shows of a run"
     s, number = run.now, lambda name, digits: "" if (v := latest(run, name)) is None else f"{v:.{digits}f}"
     return dict(model=run.model, condition=run.condition, seed=run.seed, stage=s.kind, step=run.step,
-                accuracy=number("accuracy", 3), tokens=number("response_tokens", 1), **{f"{h.name[:5]}.": number(f"avg_{h.column}", 2) for h in HABITS},
-                loss=number("loss", 3), **{"s/step": f"{s.seconds:.2g}" if s.seconds else "", "state": state(run), "accuracy so far": spark(run.column("accuracy")[1])})
+                **{"train acc.": number("accuracy", 3)}, tokens=number("response_tokens", 1), **{f"{h.name[:5]}.": number(f"avg_{h.column}", 2) for h in HABITS},
+                loss=number("loss", 3), **{"s/step": f"{s.seconds:.2g}" if s.seconds else "", "state": state(run), "so far": spark(run.column("accuracy")[1])})
 
-_SPARE = (("accuracy so far",), tuple(f"{h.name[:5]}." for h in HABITS), ("loss",), ("s/step",), ("tokens",)) # to go where there is no room, in this order
+_SPARE = (("so far",), tuple(f"{h.name[:5]}." for h in HABITS), ("loss",), ("s/step",), ("tokens",)) # to go where there is no room, in this order
 
 def table(
     it:Watch,      # after a look
@@ -258,7 +258,7 @@ def table(
     for group in _SPARE:
         if sum(wide.values()) > width: wide = {k: w for k, w in wide.items() if k not in group}
     out = Table(box=None)
-    for k in wide: out.add_column(k, no_wrap=True, justify="right" if k not in ("model", "condition", "stage", "state", "accuracy so far") else "left")
+    for k in wide: out.add_column(k, no_wrap=True, justify="right" if k not in ("model", "condition", "stage", "state", "so far") else "left")
     for run, r in zip(runs, rows): out.add_row(*(r[k] for k in wide), style="green" if run.now.complete else "dim" if run.now.quiet else None)
     return Group(f"{short(it.path)}: {counts(runs)}", out)
 
