@@ -84,9 +84,11 @@ def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"
 def _check_fits(job:"ex.Job"):
     "Raise ValueError, before anything is loaded, where this machine's GPUs cannot hold a job; a cluster's are not known here"
     from torch import cuda
-    if not cuda.is_available() and job.cfg.preset not in ("smoke", "cpu"): print(f"stars: there is no GPU here, which preset {job.cfg.preset} is made for; on CPU cores it takes very long", file=sys.stderr)
-    if not cuda.is_available() or "RAY_ADDRESS" in os.environ: return
-    if job.condition in METHODS: job = replace(job, cfg=replace(job.cfg, **{f"sft_{f}": getattr(job.cfg, f"cpt_{f}") for f in ("epochs", "batch_size", "lr", "max_length", "packing")}))
+    if "RAY_ADDRESS" in os.environ: return
+    if not cuda.is_available():
+        if job.cfg.preset not in ("smoke", "cpu"): print(f"stars: there is no GPU here, which preset {job.cfg.preset} is made for; on CPU cores it takes very long", file=sys.stderr)
+        return
+    if job.condition in METHODS: job = replace(job, cfg=replace(job.cfg, **{f"sft_{k}": v for k, v in job.cfg.under("cpt_").items()}))
     plan_.check(plan_.plan(job.cfg, job.model, cuda.device_count(), cuda.get_device_properties(0).total_memory / 2**30))
 
 def _command(name:str, text:str):

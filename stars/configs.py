@@ -147,11 +147,11 @@ class Config:
 
     def sft(self, seed:int)->SFTConfig:
         "The trainer's configuration for priming"
-        return SFTConfig(seed=seed, **self._under("sft_"))
+        return SFTConfig(seed=seed, **self.under("sft_"))
 
     def continued(self, seed:int)->SFTConfig:
         "The trainer's configuration for continued pretraining"
-        return replace(self.sft(seed), **self._under("cpt_"))
+        return replace(self.sft(seed), **self.under("cpt_"))
 
     def pretraining(self)->SFTConfig:
         "The trainer's configuration for the micro bases"
@@ -160,9 +160,10 @@ class Config:
 
     def ppo(self, seed:int)->PPOConfig:
         "The trainer's configuration for RL"
-        return PPOConfig(seed=seed, **self._under("ppo_"))
+        return PPOConfig(seed=seed, **self.under("ppo_"))
 
-    def _under(self, prefix:str)->dict: # name without the prefix → value
+    def under(self, prefix:str)->dict: # name without the prefix → value
+        "The fields whose names begin so"
         return {f.name.removeprefix(prefix): getattr(self, f.name) for f in fields(self) if f.name.startswith(prefix)}
 
     @property

@@ -235,7 +235,6 @@ def read_exercise(
 
 _TOLD = ("{s}.", "{a} {op} {b} gives {v}.", "so {v} = {a} {op} {b}.", "that gives {v}: {a} {op} {b}.")
 
-
 def _dwelt(steps:Sequence[Step], words:int, rng:random.Random)->str:
     "Steps, told again and again until there are as many words and symbols"
     said = [", ".join(map(str, steps)) + "."]

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from .behaviors import count_behaviors
 from .corpus import embedded_rewrite
 from .files import check_settings, held, write_json, write_table
+from .models import token_ids
 from .pretraining import Shard, Text, corpus_files, label_files, labels_file, plan_shards, read_shard, spread
 from .priming import METHODS, Trace, write_rows
 
@@ -225,8 +226,7 @@ def training_sets(
     tables = {m: table for m in METHODS if len(table := read_rewrites(rewrites, m))}
     if len({len(t) for t in tables.values()}) > 1: raise ValueError(f"{rewrites}: {', '.join(f'{m} has {len(t):,} texts' for m, t in tables.items())}; one of them is not complete, the same command with that --method goes on")
     if not tables: raise ValueError(f"{rewrites} is empty: no text poses and solves a problem, by its labels")
-    in_pieces = lambda texts: (ids for i in range(0, len(texts), 1_000) for ids in tokenizer(texts[i:i+1_000], add_special_tokens=False).input_ids)
-    sets, report = match_sets(tables, lambda texts: [len(ids) + 1 for ids in in_pieces(texts)], how)
+    sets, report = match_sets(tables, lambda texts: [len(ids) + 1 for ids in token_ids(tokenizer, texts)], how)
     if not report["documents"]: raise ValueError(f"{rewrites}: no document passes checks and matching: {json.dumps(report)}")
     cut = report["documents"] - round(how.test * report["documents"])
     return {m: ((ready := training_rows(rows, m, rewriter, template, tokenizer))[:cut], ready[cut:]) for m, rows in sets.items()}, report

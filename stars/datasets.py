@@ -58,8 +58,6 @@ def _table(problems, first, split, template, data_source, difficulty):
         data_source=pa.array([data_source]*n, pa.string()), prompt=pa.ListArray.from_arrays(np.cumsum([0, *map(len, asked)]).astype(np.int32), said),
         ability=pa.array(['math']*n, pa.string()), reward_model=_struct(style=pa.array(['rule']*n, pa.string()), ground_truth=truth), extra_info=_struct(**extra)))
 
-
-
 def to_parquet(
     problems:Iterable[Problem],
     path:str|Path,
@@ -76,8 +74,6 @@ def _write_part(path, problems, first, state, *args):
     write_table(_table(problems, first, *args).replace_schema_metadata({'state': json.dumps(state), 'end': str(first+len(problems))}), path)
 
 def _metadata(path): return {k.decode(): v.decode() for k,v in (pq.read_schema(path).metadata or {}).items()}
-
-
 
 def write_problems(
     path:str|Path,                # parquet file
@@ -219,8 +215,6 @@ class Report:
 
     def __str__(self):
         return '\n'.join([f'{self.source}: {self.kept:,} of {self.read:,} rows kept', *(f'  {n:,} dropped: {r} (first: {self.examples[r]})' for r,n in self.dropped.most_common())])
-
-
 
 def _rows(source:str, split:str)->Iterator[tuple[str,object]]:
     "Rows of a source, each with where it stands; an unreadable row is an exception instead of a row"

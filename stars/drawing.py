@@ -18,8 +18,8 @@ import nbformat
 from tqdm import tqdm
 
 from .configs import preset as preset_of
-from .files import replacing
 from .experiments import run_jobs
+from .files import replacing
 from .gallery import gallery
 from .models import BASES
 from .notebooks import check_parameters, figure_notebook, notebook_defaults, run_notebook

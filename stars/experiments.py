@@ -31,25 +31,25 @@ from transformers.utils import logging as transformers_logging
 
 from .behaviors import HABIT_NAMES
 from .configs import PRESETS, Config, preset
-from .countdown import Problem, make_prompt, score, split_of
 from .corpus import documents
+from .countdown import Problem, make_prompt, score, split_of
 from .curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
 from .datasets import from_parquet, to_parquet
-from .files import replacing, write_json
-from .workers import cores, follow_parent
 from .evals import complete, failures, summarize, write_completions
+from .files import replacing, write_json
 from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
                           micro_tokenizer, token_ids, weights_digest, weights_of)
 from .parallel import Team, on_workers, prepare, start_ray
 from .ppo import ppo
-from .problems import sample_problems
 from .pretraining import RULES_LABELLER, label_corpus, rule_labeller
 from .priming import (CONTROLS, METHODS, SCHEMA, control_rows, corpus_rows, dots, empty_cot, priming_rows, read_rows, reorder,
                            shown_habits, write_rows)
+from .problems import sample_problems
 from .quantized import convert_gguf, smollm2_gguf
 from .rollouts import Elsewhere, Engine, LlamaEngine
 from .sft import sft
 from .stages import Job, NotBuilt, environment, stage, stage_key
+from .workers import cores, follow_parent
 
 # %% ../nbs/10_experiments.ipynb #c011
 def data_stage(job:Job)->Path:
@@ -347,7 +347,10 @@ def run_jobs(
     for j in jobs: _rows_file(j) # one that is missing is refused before anything is built
     done = {j: _outcome(j) for j in jobs} if workers <= 1 or all(map(is_built, jobs)) else _side_by_side(jobs, workers, n_cores)
     failed = {j: f.exception() for j, f in done.items() if f.exception()}
-    for j, e in failed.items(): print(f"{j.name} failed: {e}", file=sys.stderr)
+    died = [j for j, e in failed.items() if isinstance(e, BrokenProcessPool)]
+    for j, e in failed.items():
+        if j not in died: print(f"{j.name} failed: {e}", file=sys.stderr)
+    if died: raise RuntimeError("a worker process died: killed for want of memory (then close something, or give it fewer cores, as in `taskset -c 0 stars …`), or by what it wrote above; what is complete is kept, and the same command goes on")
     return {j: done[j].result() for j in jobs} # raises the first failure, after all the others have finished
 
 def _side_by_side(jobs:Sequence[Job], workers:int, n_cores:int)->dict[Job, Future]:
@@ -369,8 +372,7 @@ def _side_by_side(jobs:Sequence[Job], workers:int, n_cores:int)->dict[Job, Futur
             for p in set(multiprocessing.active_children()) - others: p.terminate()
             raise
     bar.close()
-    if any(isinstance(f.exception(), BrokenProcessPool) for f in done.values()):
-        raise RuntimeError("a worker process died: killed for want of memory (then set workers=1, or close something), or by what it wrote above; what is complete is kept, and the same command goes on")
+
     return done
 
 def grid(

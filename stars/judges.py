@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 
 from .behaviors import HABIT_NAMES, HABITS, count_behaviors
-from .files import check_settings, write_bytes
 from .evals import KEYS, summarize
+from .files import check_settings, write_bytes
 from .ledger import Ledger, Model, Reply, Request
 from .llm import ask, inert, names_once
 from .phrases import Rule
@@ -200,7 +200,6 @@ def judge_request(
 
 # %% ../nbs/08a_judges.ipynb #c015
 _COUNT = re.compile(r"\s*(0|[1-9][0-9]{0,5})\s*</count>") # a million acts are a slip
-
 
 def parse_count(
     reply:Reply|None, # from `ask`

@@ -61,8 +61,6 @@ def label_instructions(
         *(_habit(h, shared) for h in HABIT_NAMES), *(f"{k}: {v}" for k, v in _YES_NO.items()),
         f"domain: what the text is mainly about, one of {', '.join(DOMAINS)}. A text that fits none of them is \"other\".", _FORM[format]])
 
-
-
 def as_data(
     text:str, # anything
 )->str: # between <text> tags, which none of its own can close
@@ -154,9 +152,9 @@ def chat_ids(
     **chat,                             # further arguments of the template, as enable_thinking=False
 )->list[int]: # token ids that end where the reply begins
     "A request in the form that a chat model was trained on"
-    inert = lambda s: re.sub("|".join(map(re.escape, special)), lambda m: f"{m[0][0]} {m[0][1:]}", s) if special else s
+    broken = lambda s: re.sub("|".join(map(re.escape, special)), lambda m: f"{m[0][0]} {m[0][1:]}", s) if special else s
     special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1), key=len, reverse=True)
-    turns = [dict(role=role, content=inert(s)) for role, s in (("system", request.system), ("user", request.prompt)) if s]
+    turns = [dict(role=role, content=broken(s)) for role, s in (("system", request.system), ("user", request.prompt)) if s]
     try: return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False, **chat)
     except TemplateError as e: raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses a system and a user turn: {e}") from None
 
@@ -232,10 +230,10 @@ def hosted_replies(
         asked = requests_of(shard)
         requests = [a.request for a in asked if a.request]
         keys = [request_key(model, r) for r in requests]
-        new = set(keys) - counted
-        left = None if most is None else max(0., most - spent + paid(set(keys) - new)) # `ask` counts by itself what these have cost before
+        before = 0. if most is None else paid(counted & set(keys)) # `ask` counts by itself what these have cost before
+        left = None if most is None else max(0., most - spent + before)
         replies = iter(zip(keys, ask(model, requests, ledger, max_cost=left, **how)))
-        if most is not None: spent, counted = spent + paid(new), counted | new
+        if most is not None: spent, counted = spent + paid(set(keys)) - before, counted | set(keys)
         why = ledger.errors(keys)
         yield shard, [_answer(a, *(next(replies) if a.request else (None, None)), why) for a in asked]
 

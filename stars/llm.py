@@ -377,5 +377,5 @@ def names_once(
     pairs:list, # of a JSON object
 )->dict:
     "For `json.loads`; raises ValueError where a name stands twice"
-    if len(pairs) != len(dict(pairs)): raise ValueError("a label stands there twice")
+    if len(pairs) != len(dict(pairs)): raise ValueError("a name stands there twice")
     return dict(pairs)

@@ -24,7 +24,7 @@ def figure_notebook(
 def go_home()->Path: # the current folder, from now on
     "Leave the figure notebooks of a checkout for its top, where the command line keeps runs and figures; anywhere else, stay"
     top = Path(str(files("stars"))).parent
-    if Path.cwd() == top/"nbs"/"figures": os.chdir(top)
+    if Path.cwd() == top/"nbs"/"figures" and "STARS_CALLED" not in os.environ: os.chdir(top)
     return Path.cwd()
 
 def notebook_defaults(
@@ -55,6 +55,7 @@ def run_notebook(
     import papermill as pm
     check_parameters(notebook, parameters)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
+    os.environ["STARS_CALLED"] = "1" # the kernel inherits it: a notebook that is called stays where its caller is
     pm.execute_notebook(str(notebook), str(out), parameters, kernel_name="python3", language="python", cwd=os.getcwd(),
                         extra_arguments=["--IPKernelApp.log_level=ERROR"]) # it warns of connections that are not encrypted, and they are to this machine
     return Path(out)

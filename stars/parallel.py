@@ -37,8 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .files import held
-from .workers import cores
 from .models import digest, fast_cpu_math, file_digest
+from .workers import cores
 
 # %% ../nbs/04a_parallel.ipynb #c006
 def prepare(
@@ -174,7 +174,6 @@ class Team:
             with self.as_one():
                 if self.first: stack.enter_context(held(folder, 60. if self.size > 1 else 0.))
             yield
-
 
 # %% ../nbs/04a_parallel.ipynb #c012
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 
 from .behaviors import HABIT_NAMES, count_behaviors, wilson
 from .files import check_settings, data_files, held, hub_rows, replacing, write_json, write_table
-from .workers import cores, processes
 from .phrases import RULES, Rule
+from .workers import cores, processes
 
 # %% ../nbs/09_pretraining.ipynb #c005
 class Text(NamedTuple):
@@ -357,8 +357,6 @@ def label_corpus(
         with replacing(out/"statistics.parquet") as tmp: statistics(out).to_parquet(tmp, index=False)
         write_json(out/"report.json", report)
     return report
-
-
 
 def write_labels(
     rows:list[dict], # as a labeller yields them

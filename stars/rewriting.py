@@ -22,8 +22,6 @@ from .priming import METHODS
 # %% ../nbs/09c_rewriting.ipynb #c006
 PARTS = ("question", "thoughts", "answer")
 
-
-
 _TASK = flow("""You turn pages from the web into training texts for a language model. A page holds a mathematical problem, or one from a field that calculates, and its solution.
 You make three parts of it.
 
@@ -79,8 +77,6 @@ def rewrite_prompt(
     bullets = lambda texts: "\n".join(f"- {texts[h]}" for h in HABIT_NAMES)
     how = f"{_CURATED} The four habits:\n{bullets(SHOW)}" if method == "curated" else f"{_NEGATED} The thoughts do without what is described here, from the first sentence to the last:\n{bullets(AVOID)}"
     return "\n\n".join([_TASK, how, _DATA, _REPLY[format] + " No part contains tags."])
-
-
 
 def rewrite_request(
     text:str,                    # with a problem and its solution

@@ -19,8 +19,8 @@ import pandas as pd
 
 from .behaviors import HABITS
 from .configs import Config, preset
-from .files import write_bytes
 from .experiments import grid, manifest, run_jobs
+from .files import write_bytes
 from .judges import PUBLISHED_COLUMNS
 from .plots import PUBLISHED, label, sources
 from .stages import Job

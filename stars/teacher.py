@@ -182,7 +182,6 @@ _TAG = re.compile(r"</?(?:think|answer)>", re.I)
 _FENCED = re.compile(r"```[\w-]*\n(.*)```", re.S)
 _EXPRESSION = re.compile(r"(?=.*\d)[-+*/()=\d\s×÷−–·]+")
 
-
 def read_trace(
     reply:Reply|None,        # None: there was none
     problem:Problem,         # what was asked

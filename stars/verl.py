@@ -9,7 +9,6 @@ __all__ = ['HOOK', 'TEMPLATE', 'ACTOR', 'CRITIC', 'ROLLOUT', 'MODEL', 'SAVED', '
 
 # %% ../nbs/10d_verl.ipynb #c002
 import inspect
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -23,8 +22,8 @@ import pyarrow.parquet as pq
 from . import countdown
 from .countdown import Problem, make_prompt
 from .datasets import from_parquet
-from .files import write_bytes, write_table
 from .experiments import Config, Job, base_stage, data_stage, prime_stage
+from .files import write_bytes, write_json, write_table
 from .models import BASES, digest, load_tokenizer, token_ids
 from .priming import METHODS
 from .sft import SFTConfig, encode
@@ -280,7 +279,7 @@ def _claim(out:Path, about:dict):
     if out.exists() and not (out/"export.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no export; choose another folder")
     for name in (*_SCRIPTS, "sft-train.parquet", "sft-val.parquet"): (out/name).unlink(missing_ok=True)
-    _write(out/"export.json", json.dumps(about, indent=1, sort_keys=True) + "\n")
+    write_json(out/"export.json", about)
 
 def _write(path:Path, text:str):
     write_bytes(path, text.encode())

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stars import cli, drawing, experiments as ex, notebooks
+from stars import cli, drawing, experiments as ex, notebooks, stages
 from stars.configs import FIGURES
 from stars.countdown import Problem, split_of
 from stars.datasets import from_parquet
@@ -99,12 +99,31 @@ def test_published_results_beside_own_ones(reproduced, tmp_path):
 def test_a_figure_opened_by_hand_works_where_the_command_line_does(monkeypatch, tmp_path):
     "JupyterLab starts a kernel in the notebook's folder; runs and figures lie at the top"
     top = Path(drawing.__file__).parent.parent
+    monkeypatch.delenv("STARS_CALLED", raising=False)
     for cwd, home in ((top/"nbs"/"figures", top), (top/"nbs", top/"nbs"), (tmp_path, tmp_path)):
         monkeypatch.chdir(cwd)
         assert notebooks.go_home() == home == Path.cwd()
-    for name in FIGURES:
+    monkeypatch.setenv("STARS_CALLED", "1") # by `stars figure`, from wherever that was called
+    monkeypatch.chdir(top/"nbs"/"figures")
+    assert notebooks.go_home() == top/"nbs"/"figures"
+    for name in (*FIGURES, "fig_replication"):
         code = "\n".join(c["source"] for c in nbformat.read(notebooks.figure_notebook(name), 4).cells if c["cell_type"] == "code")
         assert -1 < code.find("\ngo_home()\n") < code.find("runs=runs"), name
+
+
+def test_a_manifest_says_whether_the_code_was_committed(monkeypatch, tmp_path):
+    git = lambda *args: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True, capture_output=True)
+    for path in ("stars/x.py", "README.md"):
+        (tmp_path/path).parent.mkdir(exist_ok=True)
+        (tmp_path/path).write_text("1")
+    git("init"), git("add", "-A"), git("commit", "-m", "first")
+    monkeypatch.setattr(stages, "files", lambda _: tmp_path/"stars")
+    dirty = lambda: stages.environment()["uncommitted_changes"]
+    assert dirty() is False
+    (tmp_path/"README.md").write_text("2")
+    assert dirty() is False # it draws no figure
+    (tmp_path/"stars"/"x.py").write_text("2")
+    assert dirty() is True
 
 
 def test_one_failing_figure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
