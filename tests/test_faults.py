@@ -126,7 +126,7 @@ def test_a_loss_that_is_no_number(whole, begun, monkeypatch, capsys):
     "Nothing of the step is kept: weights, state and log are those of the step before"
     begun("ppo")
     with monkeypatch.context() as patch:
-        patch.setattr(P, "score", fails(16*2 + 5, P.score, lambda *args: math.nan)) # in the third step
+        patch.setattr(P, "reward_of", fails(16*2 + 5, P.reward_of, lambda *args, **how: math.nan)) # in the third step
         said = refused(capsys, "ppo")
     out = folder("ppo")
     assert "step 3: grad_norm_policy is nan and grad_norm_critic is nan" in said and f"the last good state is {parallel.saved_states(out)[0].name}" in said and "learning rate" in said
