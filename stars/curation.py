@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from .behaviors import count_behaviors
 from .corpus import embedded_rewrite
 from .files import check_settings, held, write_json, write_table
-from .models import token_ids
 from .pretraining import Shard, Text, corpus_files, label_files, labels_file, plan_shards, read_shard, spread
 from .priming import METHODS, Trace, write_rows
 
@@ -226,6 +225,7 @@ def training_sets(
     tables = {m: table for m in METHODS if len(table := read_rewrites(rewrites, m))}
     if len({len(t) for t in tables.values()}) > 1: raise ValueError(f"{rewrites}: {', '.join(f'{m} has {len(t):,} texts' for m, t in tables.items())}; one of them is not complete, the same command with that --method goes on")
     if not tables: raise ValueError(f"{rewrites} is empty: no text poses and solves a problem, by its labels")
+    from stars.models import token_ids # here: each process that rewrites imports this chapter, and none of them needs PyTorch
     sets, report = match_sets(tables, lambda texts: [len(ids) + 1 for ids in token_ids(tokenizer, texts)], how)
     if not report["documents"]: raise ValueError(f"{rewrites}: no document passes checks and matching: {json.dumps(report)}")
     cut = report["documents"] - round(how.test * report["documents"])

@@ -372,7 +372,6 @@ def _side_by_side(jobs:Sequence[Job], workers:int, n_cores:int)->dict[Job, Futur
             for p in set(multiprocessing.active_children()) - others: p.terminate()
             raise
     bar.close()
-
     return done
 
 def grid(

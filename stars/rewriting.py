@@ -95,7 +95,6 @@ def rewrite_request(
 
 # %% ../nbs/09c_rewriting.ipynb #c016
 _INSIDE = re.compile(r"</?\s*(?:think|thoughts?|question|answer|text)\b[^<>]*>", re.I)
-
 _FRAME = re.compile(r"\s*" + r"\s*".join(rf"<{p}>(?P<{p}>.*?)</{p}>" for p in PARTS) + r"\s*", re.S)
 
 def _parts(text:str, format:str)->dict|None:
