@@ -29,54 +29,54 @@ class Config:
     # the world
     n_numbers:tuple[int, ...]=(3,)    # operand counts
     min_number:int=1                  # smallest number
-    max_number:int=12                 # largest number
+    max_number:int=20                 # largest number
     min_target:int=10                 # smallest target
-    max_target:int=30                 # largest target
-    top:int=199                       # largest integer that is written (and that the micro tokenizer knows)
+    max_target:int=40                 # largest target
+    top:int=99                        # largest integer that is written (and that the micro tokenizer knows)
     template:str="micro"              # prompt template: micro, base, chat or a file
     # data: problems per split
     data_seed:int=0                   # the same problems for every seed of a run, so that seeds differ in training alone
-    data_prime:int=500                # distinct problems for priming
-    data_train:int=800                # distinct problems for RL
-    data_eval:int=330                 # distinct problems for evaluation
-    data_rows:int=4_096               # RL prompts: the train problems, again and again with their numbers shuffled
+    data_prime:int=2_000              # distinct problems for priming
+    data_train:int=3_600              # distinct problems for RL: a run of preset cpu sees each about three times
+    data_eval:int=400                 # distinct problems for evaluation
+    data_rows:int=10_240              # RL prompts: the train problems, again and again with their numbers shuffled
     data_prime_space:str=""           # draw the problems for priming from this named space of `stars data` instead of the world ("priming": the paper's)
     # base: pretraining of the micro models
-    base_docs:int=250_000             # documents
+    base_docs:int=300_000             # documents
     base_val:int=2_000                # further documents, held out
     base_share:float=.1               # of the rich base's documents that show habits (the plain base has none)
     base_mix:str="backtracking_verification" # the habits they show
-    base_epochs:int=2                 # passes
-    base_batch:int=256                # documents per update
+    base_epochs:int=1                 # passes
+    base_batch:int=128                # documents per update
     base_lr:float=2e-3                # peak learning rate
     base_seed:int=0                   # of corpus and weights
-    base_hidden:int=128               # width
+    base_hidden:int=96                # width
     base_layers:int=4                 # blocks
-    base_heads:int=4                  # attention heads
-    base_ffn:int=384                  # feed-forward width
+    base_heads:int=3                  # attention heads
+    base_ffn:int=288                  # feed-forward width
     base_context:int=512              # tokens
-    base_bf16:bool=True               # autocast to bfloat16
-    base_micro_tokens:int=8_192       # padded tokens per forward pass
+    base_bf16:bool=False              # autocast to bfloat16: for GPUs (chapter arithmetic)
+    base_micro_tokens:int=4_096       # padded tokens per forward pass
     # prime: the teacher
-    prime_rows:int=8_000              # traces
+    prime_rows:int=4_000              # traces
     prime_val:int=200                 # further traces, held out
     prime_attempts:int=5              # most attempts per trace
-    prime_patience:int=5              # fewest attempts before a trace gives up
-    prime_budget:int=122              # words and symbols per trace, so that it fits into a response
+    prime_patience:int=1              # fewest attempts before a trace gives up: each trace draws its own number, so RL has something to lengthen
+    prime_budget:int=140              # words and symbols per trace, so that it fits into a response
     prime_slip:float=.02              # probability that a failing attempt is written carelessly
     prime_insight:float=0.            # probability that an attempt is the solver's
-    prime_top:int=60                  # largest value the teacher writes down: nobody sensible multiplies past twice the largest target
+    prime_top:int=80                  # largest value the teacher writes down: nobody sensible multiplies past twice the largest target
     prime_incorrect_slip:float=.25    # slips of the teacher of incorrect_only
     prime_mix:str="backtracking_verification" # what the controls are made from
     prime_file:str=""                 # take the rows from this parquet instead (`stars prime FILE` makes one); {condition} in it stands for the mix
     prime_failures:str="slips"        # incorrect_only: a teacher's "slips", or "sampled" from the checkpoint primed with prime_mix
     # sft
     sft_epochs:int=3                  # passes
-    sft_batch_size:int=32             # examples per update
+    sft_batch_size:int=16             # examples per update
     sft_lr:float=2e-3                 # peak learning rate
-    sft_micro_tokens:int=8_192        # padded tokens per forward pass
+    sft_micro_tokens:int=2_048        # padded tokens per forward pass
     sft_max_length:int=512            # tokens per example
-    sft_bf16:bool=True                # autocast to bfloat16
+    sft_bf16:bool=False               # autocast to bfloat16: for GPUs
     sft_packing:bool=False            # put several examples into one sequence of sft_max_length (continued pretraining)
     # lora: of sft and ppo
     lora_rank:int=0                   # 0: train every weight
@@ -95,21 +95,21 @@ class Config:
     curate_file:str=""                # take the rows from this folder of `stars curate` instead
     # cpt: continued pretraining on it
     cpt_epochs:int=3                  # passes
-    cpt_batch_size:int=32             # examples per update
+    cpt_batch_size:int=16             # examples per update
     cpt_lr:float=2e-3                 # peak learning rate
     cpt_max_length:int=512            # tokens per example
     cpt_packing:bool=False            # put several examples into one sequence of cpt_max_length
     # ppo
-    ppo_steps:int=100
+    ppo_steps:int=60
     ppo_prompts:int=128               # prompts per step
     ppo_samples:int=1                 # rollouts per prompt
     ppo_minibatch:int=64              # rollouts per optimiser step
     ppo_micro_tokens:int=2_048        # padded tokens per forward pass (small pieces stay in the cache of a CPU)
-    ppo_max_tokens:int=144            # longest response
+    ppo_max_tokens:int=200            # longest response: well above the longest trace
     ppo_lr:float=1e-4                 # actor
     ppo_critic_lr:float=3e-4          # critic
-    ppo_estimator:str="gae"           # or "group", which needs ppo_samples ≥ 2
-    ppo_kl_coef:float=.001            # KL to the initial policy
+    ppo_estimator:str="reinforce"     # "gae" (with a critic, as the paper), "reinforce" (without: chapter ppo says why), "group" (needs ppo_samples ≥ 2)
+    ppo_kl_coef:float=0.              # KL to the initial policy (paper: .001); 0 spares the reference's forward pass
     ppo_kl_in:str="reward"            # k1 in the "reward", or k3 in the "loss"
     ppo_temperature:float=1.          # of sampling
     ppo_epochs:int=1                  # passes over a step's rollouts
@@ -246,20 +246,20 @@ def _named(prefix:str, message:str)->str:
 PRESETS = dict(
     cpu=Config("cpu"),
     smoke=Config("smoke", data_prime=60, data_train=100, data_eval=20, data_rows=100, base_docs=1_500, base_val=100, base_epochs=1, base_batch=64, base_hidden=32,
-                 base_layers=2, base_heads=2, base_ffn=64, prime_rows=300, prime_val=30, prime_attempts=2, prime_patience=2, prime_budget=50, sft_epochs=1, sft_lr=3e-3, ppo_steps=4, ppo_prompts=16, ppo_minibatch=8,
-                 ppo_max_tokens=60, ppo_save_every=2,
-                 corpus_docs=1_500, curate_budget=8_000, curate_length=60, cpt_epochs=1, cpt_lr=3e-3, figures=FIGURES),
-    gpu=Config("gpu", n_numbers=(3, 4), max_number=20, max_target=50, prime_top=100, data_prime=2_000, data_train=8_000, data_eval=1_024, data_rows=16_384,
-               base_docs=400_000, base_batch=512, base_lr=1e-3, base_hidden=256, base_layers=6, base_heads=8, base_ffn=768, base_micro_tokens=131_072,
-               prime_rows=10_000, sft_lr=1e-3, sft_batch_size=64, sft_micro_tokens=65_536, ppo_prompts=256, ppo_samples=4, ppo_minibatch=512, ppo_micro_tokens=65_536, ppo_max_tokens=160,
+                 base_layers=2, base_heads=2, base_ffn=64, prime_rows=300, prime_val=30, prime_attempts=2, prime_patience=2, prime_budget=50, sft_epochs=1, sft_batch_size=32, sft_lr=3e-3, ppo_steps=4, ppo_prompts=16, ppo_minibatch=8,
+                 ppo_max_tokens=60, ppo_save_every=2, ppo_estimator="gae", ppo_kl_coef=.001,
+                 corpus_docs=1_500, curate_budget=8_000, curate_length=60, cpt_epochs=1, cpt_batch_size=32, cpt_lr=3e-3, figures=FIGURES),
+    gpu=Config("gpu", n_numbers=(3, 4), max_number=20, max_target=50, top=199, prime_top=100, data_prime=2_000, data_train=8_000, data_eval=1_024, data_rows=16_384,
+               base_docs=400_000, base_epochs=2, base_batch=512, base_lr=1e-3, base_hidden=256, base_layers=6, base_heads=8, base_ffn=768, base_micro_tokens=131_072, base_bf16=True, sft_bf16=True,
+               prime_rows=10_000, sft_lr=1e-3, sft_batch_size=64, sft_micro_tokens=65_536, ppo_prompts=256, ppo_samples=4, ppo_minibatch=512, ppo_micro_tokens=65_536, ppo_steps=100, ppo_max_tokens=256, ppo_estimator="gae", ppo_kl_coef=.001,
                ppo_lr=3e-5, ppo_critic_lr=1e-4, engine_rows=1_024, corpus_docs=60_000, curate_budget=1_200_000, curate_length=150, cpt_batch_size=64, cpt_lr=1e-3, seeds=(0, 1, 2)),
-    smollm2=Config("smollm2", n_numbers=(3, 4), max_number=20, max_target=50, prime_top=100, template="base", data_prime=1_000, data_train=4_000, data_eval=512, data_rows=16_384, models=("smollm2",),
-                   prime_rows=1_000, sft_epochs=5, sft_batch_size=64, sft_lr=1e-4, sft_max_length=1_024, sft_micro_tokens=16_384, ppo_steps=50, ppo_prompts=64, ppo_samples=8, ppo_minibatch=256,
-                   ppo_max_tokens=256, ppo_lr=1e-5, ppo_estimator="group", ppo_kl_in="loss", ppo_micro_tokens=16_384, ppo_bf16=True, ppo_is_cap=2.,
+    smollm2=Config("smollm2", n_numbers=(3, 4), max_number=20, max_target=50, top=199, prime_top=100, prime_patience=5, template="base", data_prime=1_000, data_train=4_000, data_eval=512, data_rows=16_384, models=("smollm2",),
+                   prime_rows=1_000, sft_epochs=5, sft_batch_size=64, sft_lr=1e-4, sft_max_length=1_024, sft_micro_tokens=16_384, sft_bf16=True, ppo_steps=50, ppo_prompts=64, ppo_samples=8, ppo_minibatch=256,
+                   ppo_max_tokens=256, ppo_lr=1e-5, ppo_estimator="group", ppo_kl_coef=.001, ppo_kl_in="loss", ppo_micro_tokens=16_384, ppo_bf16=True, ppo_is_cap=2.,
                    corpus_docs=60_000, curate_budget=1_000_000, curate_length=256, cpt_epochs=2, cpt_batch_size=64, cpt_lr=1e-4, cpt_max_length=1_024, figures=ONE_MODEL),
-    paper=Config("paper", n_numbers=(3, 4), max_number=99, max_target=99, prime_top=199, template="base", data_prime=1_200, data_prime_space="priming", data_train=327_680, data_eval=1_024, data_rows=327_680,
-                 models=("meta-llama/Llama-3.2-3B", "Qwen/Qwen2.5-3B"), prime_rows=1_000, sft_epochs=5, sft_batch_size=64, sft_lr=1e-5, sft_max_length=2_048, sft_micro_tokens=16_384,
-                 ppo_steps=250, ppo_prompts=256, ppo_samples=4, ppo_minibatch=512, ppo_max_tokens=1_024, ppo_lr=1e-6, ppo_critic_lr=1e-5, ppo_micro_tokens=8_192, ppo_bf16=True, ppo_is_cap=2.,
+    paper=Config("paper", n_numbers=(3, 4), max_number=99, max_target=99, top=199, prime_top=199, prime_patience=5, template="base", data_prime=1_200, data_prime_space="priming", data_train=327_680, data_eval=1_024, data_rows=327_680,
+                 models=("meta-llama/Llama-3.2-3B", "Qwen/Qwen2.5-3B"), prime_rows=1_000, sft_epochs=5, sft_batch_size=64, sft_lr=1e-5, sft_max_length=2_048, sft_micro_tokens=16_384, sft_bf16=True,
+                 ppo_steps=250, ppo_prompts=256, ppo_samples=4, ppo_minibatch=512, ppo_max_tokens=1_024, ppo_lr=1e-6, ppo_critic_lr=1e-5, ppo_estimator="gae", ppo_kl_coef=.001, ppo_micro_tokens=8_192, ppo_bf16=True, ppo_is_cap=2.,
                  curate_budget=83_000_000, curate_length=4_096, cpt_epochs=1, cpt_batch_size=64, cpt_lr=1e-5, cpt_max_length=8_192, cpt_packing=True, engine_rows=128, workers=4, shard=True, remat=True, figures=("fig_gap",) + ONE_MODEL),
 )
 

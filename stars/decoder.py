@@ -15,8 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from .models import small_products
-
 # %% ../nbs/04c_decoder.ipynb #c006
 FAMILIES = ("llama", "qwen2")
 
@@ -108,9 +106,8 @@ class Decoder:
         n, _, time, _ = q.shape
         if time > 1: out = F.scaled_dot_product_attention(q, k.transpose(-1, -2), v, attn_mask=bias, enable_gqa=self.kv != self.heads)
         else:
-            with small_products():
-                scores = (q.reshape(n, self.kv, -1, self.size) * self.size**-.5) @ k + bias
-                out = (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).view(n, self.heads, 1, self.size)
+            scores = (q.reshape(n, self.kv, -1, self.size) * self.size**-.5) @ k + bias
+            out = (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).view(n, self.heads, 1, self.size)
         return out.transpose(1, 2).reshape(n, time, -1)
 
     def __call__(self,

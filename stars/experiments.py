@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABEL_ROWS', 'SHARED', 'data_stage', 'base_stage', 'corpus_stage', 'label_stage', 'curate_stage', 'pretraining_stage',
-           'prime_stage', 'sft_stage', 'make_engine', 'ppo_stage', 'eval_stage', 'device', 'quiet', 'is_built',
-           'run_jobs', 'grid', 'results', 'manifest']
+           'prime_stage', 'sft_stage', 'make_engine', 'ppo_stage', 'eval_stage', 'quiet', 'is_built', 'run_jobs',
+           'grid', 'results', 'manifest']
 
 # %% ../nbs/10_experiments.ipynb #c002
 import json
@@ -29,6 +29,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .arithmetic import device, number_type, share_cores, warn_of_slow_half
 from .behaviors import HABIT_NAMES
 from .configs import PRESETS, Config, preset
 from .corpus import documents
@@ -37,7 +38,7 @@ from .curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
 from .datasets import from_parquet, to_parquet
 from .evals import complete, failures, summarize, write_completions
 from .files import replacing, write_json
-from .models import (BASES, attention, base_path, check_spells, fast_cpu_math, file_digest, known_ids, load_model, load_tokenizer, micro_model,
+from .models import (BASES, attention, base_path, check_spells, file_digest, known_ids, load_model, load_tokenizer, micro_model,
                           micro_tokenizer, token_ids, weights_digest, weights_of)
 from .parallel import Team, on_workers, prepare, start_ray
 from .ppo import ppo
@@ -80,7 +81,6 @@ def base_stage(job:Job)->Path:
         rows = list(corpus_rows(cfg.base_docs + cfg.base_val, cfg.base_seed, settings["base_share"], mix=cfg.base_mix, prompt=partial(make_prompt, template=cfg.template), top=cfg.top, **cfg.world))
         model.to(device()).set_attn_implementation(attention(device(), micro=True))
         sft(model, tok, rows[:cfg.base_docs], out, cfg.pretraining(), rows[cfg.base_docs:], job.progress)
-        model.to(torch.bfloat16).save_pretrained(out/"model") # what is shipped is what is used
     return stage(job.model_dir, "base", settings, {}, run, **job.how)/"model"
 
 def _base_digest(path:Path)->str: return weights_digest(path) if path.is_dir() else str(path)
@@ -266,7 +266,7 @@ def ppo_stage(job:Job)->Path:
 def _ppo(job:Job, start:Path, data:Path, out:Path):
     "PPO, as each worker runs it"
     cfg, team, tok = job.cfg, Team.join(job.cfg.shard), load_tokenizer(start)
-    problems, prompt, half = _problems(job, data, "train", tok), _prompt(job, tok), torch.bfloat16 if cfg.ppo_bf16 else torch.float32
+    problems, prompt, half = _problems(job, data, "train", tok), _prompt(job, tok), number_type(cfg.ppo_bf16)
     policy = load_model(start, device(), bf16=cfg.ppo_bf16)
     engine = make_engine(cfg, policy, start, tok, map(prompt, problems), team)
     try: ppo(prepare(policy, cfg.remat, cfg.lora_rank, cfg.lora_alpha, job.seed), tok, problems, out, cfg.ppo(job.seed), prompt, engine, lambda: load_model(start, device(), half),
@@ -282,7 +282,7 @@ def eval_stage(job:Job)->Path:
         problems, prompt = _problems(job, data, "eval", tok), _prompt(job, tok)
         try:
             for ckpt in tqdm(left, desc="eval", disable=not job.progress):
-                model, step = load_model(ckpt, device(), torch.bfloat16 if cfg.ppo_bf16 else torch.float32), int(ckpt.name[5:])
+                model, step = load_model(ckpt, device(), number_type(cfg.ppo_bf16)), int(ckpt.name[5:])
                 if engine is None: engine = make_engine(cfg, model, ckpt, tok, map(prompt, problems))
                 else: engine.sync(weights_of(model))
                 del model # the engine has its own copy
@@ -294,19 +294,15 @@ def eval_stage(job:Job)->Path:
         table.to_csv(out/"results.csv", index=False)
     return stage(job.dir, "eval", dict(seed=job.seed, template=cfg.template_key, max_tokens=cfg.ppo_max_tokens) | cfg.settings("eval_"), dict(data=data.name, ppo=run_.name), run, **job.how)
 
-def device()->str: return "cuda" if torch.cuda.is_available() else "cpu"
-
 # %% ../nbs/10_experiments.ipynb #c013
-def _start_worker(parent:int, threads:int):
+def _start_worker(parent:int, processes:int):
     follow_parent(parent)
-    quiet(threads)
+    share_cores(processes)
+    quiet()
 
-def quiet(
-    threads:int|None, # of PyTorch; None: as they are
-):
-    "No progress bars of transformers; quick arithmetic on a CPU"
+def quiet():
+    "No progress bars of transformers: loading a checkpoint takes no time here"
     transformers_logging.disable_progress_bar()
-    fast_cpu_math(threads)
 
 def _weight(job:Job)->int: return {"base": 2, "empty_cot": 1, "negative_control": 1}.get(job.condition, 3) # how long it takes, roughly
 
@@ -341,11 +337,12 @@ def run_jobs(
     workers:int|None=None,   # processes (default: one per job, at most one per core; one if there is a GPU)
 )->dict[Job, Path]: # eval folder of each
     "Build every job's results, in parallel where that helps; what exists is not built again"
-    jobs, n_cores = list(dict.fromkeys(jobs)), cores()
-    quiet(None)
-    workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else n_cores))
+    jobs = list(dict.fromkeys(jobs))
+    quiet()
+    workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores()))
     for j in jobs: _rows_file(j) # one that is missing is refused before anything is built
-    done = {j: _outcome(j) for j in jobs} if workers <= 1 or all(map(is_built, jobs)) else _side_by_side(jobs, workers, n_cores)
+    for cfg in {j.cfg: None for j in jobs}: warn_of_slow_half(device(), sft_bf16=cfg.sft_bf16, ppo_bf16=cfg.ppo_bf16)
+    done = {j: _outcome(j) for j in jobs} if workers <= 1 or all(map(is_built, jobs)) else _side_by_side(jobs, workers)
     failed = {j: f.exception() for j, f in done.items() if f.exception()}
     died = [j for j, e in failed.items() if isinstance(e, BrokenProcessPool)]
     for j, e in failed.items():
@@ -353,11 +350,11 @@ def run_jobs(
     if died: raise RuntimeError("a worker process died: killed for want of memory (then close something, or give it fewer cores, as in `taskset -c 0 stars …`), or by what it wrote above; what is complete is kept, and the same command goes on")
     return {j: done[j].result() for j in jobs} # raises the first failure, after all the others have finished
 
-def _side_by_side(jobs:Sequence[Job], workers:int, n_cores:int)->dict[Job, Future]:
+def _side_by_side(jobs:Sequence[Job], workers:int)->dict[Job, Future]:
     "Build jobs in processes that share the cores"
     for j in {(j.cfg, j.model): j for j in jobs}.values(): data_stage(j), base_stage(j) # shared: once, with all cores
     others, done, bar = set(multiprocessing.active_children()), {}, tqdm(total=len(jobs), desc="jobs", bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]{postfix}")
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(), max(1, n_cores // workers))) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(), workers)) as pool:
         try:
             pending = {pool.submit(eval_stage, replace(j, progress=False, wait=True)): j for j in sorted(jobs, key=_weight, reverse=True)}
             while len(done) < len(jobs):

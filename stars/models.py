@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SPECIAL', 'BASES', 'SOFTMAX', 'micro_words', 'micro_tokenizer', 'check_spells', 'micro_model', 'n_params',
-           'attention', 'fast_cpu_math', 'small_products', 'base_path', 'load_tokenizer', 'token_ids', 'known_ids',
-           'load_model', 'digest', 'file_digest', 'weights_digest', 'weights_of', 'save_checkpoint', 'Critic',
-           'token_logprobs']
+           'attention', 'base_path', 'load_tokenizer', 'token_ids', 'known_ids', 'load_model', 'digest', 'file_digest',
+           'weights_digest', 'weights_of', 'save_checkpoint', 'Critic', 'token_logprobs']
 
 # %% ../nbs/04_models.ipynb #c002
 import copy
@@ -17,7 +16,6 @@ import re
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
 from itertools import islice
@@ -107,20 +105,6 @@ def attention(
         half = dtype in (torch.float16, torch.bfloat16)
         return "flash_attention_2" if half and importlib.util.find_spec("flash_attn") else "sdpa"
     return "eager" if micro else "sdpa"
-
-def fast_cpu_math(
-    threads:int|None=None, # CPU threads for this process; None leaves the setting alone
-):
-    "Let oneDNN take fp32 matrix products on the CPU (it may use bf16 units where there are any), and set the number of threads"
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    if threads: torch.set_num_threads(threads)
-
-@contextmanager
-def small_products():
-    "Use the default BLAS for many small matrix products, whatever `fast_cpu_math` chose"
-    was, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "ieee"
-    try: yield
-    finally: torch.backends.mkldnn.matmul.fp32_precision = was
 
 # %% ../nbs/04_models.ipynb #c013
 BASES = ("plain", "rich")

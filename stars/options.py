@@ -37,7 +37,7 @@ def overrides(
     return dict(i.split("=", 1) for i in items)
 
 def job_of(preset:str, model:str|None, condition:str, seed:int, runs:Path, set_:tuple[str, ...])->"ex.Job":
-    ex.quiet(None)
+    ex.quiet()
     cfg = ex.preset(preset, **overrides(set_))
     return ex.Job(cfg, model or cfg.models[0], condition, seed, str(runs))
 

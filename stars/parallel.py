@@ -37,7 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .files import held
-from .models import digest, fast_cpu_math, file_digest
+from .arithmetic import share_cores
+from .models import digest, file_digest
 from .workers import cores
 
 # %% ../nbs/04a_parallel.ipynb #c006
@@ -284,7 +285,7 @@ def on_workers(
     if workers > has.get(kind, 0): raise ValueError(f"workers={workers}, but Ray has {has.get(kind, 0):.0f} {kind}s; lower it, or join a larger cluster (RAY_ADDRESS)")
     scaling = ScalingConfig(num_workers=workers, use_gpu=kind == "GPU", resources_per_worker={kind: gpus if kind == "GPU" else max(1, has["CPU"] // workers // 2)})
     run = RunConfig(name="workers", storage_path=str(Path(out).resolve()/"ray"), failure_config=FailureConfig(max_failures=0)) # Ray would try our own errors again, too
-    trainer = TorchTrainer(_worker, train_loop_config=dict(fn=fn, args=args, threads=max(1, int(cores() // workers))), scaling_config=scaling, run_config=run)
+    trainer = TorchTrainer(_worker, train_loop_config=dict(fn=fn, args=args, processes=workers), scaling_config=scaling, run_config=run)
     print(f"training on {workers} workers; their steps are in {out}/metrics.jsonl", file=sys.stderr)
     for left in reversed(range(restarts + 1)):
         try: return _fit(trainer)
@@ -315,7 +316,7 @@ def _worker(config:dict):
     if torch.cuda.is_available():
         from ray.train.torch import get_device
         torch.cuda.set_device(get_device())
-    fast_cpu_math(None if torch.cuda.is_available() else config["threads"])
+    share_cores(config["processes"])
     config["fn"](*config["args"])
 
 def start_ray(

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .arithmetic import autocast, threads_for, warn_of_slow_half
 from .behaviors import column_of, count_in
 from .countdown import Problem, make_prompt, reward_of
-from .models import Critic, known_ids, save_checkpoint, token_ids, token_logprobs, weights_of
+from .models import Critic, known_ids, n_params, save_checkpoint, token_ids, token_logprobs, weights_of
 from .parallel import Team, load_state, memory_for, save_state
 from .rollouts import Engine, LlamaEngine, Rollout, probe, seeds_of
 from .sft import Log, check_finite, pad, resumed
@@ -197,7 +198,7 @@ def token_rewards(
     return torch.zeros_like(mask).scatter_(1, last[:, None], scores[:, None])
 
 # %% ../nbs/07_ppo.ipynb #c019
-ESTIMATORS = ("gae", "group")
+ESTIMATORS = ("gae", "reinforce", "group")
 
 @dataclass(frozen=True)
 class PPOConfig:
@@ -213,7 +214,7 @@ class PPOConfig:
     lr:float=1e-6                 # actor
     critic_lr:float=1e-5          # critic
     warmup:int=0                  # steps over which both rise linearly from 0
-    estimator:str="gae"           # "gae" (critic) or "group" (GRPO; needs samples ≥ 2)
+    estimator:str="gae"           # "gae" (critic), "reinforce" (returns, whitened over the step) or "group" (GRPO; needs samples ≥ 2)
     gamma:float=1.                # discount
     lam:float=1.                  # GAE λ
     clip:float=.2                 # policy ratio
@@ -280,7 +281,7 @@ def update(
 )->dict[str, float]: # averages over the step
     "All optimiser steps on one batch of rollouts"
     sums, norms, n_tokens = {}, dict(policy=[], critic=[]), 0.
-    half = lambda: torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=cfg.bf16)
+    half = partial(autocast, batch.ids.device, cfg.bf16)
     add = lambda **kw: [sums.__setitem__(k, sums.get(k, 0.) + float(v)) for k, v in kw.items()]
     for epoch in range(cfg.epochs):
         order = list(range(len(batch.lengths)))
@@ -349,7 +350,7 @@ def _valued(
     vocab:int, team:Team, device:torch.device,
 )->tuple[Batch, Tensor|None, dict[str, float]]: # with advantages; reference logprobs, if the KL is in the loss; what is worth logging
     "A step's batch, with all that must be known before the policy moves"
-    half = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    half = partial(autocast, device, cfg.bf16)
     logprobs = lambda model: over_batch(lambda ids, skip: token_logprobs(model, ids, skip, cfg.temperature, vocab=vocab), batch, cfg.micro_tokens, team)
     batch, s, row = collate(rollouts, device), torch.tensor(scores, dtype=torch.float32, device=device), {}
     if cfg.mask_truncated: batch.mask *= torch.tensor([[float(r.finished)] for r in rollouts], device=device)
@@ -363,12 +364,15 @@ def _valued(
         kl = kl_estimate(batch.old_logp, ref_logp, "k1") * batch.mask
         row["kl"] = masked_mean(kl, batch.mask).item()
         if cfg.kl_in == "reward": rewards, ref_logp = rewards - cfg.kl_coef * kl, None
+    if cfg.estimator == "group":
+        batch.advantages = group_advantages(rewards.sum(-1), cfg.samples)[:, None] * batch.mask
+        return batch, ref_logp, row
+    batch.values = torch.zeros_like(rewards)
     if critic:
         with half(): batch.values = over_batch(lambda ids, skip: critic(ids)[:, skip:-1], batch, cfg.micro_tokens, team)
-        advantages, batch.returns = gae(rewards, batch.values, batch.mask, cfg.gamma, cfg.lam)
-        row["explained_variance"] = explained_variance(batch.values, batch.returns, batch.mask)
-        batch.advantages = whiten(advantages, batch.mask)
-    else: batch.advantages = group_advantages(rewards.sum(-1), cfg.samples)[:, None] * batch.mask
+    advantages, batch.returns = gae(rewards, batch.values, batch.mask, cfg.gamma, cfg.lam if critic else 1.)
+    batch.advantages = whiten(advantages, batch.mask)
+    if critic: row["explained_variance"] = explained_variance(batch.values, batch.returns, batch.mask)
     return batch, ref_logp, row
 
 def ppo(
@@ -391,14 +395,16 @@ def ppo(
     if cfg.kl_coef and reference is None: raise ValueError(f"kl_coef={cfg.kl_coef} needs a reference model; pass reference=…, or set it to 0")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with team.locked(out): return _ppo(policy, tokenizer, problems, out, cfg, prompt, engine, reference, reward, count, progress and team.first, team, share_device)
+    warn_of_slow_half(policy.device, bf16=cfg.bf16)
+    with threads_for(n_params(policy)), team.locked(out):
+        return _ppo(policy, tokenizer, problems, out, cfg, prompt, engine, reference, reward, count, progress and team.first, team, share_device)
 
 def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Sequence[Problem], out:Path, cfg:PPOConfig, prompt:Callable, engine:Engine|None, reference:Callable|None,
          reward:Callable|None, count:Callable, progress:bool, team:Team, share_device:bool)->Path:
     "The loop"
     device, vocab = next(policy.parameters()).device, known_ids(tokenizer)
     reward = reward or partial(reward_of, format_score=cfg.format_score)
-    half = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    half = partial(autocast, device, cfg.bf16)
     engine = engine or LlamaEngine(policy, tokenizer.eos_token_id, vocab=vocab, dtype=torch.bfloat16 if cfg.bf16 else None)
     prompt_ids = token_ids(tokenizer, map(prompt, problems))
     critic = Critic.from_policy(policy) if cfg.estimator == "gae" else None

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .arithmetic import threads_for
 from .decoder import Decoder, KVCache
 from .ledger import Model, Reply, Request
-from .models import BASES, base_path, check_spells, known_ids, load_model, load_tokenizer, token_logprobs, weights_digest, weights_of
+from .models import BASES, base_path, check_spells, known_ids, load_model, load_tokenizer, n_params, token_logprobs, weights_digest, weights_of
 from .parallel import memory_for
 from .sft import pad
 
@@ -139,7 +140,7 @@ class LlamaEngine:
     ):
         self.eos, self.rows, self.slots, self.graphs, self.cuda = eos, rows, None, {}, model.device.type == "cuda"
         self.stream = torch.cuda.Stream(model.device) if self.cuda else None # its own: graphs that are dropped take their stream's workspace with them
-        self.decoder = Decoder(model.config, vocab, model.device, dtype or model.dtype)
+        self.decoder, self.weights = Decoder(model.config, vocab, model.device, dtype or model.dtype), n_params(model)
         self.sleep()
         self.sync(weights_of(model))
 
@@ -169,7 +170,8 @@ class LlamaEngine:
         longest = check_lengths(prompts, max_tokens, self.decoder.config.max_position_embeddings)
         if temperature and len(seeds or ()) != len(prompts): raise ValueError(f"{len(seeds or ())} seeds for {len(prompts)} prompts; each response needs one (`seeds_of`)")
         order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None]*len(prompts)
-        with memory_for(f"sampling {min(self.rows, len(prompts))} responses of up to {longest + max_tokens} tokens at once", "engine_rows"):
+        doing = f"sampling {min(self.rows, len(prompts))} responses of up to {longest + max_tokens} tokens at once"
+        with memory_for(doing, "engine_rows"), threads_for(self.weights):
             try:
                 for i in range(0, len(order), self.rows):
                     part = order[i:i + self.rows]

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .arithmetic import autocast, threads_for, warn_of_slow_half
 from .files import replacing
-from .models import save_checkpoint, token_logprobs
+from .models import n_params, save_checkpoint, token_logprobs
 from .parallel import Team, load_state, memory_for, save_state, saved_states
 
 # %% ../nbs/06_sft.ipynb #c005
@@ -225,7 +226,9 @@ def sft(
     if not rows: raise ValueError("rows is empty; give at least one example to train on")
     examples, val = encode(rows, tokenizer, cfg.max_length), encode(val_rows, tokenizer, cfg.max_length)
     if cfg.packing: examples = pack(examples, cfg.max_length)
-    with team.locked(out): return _sft(model, tokenizer, examples, val, out, cfg, progress and team.first, team)
+    warn_of_slow_half(model.device, bf16=cfg.bf16)
+    with threads_for(n_params(model)), team.locked(out):
+        return _sft(model, tokenizer, examples, val, out, cfg, progress and team.first, team)
 
 def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list[Example], val:list[Example], out:Path, cfg:SFTConfig, progress:bool, team:Team)->Path:
     "The loop"
@@ -249,7 +252,7 @@ def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list
             with memory_for(f"training on micro-batches of {cfg.micro_tokens} tokens", MICRO_TOKENS):
                 for part, weight, last in team.share(index, lengths, cfg.micro_tokens):
                     with team.accumulate(net, last):
-                        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16): nll = sft_loss(net, [examples[i] for i in part])
+                        with autocast(device, cfg.bf16): nll = sft_loss(net, [examples[i] for i in part])
                         (nll * weight * team.size / n_tokens).backward()
                     loss += nll.detach() * weight / n_tokens
             loss, norm = team.sum(loss).item(), team.clip(trained, cfg.clip)
@@ -259,7 +262,7 @@ def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list
             row = dict(step=step + 1, epoch=epoch, loss=loss, lr=opt.param_groups[0]["lr"], grad_norm=norm,
                        tokens_per_s=sum(lengths[i] for i in index) / (time.perf_counter() - start))
             if step + 1 == (epoch + 1)*per_epoch and val: # on a GPU, flash-attn may need it in 16 bits
-                with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda"): row["val_loss"] = mean_loss(model, val, cfg.micro_tokens, team)
+                with autocast(device, cfg.bf16 and device.type == "cuda"): row["val_loss"] = mean_loss(model, val, cfg.micro_tokens, team)
             log(**row)
             bar.set_postfix(loss=f"{loss:.3f}"); bar.update()
             if (step + 1) % cfg.save_every == 0 and step + 1 < total: save_state(out, step + 1, modules, opts, dict(made_by=made_by), team)

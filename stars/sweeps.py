@@ -27,6 +27,7 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from . import experiments as ex
+from .arithmetic import share_cores
 from .experiments import Config, Job
 from .parallel import start_ray
 from .priming import METHODS
@@ -225,11 +226,12 @@ def why(
     return f"{type(cause).__name__}: {first}", re.sub(r"\x1b\[\d*m", "", str(error))
 
 # %% ../nbs/10b_sweeps.ipynb #c030
-def _build(stage:str, job:Job, gpus:float, threads:int, cwd:str, *needs:str)->str: # folder
+def _build(stage:str, job:Job, gpus:float, cpus:float, cwd:str, *needs:str)->str: # folder
     "Build a stage in a Ray worker, once what it needs is there"
     if Path(cwd).is_dir(): os.chdir(cwd)
     if not gpus and not job.cfg.spreads: os.environ["CUDA_VISIBLE_DEVICES"] = "" # Ray hides no card from a task that asks for none
-    ex.quiet(threads)
+    share_cores(among=cpus)
+    ex.quiet()
     return str(getattr(ex, f"{stage}_stage")(replace(job, progress=False, wait=True)))
 
 class Tasks:
@@ -250,7 +252,7 @@ class Tasks:
         "Hand a stage over to Ray"
         options = share_of(job, self.gpus, self.cpus) | dict(max_retries=self.retries, retry_exceptions=False, name=f"{stage} {job.name}")
         needs = [] if stage in ("data", "base", "curate") else self._needs(job)
-        return ray.remote(_build).options(**options).remote(stage, job, self.gpus, max(1, int(self.cpus)), os.getcwd(), *needs)
+        return ray.remote(_build).options(**options).remote(stage, job, self.gpus, self.cpus, os.getcwd(), *needs)
 
     def step(self, seconds:float)->bool: # is anything left?
         "Hand over what there is room for, wait a moment, and note what has ended"
