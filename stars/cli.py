@@ -91,11 +91,20 @@ def _check_fits(job:"ex.Job"):
     if job.condition in METHODS: job = replace(job, cfg=replace(job.cfg, **{f"sft_{k}": v for k, v in job.cfg.under("cpt_").items()}))
     plan_.check(plan_.plan(job.cfg, job.model, cuda.device_count(), cuda.get_device_properties(0).total_memory / 2**30))
 
+def _whole(job:"ex.Job")->Path: # folder of its results
+    "All stages of a job, and how far they are"
+    with ex.shown(progress := ex.progress_of([job])):
+        progress.busy = [job]
+        folder = ex.eval_stage(replace(job, progress=False))
+        progress.end(job)
+    return folder
+
 def _command(name:str, text:str):
     "A subcommand for a stage of one job"
     def command(condition:str="backtracking_verification", model:str|None=None, seed:int=0, preset:str="cpu", runs:Path=Path("runs"), set_:Set=()):
         job = job_of(preset, model, condition, seed, runs, set_)
         if name != "base": _check_fits(job)
+        if name == "eval": return print(_whole(job))
         print(getattr(ex, f"{name}_stage")(job))
     command.__doc__ = f"""{text}
 

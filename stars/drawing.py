@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['parameters_of', 'about_runs', 'study_of', 'place_of', 'executed', 'for_readers', 'run_figure', 'last_words',
-           'failure', 'draw_all']
+           'failure', 'jobs_of', 'draw_all']
 
 # %% ../nbs/11d_drawing.ipynb #d003
 import re
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,12 +19,14 @@ import nbformat
 from tqdm import tqdm
 
 from .configs import preset as preset_of
-from .experiments import run_jobs
+from .experiments import progress_of, run_jobs
 from .files import replacing
 from .gallery import gallery
 from .models import BASES
 from .notebooks import check_parameters, figure_notebook, notebook_defaults, run_notebook
+from .progress import Progress
 from .sources import Study
+from .stages import Job
 
 # %% ../nbs/11d_drawing.ipynb #d011
 def parameters_of(
@@ -81,11 +84,12 @@ def for_readers(
 def run_figure(
     name:str, # "fig_controls" …
     p:dict,   # from `parameters_of`
+    progress:Progress|None=None, # of a command that draws more than this
 )->Path: # the executed notebook
     "Build what a figure needs, and draw it"
     if study := study_of(p):
         study.published_rows() # they may not be had: that shows before hours of work
-        if study.own: run_jobs(study.jobs())
+        if study.own: run_jobs(study.jobs(), progress=progress)
     done = run_notebook(figure_notebook(name), executed(name, p), **p)
     for_readers(done, Path(p["figures"])/place_of(p)/f"{name}.ipynb")
     return done
@@ -112,6 +116,18 @@ def failure(
     where.write_text("".join(traceback.format_exception(e)), "utf-8")
     return f"{last_words(e)}\ntraceback: {where}"
 
+def jobs_of(
+    figures:dict[str, dict], # name → parameters given to its notebook
+    *how,                    # preset, runs, figures and overrides, as `parameters_of` takes them
+)->list[Job]: # each once, in the order of the figures
+    "The runs that figures need; a figure with parameters that are wrong needs none, and is refused when its turn comes"
+    jobs = {}
+    for name, given in figures.items():
+        with suppress(Exception):
+            study = study_of(parameters_of(figure_notebook(name), *how, **given))
+            if study and study.own: jobs |= dict.fromkeys(study.jobs())
+    return list(jobs)
+
 def draw_all(
     names:tuple[str, ...], # figures
     preset:str,      # one of `PRESETS`
@@ -124,15 +140,17 @@ def draw_all(
     known = {name: notebook_defaults(figure_notebook(name)) for name in names} # a wrong name or parameter is told before hours of work
     if strange := [k for k in given if not any(k in v for v in known.values())]: raise ValueError(f"none of these figures has a parameter {strange[0]!r}; they know {', '.join(dict.fromkeys(k for v in known.values() for k in v))}")
     start, failed, rows = time.time(), {}, [("figure", "minutes", "result")]
+    mine = {name: {k: v for k, v in given.items() if k in known[name]} for name in names if given.get("source", "own") == "own" or "source" in known[name]}
+    progress = progress_of(jobs_of(mine, preset, runs, figures, overrides))
     for i, name in enumerate(names, 1):
-        began, place, notebook, mine = time.time(), preset, Path(runs)/preset/"notebooks"/f"{name}.ipynb", {k: v for k, v in given.items() if k in known[name]}
+        began, place, notebook = time.time(), preset, Path(runs)/preset/"notebooks"/f"{name}.ipynb"
         print(f"{i} of {len(names)}: {name} ({(began - start) / 60:.1f} minutes so far)", flush=True)
         try:
-            if given.get("source", "own") != "own" and "source" not in known[name]: result = f"skipped: it is drawn from own runs only, not from source={given['source']}"
+            if name not in mine: result = f"skipped: it is drawn from own runs only, not from source={given['source']}"
             else:
-                p = parameters_of(figure_notebook(name), preset, runs, figures, overrides, **mine)
+                p = parameters_of(figure_notebook(name), preset, runs, figures, overrides, **mine[name])
                 place, notebook = place_of(p), executed(name, p)
-                run_figure(name, p)
+                run_figure(name, p, progress)
                 result = str(figures/place/f"{name}.png")
         except Exception as e: # whatever it is, the other figures can be drawn
             for bar in list(tqdm._instances): bar.close() # or the message stands behind it

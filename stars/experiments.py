@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABEL_ROWS', 'SHARED', 'data_stage', 'base_stage', 'corpus_stage', 'label_stage', 'curate_stage', 'pretraining_stage',
-           'prime_stage', 'sft_stage', 'make_engine', 'ppo_stage', 'eval_stage', 'quiet', 'is_built', 'run_jobs',
-           'grid', 'results', 'manifest']
+           'prime_stage', 'sft_stage', 'make_engine', 'ppo_stage', 'eval_stage', 'quiet', 'is_built', 'progress_of',
+           'run_jobs', 'grid', 'results', 'manifest']
 
 # %% ../nbs/10_experiments.ipynb #c002
 import json
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -46,6 +47,7 @@ from .pretraining import RULES_LABELLER, label_corpus, rule_labeller
 from .priming import (CONTROLS, METHODS, SCHEMA, control_rows, corpus_rows, dots, empty_cot, priming_rows, read_rows, reorder,
                            shown_habits, write_rows)
 from .problems import sample_problems
+from .progress import Progress, shown, weight
 from .quantized import convert_gguf, smollm2_gguf
 from .rollouts import Elsewhere, Engine, LlamaEngine
 from .sft import sft
@@ -304,15 +306,6 @@ def quiet():
     "No progress bars of transformers: loading a checkpoint takes no time here"
     transformers_logging.disable_progress_bar()
 
-def _weight(job:Job)->int: return {"base": 2, "empty_cot": 1, "negative_control": 1}.get(job.condition, 3) # how long it takes, roughly
-
-def _now(job:Job)->tuple[str, int]:
-    "What a job is doing: its newest stage, and updates made there"
-    try:
-        logs = sorted(job.dir.glob("*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
-        return logs[-1].parent.name.split("-")[0], logs[-1].read_bytes().count(b"\n")
-    except (OSError, IndexError): return "data", 0 # nothing yet, or renamed at this moment
-
 def is_built(
     job:Job,
     made_by:Callable[[Job], Path]=eval_stage, # the stage's function
@@ -332,9 +325,18 @@ def _outcome(job:Job)->Future:
             e = e.__cause__ or e.__context__
     return done
 
+def progress_of(
+    jobs:Sequence[Job], # of a whole command
+)->Progress:
+    "What says how far they are; looks up which bases are trained first"
+    there = {(j.cfg, j.model): j.model not in BASES or is_built(j, base_stage) for j in jobs} # others are not trained here
+    ordered = sorted(dict.fromkeys(jobs), key=weight, reverse=True)
+    return Progress(ordered, [j for j in ordered if not there[j.cfg, j.model]])
+
 def run_jobs(
-    jobs:Sequence[Job],      # what to build
-    workers:int|None=None,   # processes (default: one per job, at most one per core; one if there is a GPU)
+    jobs:Sequence[Job],           # what to build
+    workers:int|None=None,        # processes (default: one per job, at most one per core; one if there is a GPU)
+    progress:Progress|None=None,  # of a command that has more jobs than these
 )->dict[Job, Path]: # eval folder of each
     "Build every job's results, in parallel where that helps; what exists is not built again"
     jobs = list(dict.fromkeys(jobs))
@@ -342,7 +344,7 @@ def run_jobs(
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores()))
     for j in jobs: _rows_file(j) # one that is missing is refused before anything is built
     for cfg in {j.cfg: None for j in jobs}: warn_of_slow_half(device(), sft_bf16=cfg.sft_bf16, ppo_bf16=cfg.ppo_bf16)
-    done = {j: _outcome(j) for j in jobs} if workers <= 1 or all(map(is_built, jobs)) else _side_by_side(jobs, workers)
+    done = {j: _outcome(j) for j in jobs} if all(map(is_built, jobs)) else _build_all(jobs, workers, progress)
     failed = {j: f.exception() for j, f in done.items() if f.exception()}
     died = [j for j, e in failed.items() if isinstance(e, BrokenProcessPool)]
     for j, e in failed.items():
@@ -350,25 +352,45 @@ def run_jobs(
     if died: raise RuntimeError("a worker process died: killed for want of memory (then close something, or give it fewer cores, as in `taskset -c 0 stars …`), or by what it wrote above; what is complete is kept, and the same command goes on")
     return {j: done[j].result() for j in jobs} # raises the first failure, after all the others have finished
 
-def _side_by_side(jobs:Sequence[Job], workers:int)->dict[Job, Future]:
+def _build_all(jobs:Sequence[Job], workers:int, progress:Progress|None)->dict[Job, Future]:
+    "Build jobs one by one or side by side, and say how far they are"
+    if progress is None or not set(jobs) <= progress.chains.keys(): progress = progress_of(jobs)
+    progress.workers = max(1, workers)
+    with shown(progress) if any(j.progress for j in jobs) else nullcontext():
+        return _in_turn(jobs, progress) if workers <= 1 else _side_by_side(jobs, workers, progress)
+
+def _in_turn(jobs:Sequence[Job], progress:Progress)->dict[Job, Future]:
+    "Build jobs one by one, in this process"
+    done = {}
+    for j in jobs:
+        progress.busy = [j]
+        done[j] = _outcome(replace(j, progress=False))
+        progress.end(j)
+    return done
+
+def _shared_first(jobs:Sequence[Job], progress:Progress):
+    "Problems and bases: once, with all cores"
+    for j in {(j.cfg, j.model): j for j in jobs}.values():
+        progress.busy, silent = [j], replace(j, progress=False)
+        data_stage(silent), base_stage(silent)
+
+def _side_by_side(jobs:Sequence[Job], workers:int, progress:Progress)->dict[Job, Future]:
     "Build jobs in processes that share the cores"
-    for j in {(j.cfg, j.model): j for j in jobs}.values(): data_stage(j), base_stage(j) # shared: once, with all cores
-    others, done, bar = set(multiprocessing.active_children()), {}, tqdm(total=len(jobs), desc="jobs", bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]{postfix}")
+    _shared_first(jobs, progress)
+    others, done = set(multiprocessing.active_children()), {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(), workers)) as pool:
         try:
-            pending = {pool.submit(eval_stage, replace(j, progress=False, wait=True)): j for j in sorted(jobs, key=_weight, reverse=True)}
+            pending = {pool.submit(eval_stage, replace(j, progress=False, wait=True)): j for j in sorted(jobs, key=weight, reverse=True)}
             while len(done) < len(jobs):
                 for f in [f for f, j in pending.items() if f.done() and j not in done]:
                     done[pending[f]] = f
-                    bar.update()
-                busy = [j for f, j in pending.items() if f.running()][:workers]
-                bar.set_postfix_str(" · ".join(f"{j.name}: {s} {n}" for j in busy for s, n in [_now(j)]))
+                    progress.end(pending[f])
+                progress.busy = [j for f, j in pending.items() if f.running()][:workers]
                 time.sleep(1)
         except BaseException: # Ctrl-C: what the workers have saved is kept, nobody waits for the rest
             pool.shutdown(wait=False, cancel_futures=True)
             for p in set(multiprocessing.active_children()) - others: p.terminate()
             raise
-    bar.close()
     return done
 
 def grid(

@@ -8,8 +8,18 @@ __all__ = ['figure_notebook', 'go_home', 'notebook_defaults', 'check_parameters'
 # %% ../nbs/10a_notebooks.ipynb #c002
 import ast
 import os
+import sys
 from importlib.resources import files
 from pathlib import Path
+
+# %% ../nbs/10a_notebooks.ipynb #c011
+class _Aloud:
+    "Standard error of a notebook, repeated on the caller's"
+    def write(self, text:str):
+        from tqdm import tqdm
+        tqdm.write(text, sys.stderr, end="")
+
+    def flush(self): sys.stderr.flush()
 
 # %% ../nbs/10a_notebooks.ipynb #c003
 def figure_notebook(
@@ -57,5 +67,6 @@ def run_notebook(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     os.environ["STARS_CALLED"] = "1" # the kernel inherits it: a notebook that is called stays where its caller is
     pm.execute_notebook(str(notebook), str(out), parameters, kernel_name="python3", language="python", cwd=os.getcwd(),
+                        stderr_file=_Aloud(), progress_bar=sys.stderr.isatty(),
                         extra_arguments=["--IPKernelApp.log_level=ERROR"]) # it warns of connections that are not encrypted, and they are to this machine
     return Path(out)

@@ -18,7 +18,7 @@ import pytest
 from nbclient import NotebookClient
 from rich.console import Console
 
-from stars import live,watching
+from stars import live,progress,watching
 from stars.behaviors import COLORS, HABITS
 from stars.plots import CONDITIONS
 from stars.sft import Log
@@ -78,7 +78,7 @@ def test_neither_torch_nor_ray_is_loaded():
 
 def test_a_log_is_read_as_the_trainer_writes_it(tmp_path):
     "Appended to, cut in the middle of a line, and begun again from a saved state by the trainer's own `Log`"
-    path, tail, log = tmp_path/"metrics.jsonl", watching.Tail(), Log(tmp_path/"metrics.jsonl")
+    path, tail, log = tmp_path/"metrics.jsonl", progress.Tail(), Log(tmp_path/"metrics.jsonl")
     for i in range(1, 9): log(**sft_row(i))
     tail.read(path)
     with path.open("a") as f: f.write('{"step": 9, "lo')
@@ -94,7 +94,7 @@ def test_a_log_is_read_as_the_trainer_writes_it(tmp_path):
 
 
 def test_a_look_reads_only_what_is_new(tmp_path):
-    path, tail = tmp_path/"metrics.jsonl", watching.Tail()
+    path, tail = tmp_path/"metrics.jsonl", progress.Tail()
     path.write_text(json.dumps(sft_row(1)) + "\n")
     tail.read(path)
     size = path.stat().st_size
