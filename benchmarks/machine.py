@@ -23,7 +23,6 @@ from torch.nn.functional import linear
 from transformers.utils import logging
 
 from stars.arithmetic import half_slowdown
-from stars.countdown import make_prompt
 from stars.evals import complete
 from stars.models import known_ids, load_model, load_tokenizer
 from stars.experiments import preset

@@ -4,16 +4,14 @@ All sides sample in this process, in turn, at temperature 1 without top-k and to
 Every round has new prompts, so that no side finds a prefix in a cache. In the first comparison no response can end
 (the count of tokens is checked on every side); in the second they end where the model ends them: most early, some
 late (the `rich` base), which is where dropping rows pays.
-`generate` and vLLM do not always profit from the matrix products that `fast_cpu_math` chooses, so on a CPU both
-are measured with torch's defaults and with it, and the ratio is against the faster of the two. Our engine returns
-logprobs, vLLM too; `generate` is not asked for them.
+Our engine returns logprobs, vLLM too; `generate` is not asked for them.
 
-    python benchmarks/rollouts.py [--repeats 3] [--threads 2] [--out FILE]     # CPU: 0.9M 128 × 128, 5M 64 × (60 + 128)
-    python benchmarks/rollouts.py --device cuda                                # 0.9M and 5M, 1,024 × 256
+    python benchmarks/rollouts.py [--repeats 3] [--threads 2] [--out FILE]     # CPU: 0.5M 128 × 128, 5M 64 × (60 + 128)
+    python benchmarks/rollouts.py --device cuda                                # 0.5M and 5M, 1,024 × 256
     python benchmarks/rollouts.py --scaling                                    # the default engine alone, over batch and length
 """
 import argparse, importlib.util, random, statistics, tempfile, time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from transformers import GenerationConfig
@@ -21,11 +19,11 @@ from transformers.utils import logging
 
 from common.report import report
 from stars.countdown import make_prompt
-from stars.models import attention, fast_cpu_math, known_ids, load_model, load_tokenizer, micro_model, save_checkpoint
+from stars.models import attention, known_ids, load_model, load_tokenizer, micro_model, save_checkpoint
 from stars.problems import sample_problems
 from stars.rollouts import LlamaEngine, seeds_of
 
-SMALL, RICH, LARGE = "0.9M (shipped base `plain`)", "0.9M (shipped base `rich`)", "5M (random weights)"
+SMALL, RICH, LARGE = "0.5M (shipped base `plain`)", "0.5M (shipped base `rich`)", "5M (random weights)"
 
 def make(size:str, device:str)->tuple: # model, tokenizer
     tok = load_tokenizer("plain")
@@ -41,14 +39,6 @@ def prompts_for(size:str, tok, rows:int, round_:int)->list[list[int]]:
         return tok([make_prompt(problems[i % 200]) for i in range(rows)], add_special_tokens=False).input_ids
     rng = random.Random(round_)
     return [[rng.randrange(7, known_ids(tok)) for _ in range(60)] for _ in range(rows)]
-
-@contextmanager
-def products(precision:str|None):
-    "How the CPU multiplies fp32 matrices"
-    was = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = precision or was
-    try: yield
-    finally: torch.backends.mkldnn.matmul.fp32_precision = was
 
 def generate(model, tok, prompts:list, tokens:int, ends:bool, cache:str|None=None)->int: # tokens sampled
     "transformers; left padding, so that prompts may differ in length"
@@ -87,21 +77,19 @@ def compare(size:str, rows:int, tokens:int, ends:bool, args, cuda:bool)->list[li
                 engine.eos = eos
                 return sample(engine, p, tokens, seed)
             theirs = lambda p, seed: (sample if ends else endless)(vllm, p, tokens, seed)
-            yield "stars", None if cuda else "bf16", ours # vLLM sets it back when it starts
-            for precision, how in ((None, ""),) if cuda else (("ieee", ""), ("bf16", ", fast_cpu_math")):
-                yield f"generate{how}", precision, lambda p, seed: generate(model, tok, p, tokens, ends)
-                if vllm: yield f"vLLM{how}", precision, theirs
-            if cuda: yield "generate, static cache", None, lambda p, seed: generate(model, tok, p, tokens, ends, "static")
+            yield "stars", ours
+            yield "generate", lambda p, seed: generate(model, tok, p, tokens, ends)
+            if vllm: yield "vLLM", theirs
+            if cuda: yield "generate, static cache", lambda p, seed: generate(model, tok, p, tokens, ends, "static")
         out, warm = [], 3 if cuda else 1 # CUDA graphs: run, captured, replayed
         try:
             times, counts, work = {}, {}, {}
             for i in range(args.repeats + warm):
                 prompts = prompts_for(size, tok, rows, i)
-                for name, precision, fn in sides():
-                    with products(precision):
-                        start, cpu = time.perf_counter(), time.process_time()
-                        n = fn(prompts, f"{name}/{i}")
-                        took, busy = time.perf_counter() - start, time.process_time() - cpu
+                for name, fn in sides():
+                    start, cpu = time.perf_counter(), time.process_time()
+                    n = fn(prompts, f"{name}/{i}")
+                    took, busy = time.perf_counter() - start, time.process_time() - cpu
                     if not ends and n != rows*tokens: raise AssertionError(f"{name} sampled {n} tokens, not {rows} × {tokens}")
                     if i >= warm:
                         times.setdefault(name, []).append(n / took)
@@ -151,7 +139,7 @@ def main():
     logging.set_verbosity_error()
     cuda = torch.device(args.device).type == "cuda"
     if cuda and not torch.cuda.is_available(): raise SystemExit(f"--device {args.device}: there is no CUDA device here")
-    if not cuda: fast_cpu_math(args.threads)
+    if not cuda: torch.set_num_threads(args.threads)
     if args.scaling:
         return report(f"Default engine, tokens/s, forced lengths, fp32, {args.device}", ["model", "batch", *(f"{n} tokens" for n in args.lengths)], scaling(args, cuda), args.out)
     n, k, tokens = (1024, 1024, 256) if cuda else (128, 64, 128)

@@ -1,6 +1,6 @@
 """Seconds per RL step: `stars.ppo` against TRL's GRPOTrainer, and PPO with a critic beside both.
 
-Same model (the shipped base `plain`, 0.9M weights, fp32), same prompts, 16 prompts × 8 responses × 128 tokens that
+Same model (the shipped base `plain`, 0.5M weights, fp32), same prompts, 16 prompts × 8 responses × 128 tokens that
 cannot end, the same reward function, temperature 1 without top-k and top-p, no KL, no gradient checkpointing,
 micro-batches of the same number of rows, one optimiser step (AdamW) per RL step. Each side runs in blocks of one
 unmeasured and some measured steps; blocks alternate in one process. A step is timed from its start to the start of
@@ -11,8 +11,7 @@ What differs. TRL samples through `model.generate` and takes the logprobs of the
 ones; ours come from the sampler, and are checked against the trainer in every step (four responses through the
 model once more). Ours writes a line of metrics per step and counts habits; TRL's logging, saving, evaluation and
 bf16 are off. To keep responses from ending, TRL is given an end of sequence that the model has no row for, so its
-checks for it cost what they always cost. TRL is measured with torch's matrix products and with those of
-`fast_cpu_math`, which ours uses; ratios are against the faster.
+checks for it cost what they always cost.
 
     python benchmarks/trl_step.py [--rounds 3] [--steps 3] [--threads 2] [--device cpu] [--out FILE]
 """
@@ -26,7 +25,7 @@ from transformers.utils import logging
 
 from common.report import report
 from stars.countdown import make_prompt, score
-from stars.models import fast_cpu_math, known_ids, load_model, load_tokenizer, n_params
+from stars.models import known_ids, load_model, load_tokenizer, n_params
 from stars.ppo import PPOConfig, ppo
 from stars.problems import sample_problems
 from stars.rollouts import LlamaEngine
@@ -66,7 +65,7 @@ def reward_of(text:str, numbers, target:int)->float:
 def differences(at:list)->list[tuple]: return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(at, at[1:])]
 
 def ours(args, tok, problems, estimator:str)->tuple[list, list]: # (wall, CPU) seconds of each step, rows of metrics
-    fast_cpu_math(args.threads)
+    torch.set_num_threads(args.threads)
     model, n = COUNT.watch(load_model("plain", args.device)), args.prompts * args.samples
     engine = Timed(model, -1, vocab=known_ids(tok))
     engine.at = []
@@ -78,13 +77,12 @@ def ours(args, tok, problems, estimator:str)->tuple[list, list]: # (wall, CPU) s
         rows = read_log(f"{d}/metrics.jsonl")
     return differences(engine.at)[1:], rows[1:-1] # the first warms up, the last ends with saving
 
-def theirs(args, tok, problems, fast:bool)->list: # (wall, CPU) seconds of each step
+def theirs(args, tok, problems)->list: # (wall, CPU) seconds of each step
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
-    fast_cpu_math(args.threads)
-    if not fast: torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    torch.set_num_threads(args.threads)
     model, tok, clock, n = COUNT.watch(load_model("plain", args.device)), copy.deepcopy(tok), Clock(), args.prompts * args.samples
     model.set_attn_implementation(args.trl_attention)
     tok.add_special_tokens(dict(eos_token="<never>"))
@@ -120,8 +118,7 @@ def main():
     lengths = {len(x) for x in tok([make_prompt(p) for p in problems], add_special_tokens=False).input_ids}
     if len(lengths) > 1: raise AssertionError(f"prompts of {lengths} tokens: this comparison wants one length")
     sides = {"stars, group baseline": lambda: ours(args, tok, problems, "group"), "stars, PPO with critic": lambda: ours(args, tok, problems, "gae"),
-             "TRL GRPO, torch's products": lambda: (theirs(args, tok, problems, False), None)}
-    if args.device == "cpu": sides["TRL GRPO, fast_cpu_math"] = lambda: (theirs(args, tok, problems, True), None)
+             "TRL GRPO": lambda: (theirs(args, tok, problems), None)}
     times, phases, did = {k: [] for k in sides}, {k: [] for k in sides}, {}
     for round_ in range(args.rounds):
         for name, run in sides.items():

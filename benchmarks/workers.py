@@ -21,7 +21,7 @@ from stars import experiments as ex
 from stars.countdown import make_prompt
 from stars.workers import cores
 from stars.evals import complete, summarize
-from stars.models import fast_cpu_math, known_ids, load_model, load_tokenizer
+from stars.models import known_ids, load_model, load_tokenizer
 from stars.notebooks import figure_notebook, run_notebook
 from stars.parallel import Team, on_workers
 from stars.ppo import ppo
@@ -102,12 +102,11 @@ def main():
     if cores() < 2: raise SystemExit("this comparison needs two cores")
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    fast_cpu_math(int(cores()))
     change = dict(prime_rows=args.sft_rows, prime_val=32, sft_epochs=1, ppo_steps=args.ppo_steps, ppo_save_every=max(1, args.ppo_steps // 2))
     cfg, packages = ex.preset("cpu", **change), ("torch", "transformers", "ray", "papermill")
     if args.only != "overhead":
         problems = sample_problems(cfg.data_train, 0, split="train", **cfg.world)
-        report("One and two workers (Ray Train, gloo, DDP), 0.9M weights, the cores shared out", ["job", "unit", "1 worker", "2 workers", "×", "updates", "with the same rollouts", "difference of the losses, first", "largest"],
+        report("One and two workers (Ray Train, gloo, DDP), 0.5M weights, the cores shared out", ["job", "unit", "1 worker", "2 workers", "×", "updates", "with the same rollouts", "difference of the losses, first", "largest"],
                compare(cfg, teacher(cfg, args.sft_rows), problems), args.out, packages=packages)
     if args.only != "workers":
         report(f"Stage machinery, papermill and Ray: {args.sft_rows} rows of SFT, {args.ppo_steps} steps of PPO, 3 evaluations", ["how", "s", "more than bare", "share", "last accuracy", "tokens per response"], overhead(cfg, change), args.out, packages=packages)

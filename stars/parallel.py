@@ -39,7 +39,6 @@ from transformers import PreTrainedModel
 from .files import held
 from .arithmetic import share_cores
 from .models import digest, file_digest
-from .workers import cores
 
 # %% ../nbs/04a_parallel.ipynb #c006
 def prepare(

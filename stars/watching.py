@@ -7,7 +7,6 @@ __all__ = ['HABIT_COLUMNS', 'LASTS', 'Run', 'folders', 'Watch', 'short', 'check_
            'state', 'cells', 'table', 'as_json', 'counts', 'watch']
 
 # %% ../nbs/11b_watching.ipynb #c003
-import json
 import os
 import sys
 import time

@@ -143,7 +143,7 @@ def test_shipped_bases_sample_what_they_score():
         model, tok = load_model(name), load_tokenizer(name)
         engine = LlamaEngine(model, tok.eos_token_id, rows=7)
         prompts = tok(["using 3 , 4 , 5 make 17 : <think>", "using 3 , 4 make 12 : <think>"] * 10, add_special_tokens=False).input_ids
-        rollouts = engine.generate(prompts, 60, 1., seeds_of(0, len(prompts)))
+        rollouts = engine.generate(prompts, 180, 1., seeds_of(0, len(prompts)))
         assert probe(model, rollouts, 1.)[0] < 1e-3
         assert sum(r.finished and r.ids[-1] == tok.eos_token_id for r in rollouts) >= 18 # the base has learned to stop
         assert "<answer>" in tok.decode(rollouts[0].ids)
