@@ -159,7 +159,7 @@ def test_weights_gradients_and_moments_of_a_real_step():
     opt.step()
     size = lambda ts: sum(t.numel() * t.element_size() for t in ts)
     moments = size(st[k] for st in opt.state.values() for k in ("exp_avg", "exp_avg_sq"))
-    p = phases(plan(replace(CPU, base_hidden=128, base_layers=4), "plain"))["sft"].parts
+    p = phases(plan(CPU, "plain"))["sft"].parts
     n = micro_shape(CPU).parameters / shape.parameters
     assert [p[k] for k in ("weights", "gradients", "moments")] == [pytest.approx(n * x) for x in (size(m.parameters()), size(q.grad for q in m.parameters()), moments)]
 

@@ -21,20 +21,24 @@ SMALL = dict(data_train=32, data_rows=128, data_eval=8, prime_rows=64, prime_val
 def rl(cfg, **kw): return rl_overrides(cfg, "$here/model", 20, "run", **kw)
 
 @pytest.mark.parametrize("name, want", [
-    ("cpu", {"data.train_batch_size": 128, A + "ppo_mini_batch_size": 64, R + "n": 1, "trainer.total_training_steps": 100, "trainer.total_epochs": 4, "data.max_response_length": 144,
-             A + "optim.lr": 1e-4, C + "optim.lr": 3e-4, "trainer.save_freq": 10, A + "ppo_max_token_len_per_gpu": 2048}),
-    ("smoke", {"data.train_batch_size": 16, A + "ppo_mini_batch_size": 8, "trainer.total_training_steps": 4, "trainer.total_epochs": 1, "data.max_response_length": 60, "trainer.save_freq": 2})])
+    ("cpu", {"data.train_batch_size": 128, A + "ppo_mini_batch_size": 64, R + "n": 1, "trainer.total_training_steps": 60, "trainer.total_epochs": 1, "data.max_response_length": 200,
+             A + "optim.lr": 1e-4, "trainer.save_freq": 10, A + "ppo_max_token_len_per_gpu": 2048, "algorithm.adv_estimator": "reinforce_plus_plus", "algorithm.use_kl_in_reward": False,
+             "algorithm.kl_ctrl.kl_coef": 0.}),
+    ("smoke", {"data.train_batch_size": 16, A + "ppo_mini_batch_size": 8, "trainer.total_training_steps": 4, "trainer.total_epochs": 1, "data.max_response_length": 60, "trainer.save_freq": 2,
+               "algorithm.adv_estimator": "gae", "algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.kl_coef": .001, C + "optim.lr": 3e-4, C + "cliprange_value": .5, C + "loss_agg_mode": "token-mean"})])
 def test_presets(name, want):
     cfg = preset(name)
     got = rl(cfg, gpus=2, nodes=3, tensor_parallel=2, seed=7)
-    common = {"algorithm.adv_estimator": "gae", "algorithm.use_kl_in_reward": True, A + "use_kl_loss": False, "algorithm.kl_ctrl.kl_coef": .001, A + "clip_ratio": .2, A + "clip_ratio_low": .2,
-              A + "clip_ratio_high": .2, C + "cliprange_value": .5, A + "entropy_coeff": .001, A + "loss_agg_mode": "token-mean", C + "loss_agg_mode": "token-mean", R + "temperature": 1.,
+    common = {A + "use_kl_loss": False, A + "clip_ratio": .2, A + "clip_ratio_low": .2, A + "clip_ratio_high": .2, A + "entropy_coeff": .001, A + "loss_agg_mode": "token-mean", R + "temperature": 1.,
               "trainer.n_gpus_per_node": 2, "trainer.nnodes": 3, R + "tensor_model_parallel_size": 2, "data.seed": 7, R + "seed": 7, A + "data_loader_seed": 7, R + "gpu_memory_utilization": cfg.engine_memory,
               "algorithm.rollout_correction.rollout_is": None, R + "val_kwargs.do_sample": True, "data.max_prompt_length": 20}
     assert {k: got[k] for k in common | want} == common | want
+    assert any(k.startswith(C) for k in got) == (cfg.ppo_estimator == "gae")
+
+WITH_CRITIC = dict(ppo_estimator="gae", ppo_kl_coef=.001) # as in the paper
 
 def test_variants():
-    cfg = preset("cpu")
+    cfg = preset("cpu", **WITH_CRITIC)
     group = rl(replace(cfg, ppo_estimator="group", ppo_samples=8, ppo_prompts=16, ppo_minibatch=32, ppo_kl_in="loss"))
     assert (group["algorithm.adv_estimator"], group["data.train_batch_size"], group[A + "ppo_mini_batch_size"], group[R + "n"]) == ("grpo", 16, 4, 8)
     assert (group["algorithm.use_kl_in_reward"], group[A + "use_kl_loss"], group[A + "kl_loss_coef"], group[A + "kl_loss_type"]) == (False, True, .001, "low_var_kl")
@@ -42,7 +46,7 @@ def test_variants():
     free = rl(replace(cfg, ppo_kl_coef=0.))
     assert not free["algorithm.use_kl_in_reward"] and not free[A + "use_kl_loss"]
     constant = rl(replace(cfg, ppo_aggregate="constant-length"))
-    assert (constant[A + "loss_agg_mode"], constant[A + "loss_scale_factor"], constant[C + "loss_agg_mode"]) == ("seq-mean-token-sum-norm", 144, "token-mean")
+    assert (constant[A + "loss_agg_mode"], constant[A + "loss_scale_factor"], constant[C + "loss_agg_mode"]) == ("seq-mean-token-sum-norm", 200, "token-mean")
     assert rl(replace(cfg, ppo_is_cap=2.))["algorithm.rollout_correction.rollout_is_threshold"] == 2.
     assert rl(replace(cfg, ppo_max_tokens=4_000))[A + "ppo_max_token_len_per_gpu"] == 4_020 # one sequence has to fit
     greedy = rl(replace(cfg, eval_temperature=0.))
@@ -51,15 +55,15 @@ def test_variants():
 def test_sft_settings():
     got = sft_overrides(preset("cpu"), "m", "run")
     assert {k: got[k] for k in ("data.train_batch_size", "trainer.total_epochs", "optim.lr", "optim.lr_warmup_steps", "data.max_token_len_per_gpu", "data.max_length")} == \
-           {"data.train_batch_size": 32, "trainer.total_epochs": 3, "optim.lr": 2e-3, "optim.lr_warmup_steps": 38, "data.max_token_len_per_gpu": 8192, "data.max_length": 512}
-    without = sft_overrides(preset("cpu", prime_val=31), "m", "run") # verl would validate on no batch at all
+           {"data.train_batch_size": 16, "trainer.total_epochs": 3, "optim.lr": 2e-3, "optim.lr_warmup_steps": 38, "data.max_token_len_per_gpu": 2048, "data.max_length": 512}
+    without = sft_overrides(preset("cpu", prime_val=15), "m", "run") # verl would validate on no batch at all
     assert (without["data.val_files"], without["trainer.test_freq"]) == (None, -1)
 
 OTHER = dict(ppo_estimator="group", ppo_kl_in="loss", ppo_aggregate="sequence-mean", engine="vllm", ppo_samples=2)
 
 def test_no_field_is_passed_over():
     "A changed field of training changes an override, or is named among the differences"
-    cfg = preset("cpu")
+    cfg = preset("cpu", **WITH_CRITIC)
     for f in fields(Config):
         if not f.name.startswith(("ppo_", "sft_", "eval_", "engine", "lora_")) and f.name not in ("workers", "shard", "remat"): continue
         if f.name == "ppo_mask_truncated": continue # refused, see below
@@ -83,7 +87,7 @@ def test_a_new_field_is_reported(monkeypatch):
 
 @pytest.mark.parametrize("change, how, names", [
     (dict(ppo_mask_truncated=True), {}, "ppo_mask_truncated"), (dict(ppo_samples=3, ppo_prompts=64), {}, "ppo_minibatch=64"), ({}, dict(gpus=3), "ppo_minibatch=64"),
-    (dict(data_rows=100), {}, "data_rows=100"), (dict(lora_rank=8), {}, "lora_rank=8"), (dict(lora_alpha=.5), {}, "lora_alpha"), (dict(prime_rows=16), {}, "prime_rows=16"),
+    (dict(data_rows=100), {}, "data_rows=100"), (dict(lora_rank=8), {}, "lora_rank=8"), (dict(lora_alpha=.5), {}, "lora_alpha"), (dict(prime_rows=8), {}, "prime_rows=8"),
     ({}, dict(gpus=4, tensor_parallel=3), "tensor_parallel=3"), ({}, dict(gpus=0), "gpus=0"), (dict(sft_batch_size=9), dict(gpus=2), "sft_batch_size=9")])
 def test_refusals(tmp_path, change, how, names):
     with pytest.raises(ValueError, match=names): to_verl(replace(preset("cpu"), **change), tmp_path/"out", runs=tmp_path/"runs", **how)
@@ -122,7 +126,7 @@ def test_files(export):
 
 def test_sft_ends_where_rl_starts(export):
     name = json.loads((export/"export.json").read_text())["prime"]
-    steps = SMALL["prime_rows"] // 32 * 3
+    steps = SMALL["prime_rows"] // 16 * 3
     start = [l for l in (export/"rl.sh").read_text().split("\n") if "actor_rollout_ref.model.path" in l][0].split("'")[1]
     where = [l for l in (export/"sft.sh").read_text().split("\n") if "default_local_dir" in l][0].split("'")[1]
     assert name and start == f"{where}/global_step_{steps}/huggingface"
