@@ -103,6 +103,18 @@ def test_what_an_earlier_session_did_is_not_speed(job):
     assert pr.measured(it.chains[one].stages["sft"]) == 24 / 2
 
 
+def test_the_pause_before_a_run_goes_on_is_not_slowness(job):
+    one = job("dots")
+    write(one, "prime")
+    end(one.dir/"prime-0123456789.partial", 1.)
+    write(one, "sft", sft_rows(10), at=START + 5)
+    it = pr.Progress([one])
+    for n, at in (10, 9_001), (12, 9_005):
+        write(one, "sft", sft_rows(n), begun=START + 9_000, at=START + at)
+        it.look()
+    assert pr.measured(it.chains[one].stages["sft"]) == 2.
+
+
 def test_another_condition_lends_its_pace(job):
     "In the ratio of the conditions, and the own pace counts as soon as there is one"
     base, cot = job(), job("empty_cot")
@@ -112,6 +124,7 @@ def test_another_condition_lends_its_pace(job):
     it.look()
     known = pr.paces(list(it.chains.values()))
     assert pr.pace(it.chains[cot], "ppo", known) == (4. * pr.weight(cot) / pr.weight(base), False) == (2., False)
+    assert pr.pace(pr.Chain(job("dots")), "ppo", known) == (4. * pr.weight(job("dots")) / pr.weight(base), False) == (6., False)
     write(cot, "prime"); end(cot.dir/"prime-0123456789.partial", 1.)
     write(cot, "sft", sft_rows(20)); end(cot.dir/"sft-0123456789.partial", 1.)
     write(cot, "ppo", ppo_rows(1, 7.))
@@ -223,11 +236,11 @@ class Terminal(io.StringIO):
 def test_a_log_gets_a_line_now_and_then_and_a_terminal_one_that_is_replaced():
     now, file = [0.], io.StringIO()
     out = pr.Line(file, every=30., clock=lambda: now[0])
-    for second, text, state in [(0, "a 1", 0), (1, "a 2", 0), (2, "b 1", 1), (3, "b 2", 1), (31, "b 3", 1), (32, "b 4", 1), (90, "b 4", 1), (91, "b 4", 2)]:
+    for second, text, state in [(0, "a 1", 0), (1, "a 2", 0), (2, "b 1", 1), (3, "b 2", 1), (31, "b 3", 1), (32, "b 4", 1), (90, "b 4", 1), (91, "c 1", 2)]:
         now[0] = float(second)
         out(text, state)
     out.close()
-    assert file.getvalue() == "a 1\nb 1\nb 4\n" and out.width is None
+    assert file.getvalue() == "a 1\nb 1\nb 4\nc 1\n" and out.width is None
     screen = Terminal()
     out = pr.Line(screen)
     for text in ("one", "two"): out(text, 0)
