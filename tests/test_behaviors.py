@@ -2,10 +2,12 @@
 import json
 import random
 import re
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from limits import ends
 
 from stars.behaviors import HABIT_NAMES, RULES, Rule, count_behaviors, equations, find_behaviors, plain, precision_recall, restarts
 from stars.phrases import _written, hits
@@ -83,12 +85,7 @@ def test_any_text_counts_without_error(parts):
                                   "\n" * 500_000, "let me " * 100_000, "3 + 4 = 7 = " * 50_000, "try 3 other " * 50_000, "need a number near " * 40_000, "<answer>" * 50_000, "\\(" * 200_000, "24" * 300_000, ") ," * 100_000,
                                   "each number one of them is was " * 20_000, "i need a an another only just the " * 20_000, " plus 3" * 100_000, "- 3 " * 200_000])
 def test_long_text_is_read_in_linear_time(text):
-    import time
-    def seconds(t):
-        start = time.perf_counter()
-        count_behaviors(t, (3, 4, 5), 24)
-        return time.perf_counter() - start
-    assert seconds(text[:len(text)//16]) < 2 and seconds(text) < 30 # linear: well under a second; quadratic: minutes, so the slice fails first
+    with ends(): count_behaviors(text, (3, 4, 5), 24) # linear: a second at most; quadratic: many minutes
 
 
 @pytest.mark.parametrize("world", [dict(n_numbers=(3,), min_number=1, max_number=12, min_target=10, max_target=30),
@@ -130,30 +127,34 @@ def test_the_labels_are_sound():
     assert sum(not any(r["spans"].values()) for r in rows) >= 60 # a fair share shows nothing
     with pytest.raises(ValueError, match="does not stand in the text"): precision_recall([dict(text="a", spans=dict(backward=["b"]))])
 
+def usual_time(text):
+    "CPU time in which this machine reads a text twice, once its caches are warm"
+    def once():
+        start = time.process_time()
+        count_behaviors(text, (3, 4, 5), 24)
+        count_behaviors(text)
+        return time.process_time() - start
+    return min(once() for _ in range(5))
+
 def test_no_phrase_is_slow():
-    "every word of every pattern, repeated, and mixtures of a rule's words: 20 KB in milliseconds; what is not linear takes seconds"
-    import time
-    rng, slow = random.Random(0), []
+    """every word of every pattern, repeated, and mixtures of a rule's words: 20 KB take milliseconds,
+    and hundreds of times as long where a pattern is not linear"""
+    rng, usual = random.Random(0), usual_time("nothing at all " * 1_300)
     for r in RULES:
         words = sorted({w for p in r.patterns for w in re.findall(r"[a-z']+|[✓=?]", _written(p)) if w not in ("d", "b", "w", "s", "a-z")})
         texts = [f"{w} " * (20_000 // (len(w) + 1)) for w in words] + [" ".join(rng.choices(words + ["7", "24", ","], k=3_000)) for _ in range(4)]
         texts += [f"{w} " + "9" * 20_000 for w in words[:5]] + [" ".join(words) + "9.9" * 6_000]
         for text in texts:
-            start = time.process_time()
-            count_behaviors(text, (3, 4, 5), 24)
-            count_behaviors(text)
-            if (took := time.process_time() - start) > .8: slow.append((r.name, text[:40], round(took, 3)))
-    assert not slow, slow[:5]
+            with ends(100 * usual, f"{r.name}: {text[:40]}"):
+                count_behaviors(text, (3, 4, 5), 24)
+                count_behaviors(text)
 
 def test_many_restarts_are_read_in_linear_time():
-    import time
     text = "3 * 4 = 12, 12 + 5 = 17, 35 is not 24. 3 + 4 = 7, 7 * 5 = 35, 17 is not 24. "
-    start = time.process_time()
-    counts = count_behaviors(text * 8_000, (3, 4, 5), 24)
-    assert counts["backtracking"] >= 15_000 and time.process_time() - start < 6
-    start = time.process_time()
-    count_behaviors("11 + 12 = 23, 11 + 12 + 13 + 14 + 15 + 16 + 17 + 18 + 19 = 999999937", tuple(range(11, 20)), 24)
-    assert time.process_time() - start < 1
+    with ends(): counts = count_behaviors(text * 8_000, (3, 4, 5), 24)
+    assert counts["backtracking"] >= 15_000
+    sums = "11 + 12 = 23, 11 + 12 + 13 + 14 + 15 + 16 + 17 + 18 + 19 = 999999937"
+    with ends(): count_behaviors(sums, tuple(range(11, 20)), 24)
 
 @pytest.mark.parametrize("text", ["5\ue000 + 3 = 7", "3 + 4 = 7, 3 + 4 + 5 = \ue000", "\ue000 + 3 = 7", "İİ ß \ud800 \x00 17 is not 24"])
 @pytest.mark.parametrize("target", [24, None, 0, -3, 10**5_000], ids=["24", "none", "0", "-3", "huge"])

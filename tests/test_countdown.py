@@ -1,11 +1,12 @@
 "Countdown: problems, solver, splits, prompts, verifier and parquet, checked against oracles written independently of it"
-import ast,os,random,subprocess,sys,time
+import ast,os,random,subprocess,sys
 from fractions import Fraction
 from itertools import combinations_with_replacement
 from pathlib import Path
 
 import pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import HealthCheck,given,settings,strategies as st
+from limits import ends,tuples_at_most
 from stars.countdown import (MAX_CHARS,MAX_DEPTH,SPLITS,TEMPLATES,Problem,answer_of,explain,make_prompt,messages,parse_answer,
                              parse_expression,score,solvable,solve,split_of)
 from stars.datasets import from_parquet,problems_from_rows,to_parquet
@@ -119,9 +120,8 @@ def test_bad_n_and_seed_and_unknown_names():
 @pytest.mark.parametrize('space,word', [(MICRO, 'only 1682'), (dict(n_numbers=2, max_number=2, min_target=90), 'only 0'),
                                         (dict(n_numbers=3, max_number=99, min_target=970300, max_target=990000), 'only 0')])
 def test_an_exhausted_space_says_so_soon(space, word):
-    t = time.perf_counter()
-    with pytest.raises(ValueError, match=word): sample_problems(5000, 0, **space)
-    assert time.perf_counter()-t < 20
+    with tuples_at_most(2*21*12**3), pytest.raises(ValueError, match=word): # twice targets times tuples
+        sample_problems(5000, 0, **space)
 
 # ---- solver
 
@@ -281,13 +281,7 @@ def grade_both_ways(text):
 def test_never_raises_never_slow(texts):
     "each example is a batch of texts, so that all of them together are more than 10,000"
     for text in texts:
-        t = time.process_time()
-        s = grade_both_ways(text)
-        if time.process_time()-t>=.2: # a pause of the interpreter, or really slow?
-            t = time.process_time()
-            grade_both_ways(text)
-            assert time.process_time()-t<.2
-        VERDICTS.append(s)
+        with ends(10): VERDICTS.append(grade_both_ways(text)) # needs less than a millisecond
 
 def test_the_fuzz_saw_enough():
     if VERDICTS: assert len(VERDICTS)>=10_000 and {0,.1,1}<=set(VERDICTS)
@@ -299,9 +293,8 @@ MB = 1_000_000
     ('nested tags', '<answer>'*MB+'1'+'</answer>'*MB), ('almost', '<answe'*MB), ('spaces', tagged(' '*MB)), ('result', tagged('1='+'9'*MB)), ('result spaces', tagged('1='+' '*MB+'x')),
     ('equals', tagged('='*MB)), ('unicode digits', tagged('٣'*MB)), ('minus', tagged('−'*MB)), ('words after spaces', tagged('3+4'+' '*MB+'x')), ('lines', '\n'*MB), ('nulls', '\0'*MB)])
 def test_pathological(name, text):
-    t = time.process_time()
-    assert score(text, (3,4), 7) in (0,.1) and score(text, (3,4), 7, layout='paper') in (0,.1)
-    assert time.process_time()-t < max(len(text)/1000*.001, .01) # the promise: no input slower than 1 ms per KB
+    with ends(10): # needs milliseconds; what grows with the square of a million letters takes an hour
+        assert score(text, (3,4), 7) in (0,.1) and score(text, (3,4), 7, layout='paper') in (0,.1)
 
 def test_deep_inside_a_deep_stack():
     "a recursion limit that is nearly used up must not turn an answer into an exception"

@@ -1,6 +1,5 @@
 "Judges and agreement: no number out of nothing, nothing missing called 0, samples that stay, a frame that holds, measures against independent ones"
 import json
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
+from limits import ends
 
 from stars import judges as jd
 from stars.agreement import agreement, agreement_table, confusions, presence_kappa, rank_correlation, show_confusions
@@ -86,9 +86,7 @@ def test_no_count_without_exactly_the_json_asked_for(text):
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"count": ' + "9" * 5000 + "}", '{"count": 1}{"count": 2}', '{"count": 1, "count": 1}', "\ud800", "<count>" * 50_000, "<count>" + " " * 100_000])
 @pytest.mark.parametrize("format", FORMATS)
 def test_hostile_replies_are_unreadable_and_quickly_so(text, format):
-    start = time.perf_counter()
-    assert parse_count(Reply(text), format) is None
-    assert time.perf_counter() - start < 30 # a regular expression gone wild takes hours
+    with ends(): assert parse_count(Reply(text), format) is None # a regular expression gone wild takes hours
 
 @pytest.mark.parametrize("finish", ["length", "refusal", "content_filter", "error", ""])
 def test_only_a_finished_reply_counts(finish):
