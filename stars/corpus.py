@@ -79,7 +79,7 @@ def draw_exercise(
     max_number:int=12,  # largest number given
     min_target:int=10,  # smallest target
     max_target:int=30,  # largest target
-    top:int=199,        # largest value written down
+    top:int=99,         # largest value written down
     n_numbers:Sequence[int]=(3,), # operand counts of puzzles
 )->Exercise: # solvable; a puzzle is never one of the `eval` split
     "A problem, made from one of its solutions"
@@ -103,7 +103,7 @@ def attempts_at(
     e:Exercise,
     rng:random.Random,  # source of choices
     wrong:int,          # different attempts that fail, at most
-    top:int=199,        # largest value written down
+    top:int=99,         # largest value written down
 )->list[Attempt]: # the last one solves it
     "Try until it works; raises ValueError where numbers go beyond `top`, or nothing works"
     if max(e.numbers, default=0) > top: raise ValueError(f"{e}: numbers go beyond top={top}, the largest value written down; raise it")
@@ -124,7 +124,7 @@ def think_aloud(
     habits:frozenset,        # to be voiced
     phrases:dict,            # `ENGLISH`, or `priming.PHRASES`
     rng:random.Random,       # source of wording
-    top:int=199,             # largest value written down
+    top:int=99,              # largest value written down
 )->tuple[str, frozenset]: # one paragraph, and the habits that there was room for
     "A solution with some habits and without the others"
     said, shown, t = [], set(), e.target
@@ -201,7 +201,7 @@ def documents(
     max_number:int=12,      # largest number given
     min_target:int=10,      # smallest target
     max_target:int=30,      # largest target
-    top:int=199,            # largest value written down
+    top:int=99,             # largest value written down
     n_numbers:Sequence[int]=(3,), # operand counts of puzzles
 )->Iterator[dict]: # text, source (worked, exposition or noise), kind (of its problem, or ""), and per habit whether it shows it
     "A corpus with known habits"
@@ -248,7 +248,7 @@ def embedded_rewrite(
     text:str,      # a document of the synthetic corpus
     method:str,    # "curated" or "negated"
     seed:int=0,    # of the rewriter
-    top:int=199,   # largest value written down
+    top:int=99,    # largest value written down
 )->tuple[dict|None, str]: # question, thoughts, answer, numbers, target; or None and why not
     "Question, thoughts and answer in the words of the micro models"
     if method not in METHODS: raise ValueError(f"method={method!r} is unknown; choose {' or '.join(METHODS)}")

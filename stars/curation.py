@@ -68,7 +68,7 @@ def embedded_rewriter(
     labels:str|Path,       # folder of `label_corpus`
     method:str,            # one of `METHODS`
     seed:int=0,            # of the rewriter
-    top:int=199,           # largest value written down
+    top:int=99,            # largest value written down
     workers:int|None=None, # processes; None: one per core
 )->Rewriter:
     "Rewrite the synthetic corpus, by construction"

@@ -41,7 +41,7 @@ PIECE = r"</?think>|</?answer>|\d+|[A-Za-z]+|[^\sA-Za-z\d]"
 SPECIAL = ("<pad>", "<unk>", "<eos>")
 
 def micro_words(
-    top:int=199, # largest integer with a token of its own
+    top:int=99,  # largest integer with a token of its own
     more:str="", # text of another task, whose words it is to know as well
 )->list[str]: # the vocabulary, in the order of the token ids
     "Special tokens, tags, symbols, integers, and the words of template and teacher"
@@ -50,7 +50,7 @@ def micro_words(
     return [*SPECIAL, "<think>", "</think>", "<answer>", "</answer>", *"+-*/()=,.:;?!'", *map(str, range(top + 1)), *words]
 
 def micro_tokenizer(
-    top:int=199, # largest integer with a token of its own
+    top:int=99,  # largest integer with a token of its own
     more:str="", # text of another task, whose words it is to know as well
 )->PreTrainedTokenizerFast: # lower-cases; one token per word, integer or symbol
     "The word-level tokenizer of the micro models"

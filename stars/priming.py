@@ -78,7 +78,7 @@ def undo(
 def combine(
     numbers:Sequence[int],  # the numbers to use, each once
     rng:random.Random,      # source of choices
-    top:int=199,            # largest value that may be written
+    top:int=99,             # largest value that may be written
 )->Attempt: # a random full combination
     "Combine all numbers by random operations, two at a time"
     while True:
@@ -98,7 +98,7 @@ def combine_backward(
     numbers:Sequence[int],  # the numbers to use, each once
     target:int,             # value to chain back from
     rng:random.Random,      # source of choices
-    top:int=199,            # largest value that may be written
+    top:int=99,             # largest value that may be written
 )->tuple[Step, Attempt]: # the backward step, and an attempt that ends in its mirror image
     "Fix the last operation by reasoning back from the target, then try to reach what it needs"
     while True:
@@ -156,7 +156,7 @@ def write_trace(
     patience:int|None=None, # if given, each trace draws its own number of attempts, from this to `attempts`
     slip:float=.02,      # probability that a failing attempt is written carelessly
     insight:float=0.,    # probability that an attempt is the solver's
-    top:int=199,         # largest value written down
+    top:int=99,          # largest value written down
     budget:int|None=None,# words and symbols a trace may take; an attempt that would likely exceed it is not begun
 )->Trace: # a trace that shows exactly the habits of the mix
     "Search aloud for a solution, voicing the habits of a mix"
