@@ -94,7 +94,7 @@ class Config:
     curate_seed:int=0                 # of the rewriter
     curate_file:str=""                # take the rows from this folder of `stars curate` instead
     # cpt: continued pretraining on it
-    cpt_epochs:int=3                  # passes
+    cpt_epochs:int=2                  # passes
     cpt_batch_size:int=16             # examples per update
     cpt_lr:float=2e-3                 # peak learning rate
     cpt_max_length:int=512            # tokens per example
