@@ -9,8 +9,9 @@ from llm_server import Faults, LLMServer, fingerprint
 SCHEMA = dict(type="object", properties=dict(n=dict(type="integer"), w=dict(type="array", items=dict(type="string"))),
     required=["n", "w"], additionalProperties=False)
 def user(text): return [dict(role="user", content=text)]
-def claude(s, retries=0, **kw): return anthropic.Anthropic(base_url=s.url, **dict(dict(api_key="test-key", max_retries=retries, timeout=5), **kw))
-def gpt(s, retries=0, **kw): return openai.OpenAI(base_url=s.openai_url, **dict(dict(api_key="test-key", max_retries=retries, timeout=5), **kw))
+def options(retries, kw): return dict(api_key="test-key", max_retries=retries, timeout=60)|kw
+def claude(s, retries=0, **kw): return anthropic.Anthropic(base_url=s.url, **options(retries, kw))
+def gpt(s, retries=0, **kw): return openai.OpenAI(base_url=s.openai_url, **options(retries, kw))
 def tell(c, text="hi", **kw):
     if isinstance(c, anthropic.Anthropic): return c.messages.create(**dict(dict(model="m", max_tokens=50, messages=user(text)), **kw))
     return c.chat.completions.create(**dict(dict(model="m", messages=user(text)), **kw))
@@ -116,10 +117,11 @@ def test_statuses(client):
 @each
 def test_lost_replies(client):
     sdk = SDK[client]
-    with LLMServer(faults=Faults(script=["drop_before", "drop_after", "truncated_body", "slow", "malformed", "html", "hollow"], slow_s=1)) as s:
-        c, billed = client(s, timeout=.5), []
+    script = ["drop_before", "drop_after", "truncated_body", "slow", "malformed", "html", "hollow"]
+    with LLMServer(faults=Faults(script=script, slow_s=15)) as s:
+        c, billed = client(s), []
         for error in (*[sdk.APIConnectionError]*3, sdk.APITimeoutError, json.JSONDecodeError):
-            with pytest.raises(error): tell(c)
+            with pytest.raises(error): tell(c.with_options(timeout=3) if error is sdk.APITimeoutError else c)
             billed.append(sum(s.served.values()))
         assert billed==[0, 1, 2, 3, 4]
         assert isinstance(tell(c), str) and tell(c).id is None # 200 and nonsense: the SDKs believe it
@@ -288,9 +290,7 @@ def test_process(tmp_path):
         script = f"import urllib.request as u; u.urlopen(u.Request({url!r}+'/v1/messages', {body.encode()!r}, {{'x-api-key':'test-key', 'anthropic-version':'x'}}))"
         killed = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) for _ in range(2)] # the first meets the 429
         stats = lambda: json.load(urllib.request.urlopen(url+"/_stats"))
-        for _ in range(300):
-            if stats()["served"]: break
-            time.sleep(.01)
+        while not stats()["served"] and any(k.poll() is None for k in killed): time.sleep(.01)
         for k in killed: k.send_signal(signal.SIGKILL); k.wait()
         c = anthropic.Anthropic(base_url=url, api_key="test-key")
         assert text(tell(c, max_tokens=5))=="echo: hi" and list(stats()["served"].values())==[2]

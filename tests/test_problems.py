@@ -6,6 +6,7 @@ from itertools import islice,product
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given,settings,strategies as st
+from limits import tuples_at_most
 from stars.countdown import Problem,solvable,split_of
 from stars.datasets import from_parquet,read_problems,to_parquet,write_problems
 from stars.problems import SPACES,Space,Stream,_permute,all_problems,difficulty,read_exclusions,sample_problems,solvable_many
@@ -164,10 +165,8 @@ def test_killed_and_started_again(tmp_path):
     want = write_problems(tmp_path/'want.parquet', 30_000, 1, SPACES['rl'], workers=1, progress=False)
     code = f"from stars.datasets import *; from stars.problems import SPACES; write_problems({str(tmp_path/'got.parquet')!r}, 30_000, 1, SPACES['rl'], workers=1, progress=False)"
     child = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.DEVNULL)
-    for _ in range(2000):
-        parts = sorted(tmp_path.glob('.got.parquet.*.parts/part-*.parquet'))
-        if len(parts)>=3 or child.poll() is not None: break
-        time.sleep(.005)
+    written = lambda: sorted(tmp_path.glob('.got.parquet.*.parts/part-*.parquet'))
+    while len(parts := written())<3 and child.poll() is None: time.sleep(.005)
     child.send_signal(signal.SIGKILL); child.wait()
     assert not (tmp_path/'got.parquet').exists() and len(parts)>=3
     kept = {p: p.stat().st_mtime_ns for p in sorted(parts[0].parent.glob('part-*.parquet'))}
@@ -239,7 +238,7 @@ def test_sources_that_are_none(tmp_path):
 def test_two_processes_one_file(tmp_path):
     code = f"from stars.datasets import *; from stars.problems import SPACES; write_problems({str(tmp_path/'a.parquet')!r}, 12_000, 3, SPACES['rl'], workers=1, progress=False)"
     both = [subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [p.communicate(timeout=120)[1] for p in both]
+    said = [p.communicate(timeout=600)[1] for p in both]
     assert [p.returncode for p in both]==[0,0], said
     assert os.listdir(tmp_path)==['a.parquet'] and len(from_parquet(tmp_path/'a.parquet'))==12_000
 
@@ -282,11 +281,13 @@ def test_short_lists_are_shuffled_fairly():
     chi = sum((orders[o]-200)**2/200 for o in orders)
     assert len(orders)==120 and chi < 119+4*(2*119)**.5
 
-def test_giving_up_on_a_barren_space_takes_seconds():
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match='only 0'): sample_problems(1, 0, n_numbers=4, min_number=95, max_number=99, min_target=5, max_target=6, min_solutions=50)
-    with pytest.raises(ValueError, match='found only'): sample_problems(3, 0, n_numbers=3, min_number=2_000, max_number=3_000, min_target=11, max_target=400, min_solutions=50)
-    assert time.perf_counter()-start<60
+def test_a_barren_space_is_given_up_soon():
+    small = dict(n_numbers=4, min_number=95, max_number=99, min_target=5, max_target=6)
+    large = dict(n_numbers=3, min_number=2_000, max_number=3_000, min_target=11, max_target=400)
+    with tuples_at_most(2*5**4), pytest.raises(ValueError, match='only 0'): # each tuple for both targets
+        sample_problems(1, 0, min_solutions=50, **small)
+    with tuples_at_most(4_000_000), pytest.raises(ValueError, match='found only'): # of 390 times a thousand million
+        sample_problems(3, 0, min_solutions=50, **large)
 
 def test_whole_numbers_of_any_type():
     assert sample_problems(np.int64(3), np.int64(1), max_number=np.int64(12), n_numbers=3)==sample_problems(3, 1, max_number=12, n_numbers=3)

@@ -18,7 +18,7 @@ TINY = ["base_docs=300", "prime_rows=120", "data_eval=10"]
 
 def stars(cwd, *args, threads="1"):
     "The command in a process of its own, as a user starts it"
-    p = subprocess.run([sys.executable, "-c", "from stars.cli import main; main()", *args], cwd=cwd, capture_output=True, text=True, timeout=1_200, env=os.environ | {"OMP_NUM_THREADS": threads})
+    p = subprocess.run([sys.executable, "-c", "from stars.cli import main; main()", *args], cwd=cwd, capture_output=True, text=True, timeout=7_200, env=os.environ | {"OMP_NUM_THREADS": threads})
     assert p.returncode == 0, p.stderr[-3000:]
     return p.stdout
 

@@ -40,12 +40,12 @@ class Browser:
     def __init__(self, folder):
         self.process = subprocess.Popen([CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--no-first-run", "--remote-debugging-port=0",
                                          f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port, deadline = Path(folder)/"DevToolsActivePort", time.time() + 60
+        port, deadline = Path(folder)/"DevToolsActivePort", time.time() + 600
         while not (port.exists() and len(port.read_text().split()) == 2):
             if self.process.poll() is not None or time.time() > deadline: raise RuntimeError(f"{CHROMIUM} does not start")
             time.sleep(.05)
         self.n, self.events, self.session = 0, [], None
-        self.socket = websocket.create_connection("ws://127.0.0.1:{}{}".format(*port.read_text().split()), suppress_origin=True, timeout=60)
+        self.socket = websocket.create_connection("ws://127.0.0.1:{}{}".format(*port.read_text().split()), suppress_origin=True, timeout=600)
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"): self(f"{domain}.enable")
@@ -67,7 +67,7 @@ class Browser:
         if "exceptionDetails" in result: raise RuntimeError(result["exceptionDetails"])
         return result["result"].get("value")
 
-    def until(self, code, seconds=10):
+    def until(self, code, seconds=300):
         "Wait until an expression is true, and return it"
         deadline = time.time() + seconds
         while time.time() < deadline:
