@@ -12,6 +12,7 @@ import warnings
 import pytest
 from llm_server import Faults, LLMServer
 
+from stars import llm
 from stars.llm import Ledger, Model, OverBudget, Reply, Request, Unusable, ask, estimate
 from stars.services import Lost, Rejected, _checked, cost_ceiling, price_of, read_prices
 
@@ -129,7 +130,7 @@ def test_without_a_key_nothing_begins(book, monkeypatch):
 def test_a_dead_service_is_given_up(service, book):
     with serve() as s: m = model_at(s, service)
     with pytest.raises(ConnectionError, match="in a row failed"): quick(m, questions(300), book, retries=0)
-    assert len(book.errors(book.note(m, questions(300)))) < 60
+    assert len(book.errors(book.note(m, questions(300)))) <= llm.GIVE_UP + 16 # those that are in the air
 
 # budgets, limits
 
@@ -152,20 +153,21 @@ def test_the_budget_is_never_exceeded_and_goes_on_later(service, batch, tmp_path
 
 @BOTH
 def test_limits_are_kept(service, book):
+    few = dict(concurrency=4) # what is on its way may arrive together
     with serve(Faults(rpm=2400, window_s=2.)) as s:                             # forty a second, and what two seconds allow at once
-        start = time.time()
-        assert right(quick(model_at(s, service), questions(120), book, rpm=2400), questions(120))
-        assert time.time() - start > 1.5 and s.status_counts[429] == 0
+        assert right(quick(model_at(s, service), questions(120), book, rpm=2400, **few), questions(120))
+        assert s.status_counts[429] == 0
     with serve(Faults(tpm=60_000, window_s=1.5)) as s:
         todo = [Request(f"{i} " + "word "*20, max_tokens=50) for i in range(30)]
-        quick(model_at(s, service), todo, book, tpm=60_000)
+        quick(model_at(s, service), todo, book, tpm=60_000, **few)
         assert s.status_counts[429] == 0
 
-def test_retry_after_is_honoured(book):
-    with serve(Faults(script=["429"], retry_after=1.5)) as s:
-        start = time.time()
+def test_retry_after_is_honoured(book, monkeypatch):
+    slept = []
+    monkeypatch.setattr(llm, "sleep_using_event", lambda stop: slept.append)
+    with serve(Faults(script=["429"], retry_after=1234.5)) as s:
         assert right(quick(model_at(s, "openai"), questions(1), book), questions(1))
-        assert time.time() - start > 1.4
+    assert slept == [1234.5]
 
 # killed clients, several clients
 
@@ -192,12 +194,12 @@ def test_killed_again_and_again(service, batch, tmp_path):
     with serve(Faults(latency_s=.02, p_429=.02, p_500=.02, p_batch_item_expired=.05, batch_latency_s=.4, drop_submit_after=1)) as s:
         for _ in range(kills):
             p = client(s, service, tmp_path/"ledger.db", n, batch)
-            goal, deadline = s.received + (rng.randint(1, 6) if batch else rng.randint(20, 60)), time.time() + 30
-            while s.received < goal and p.poll() is None and time.time() < deadline: time.sleep(.001)
+            goal = s.received + (rng.randint(1, 6) if batch else rng.randint(20, 60))
+            while s.received < goal and p.poll() is None: time.sleep(.001)
             p.kill()
             p.wait()
         p = client(s, service, tmp_path/"ledger.db", n, batch)
-        assert p.wait(120) == 0
+        assert p.wait(600) == 0
         with Ledger(tmp_path/"ledger.db") as book: assert right([book.get(Model(service, "m"), q) for q in questions(n)], questions(n))
         assert len(s.served) == n and set(s.served.values()) == {1}
     assert [f.name for f in tmp_path.iterdir() if f.suffix == ".lock"] == []
@@ -206,15 +208,15 @@ def test_killed_again_and_again(service, batch, tmp_path):
 def test_two_processes_share_the_work(batch, tmp_path):
     with serve(Faults(latency_s=.01)) as s:
         both = [client(s, "openai", tmp_path/"ledger.db", 200, batch) for _ in range(2)]
-        assert [p.wait(120) for p in both] == [0, 0]
+        assert [p.wait(600) for p in both] == [0, 0]
         assert len(s.served) == 200 and set(s.served.values()) == {1}
 
 def test_interrupted_clients_keep_what_is_in_the_air(tmp_path):
     with serve(Faults(latency_s=.2, honour_idempotency=False)) as s:
         p = client(s, "openai", tmp_path/"ledger.db", 200)
-        while s.received < 20: time.sleep(.005)
+        while s.received < 20 and p.poll() is None: time.sleep(.005)
         p.send_signal(signal.SIGINT)
-        assert p.wait(60) != 0
+        assert p.wait(600) != 0
         with Ledger(tmp_path/"ledger.db") as book:
             assert len(book.answered(book.note(Model("openai", "m"), questions(200)))) == sum(s.served.values()) < 200
 
@@ -261,11 +263,13 @@ def test_replies_that_are_none(service, book):
         assert right(quick(model_at(s, service), questions(1), book), questions(1))
 
 def test_an_endless_wait_can_be_interrupted(book):
-    with serve(Faults(script=["429"]*16, retry_after=3600)) as s:
-        threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        start = time.time()
-        with pytest.raises(KeyboardInterrupt): quick(model_at(s, "openai"), questions(16), book)
-        assert time.time() - start < 20
+    with serve(Faults(script=["429"]*8, retry_after=10**6)) as s:
+        def interrupt():
+            while s.status_counts[429] < 8: time.sleep(.01) # all that are asked at once
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
+        m = model_at(s, "openai")
+        with pytest.raises(KeyboardInterrupt): quick(m, questions(16), book, concurrency=8)
         assert right(quick(model_at(s, "openai"), questions(16), book), questions(16)) # no claim was left behind
 
 # what an adversary tried
