@@ -252,7 +252,7 @@ PRESETS = dict(
     gpu=Config("gpu", n_numbers=(3, 4), max_number=20, max_target=50, top=199, prime_top=100, data_prime=2_000, data_train=8_000, data_eval=1_024, data_rows=16_384,
                base_docs=400_000, base_epochs=2, base_batch=512, base_lr=1e-3, base_hidden=256, base_layers=6, base_heads=8, base_ffn=768, base_micro_tokens=131_072, base_bf16=True, sft_bf16=True,
                prime_rows=10_000, sft_lr=1e-3, sft_batch_size=64, sft_micro_tokens=65_536, ppo_prompts=256, ppo_samples=4, ppo_minibatch=512, ppo_micro_tokens=65_536, ppo_steps=100, ppo_max_tokens=256, ppo_estimator="gae", ppo_kl_coef=.001,
-               ppo_lr=3e-5, ppo_critic_lr=1e-4, engine_rows=1_024, corpus_docs=60_000, curate_budget=1_200_000, curate_length=150, cpt_batch_size=64, cpt_lr=1e-3, seeds=(0, 1, 2)),
+               ppo_lr=3e-5, ppo_critic_lr=1e-4, engine_rows=1_024, corpus_docs=60_000, curate_budget=1_200_000, curate_length=150, cpt_epochs=3, cpt_batch_size=64, cpt_lr=1e-3, seeds=(0, 1, 2)),
     smollm2=Config("smollm2", n_numbers=(3, 4), max_number=20, max_target=50, top=199, prime_top=100, prime_patience=5, template="base", data_prime=1_000, data_train=4_000, data_eval=512, data_rows=16_384, models=("smollm2",),
                    prime_rows=1_000, sft_epochs=5, sft_batch_size=64, sft_lr=1e-4, sft_max_length=1_024, sft_micro_tokens=16_384, sft_bf16=True, ppo_steps=50, ppo_prompts=64, ppo_samples=8, ppo_minibatch=256,
                    ppo_max_tokens=256, ppo_lr=1e-5, ppo_estimator="group", ppo_kl_coef=.001, ppo_kl_in="loss", ppo_micro_tokens=16_384, ppo_bf16=True, ppo_is_cap=2.,
