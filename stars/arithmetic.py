@@ -52,21 +52,21 @@ def _seconds(
 @lru_cache
 def half_slowdown()->float: # below 1 where the CPU has units for 16-bit numbers
     "How many times as long a matrix product takes on this CPU in bfloat16 as in fp32"
-    x, w = torch.ones(2_048, 128), torch.ones(384, 128)
+    x, w = torch.ones(2_048, 96), torch.ones(288, 96)
     halves = x.bfloat16(), w.bfloat16()
     return _seconds(lambda: nn.functional.linear(*halves)) / _seconds(lambda: nn.functional.linear(x, w))
 
 # %% ../nbs/04_arithmetic.ipynb #c011
 def warn_of_slow_half(
-    where:str|torch.device,                       # the model's device
-    slowdown:Callable[[], float]=half_slowdown,   # measures this CPU
-    **asked:bool,                                 # setting → does it ask for bfloat16?
+    where:str|torch.device,                     # the model's device
+    asked:dict[str, bool],                      # setting → does it ask for bfloat16?
+    slowdown:Callable[[], float]=half_slowdown, # measures this CPU
 ):
     "Say, before work starts, that 16-bit numbers are slow on this CPU, if a setting asks for them"
-    names = [name for name, on in asked.items() if on]
+    names = " and ".join(name for name, on in asked.items() if on)
     if not names or torch.device(where).type != "cpu" or slowdown() < 1.5: return
-    print(f"{', '.join(f'{n}=true' for n in names)}: 16-bit products take {slowdown():.0f} times as long as 32-bit ones on this CPU, "
-          f"which has no units for them. It is quicker with {', '.join(f'{n}=false' for n in names)}.", file=sys.stderr)
+    print(f"{names}: this CPU has no units for 16-bit numbers, their products take {slowdown():.0f} times as long as "
+          "32-bit ones. It is quicker without.", file=sys.stderr)
 
 # %% ../nbs/04_arithmetic.ipynb #c014
 MICRO_WEIGHTS = 2_000_000 # a model with fewer is trained and sampled by one thread

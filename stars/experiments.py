@@ -343,7 +343,6 @@ def run_jobs(
     quiet()
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores()))
     for j in jobs: _rows_file(j) # one that is missing is refused before anything is built
-    for cfg in {j.cfg: None for j in jobs}: warn_of_slow_half(device(), sft_bf16=cfg.sft_bf16, ppo_bf16=cfg.ppo_bf16)
     done = {j: _outcome(j) for j in jobs} if all(map(is_built, jobs)) else _build_all(jobs, workers, progress)
     failed = {j: f.exception() for j, f in done.items() if f.exception()}
     died = [j for j, e in failed.items() if isinstance(e, BrokenProcessPool)]
@@ -354,6 +353,7 @@ def run_jobs(
 
 def _build_all(jobs:Sequence[Job], workers:int, progress:Progress|None)->dict[Job, Future]:
     "Build jobs one by one or side by side, and say how far they are"
+    for cfg in {j.cfg: None for j in jobs}: warn_of_slow_half(device(), {k: getattr(cfg, k) for k in ("sft_bf16", "ppo_bf16")})
     if progress is None or not set(jobs) <= progress.chains.keys(): progress = progress_of(jobs)
     progress.workers = max(1, workers)
     with shown(progress) if any(j.progress for j in jobs) else nullcontext():
@@ -369,7 +369,7 @@ def _in_turn(jobs:Sequence[Job], progress:Progress)->dict[Job, Future]:
     return done
 
 def _shared_first(jobs:Sequence[Job], progress:Progress):
-    "Problems and bases: once, with all cores"
+    "Problems and bases: once, before the jobs that share them"
     for j in {(j.cfg, j.model): j for j in jobs}.values():
         progress.busy, silent = [j], replace(j, progress=False)
         data_stage(silent), base_stage(silent)

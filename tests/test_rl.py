@@ -79,6 +79,15 @@ def test_aggregation_modes(mode, want):
     assert halves == pytest.approx(want) # micro-batches add up
 
 
+def test_without_a_critic_the_advantage_is_the_whitened_return():
+    "Scores 1, 0, 0 on responses of 1, 2 and 1 tokens: over the four tokens their mean is 1/4, their variance 3/16"
+    rollouts = [P.Rollout([5], [7], [-1.], True), P.Rollout([5], [7, 8], [-1., -1.], True), P.Rollout([5], [9], [-1.], True)]
+    cfg = P.PPOConfig(prompts=3, samples=1, minibatch=3, estimator="reinforce", kl_coef=0., lam=.5)
+    batch, ref_logp, logged = P._valued(rollouts, [1., 0., 0.], cfg, None, None, None, 10, P.Team(), torch.device("cpu"))
+    a, b = .75 / (3/16)**.5, -.25 / (3/16)**.5
+    torch.testing.assert_close(batch.advantages, torch.tensor([[a, 0.], [b, b], [b, 0.]]), atol=1e-5, rtol=1e-5)
+    assert ref_logp is None and "explained_variance" not in logged and "kl" not in logged
+
 def test_kl_estimators_estimate_the_kl():
     p, q = torch.distributions.Categorical(logits=torch.tensor([0., 1, 2])), torch.distributions.Categorical(logits=torch.tensor([.5, 1, 1]))
     x = torch.multinomial(p.probs, 200_000, True, generator=torch.Generator().manual_seed(0))

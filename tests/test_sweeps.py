@@ -48,7 +48,8 @@ def workers(task):
 def cluster():
     "Ray with two CPUs and, on paper, one GPU; tiny models: a second thread only waits"
     threads, omp = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    ex.quiet(1) # as in the workers
+    ex.quiet()
+    torch.set_num_threads(1) # as in the workers
     os.environ["OMP_NUM_THREADS"] = "1"
     start_ray(quiet=True, num_cpus=2, num_gpus=1)
     yield ray.get_runtime_context().gcs_address
