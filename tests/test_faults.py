@@ -104,7 +104,7 @@ def too_much(*args, **kwargs): return torch.empty(2**60) # what the allocator sa
     ((R.Slots, "empty"), 3, "ppo", "out of memory while sampling 16 responses of up to", "engine_rows=5"),
     ((P, "policy_loss"), 3, "ppo", "out of memory while training on micro-batches of 2048 tokens: lower ppo_micro_tokens", "ppo_micro_tokens=512"),
     ((P.Critic, "forward"), 5, "ppo", "lower ppo_micro_tokens", "ppo_micro_tokens=512"),
-    ((S, "sft_loss"), 3, "sft", "out of memory while training on micro-batches of 8192 tokens: lower micro_tokens (of a preset: sft_micro_tokens", "sft_micro_tokens=512")], ids=["sampling", "update", "critic", "sft"])
+    ((S, "sft_loss"), 3, "sft", "out of memory while training on micro-batches of 2048 tokens: lower micro_tokens (of a preset: sft_micro_tokens", "sft_micro_tokens=512")], ids=["sampling", "update", "critic", "sft"])
 def test_out_of_memory(whole, begun, monkeypatch, capsys, where, at, stage, says, change):
     "The message names the setting; with the setting lowered, the same stage goes on"
     begun(stage)

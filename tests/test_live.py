@@ -284,7 +284,9 @@ def executed(path, *sources, during={}):
     replaced = []
     class Client(NotebookClient):
         def process_message(self, msg, cell, cell_index):
-            if msg["msg_type"] == "update_display_data": replaced.append(msg["content"]["data"])
+            if msg["msg_type"] == "update_display_data":
+                alt = msg["content"]["metadata"].get("image/png", {}).get("alt", "") # of a picture
+                replaced.append(msg["content"]["data"] | dict(alt=alt))
             return super().process_message(msg, cell, cell_index)
     client = Client(nb, timeout=600, resources=dict(metadata=dict(path=str(path))))
     with client.setup_kernel(env=os.environ | dict(PYTHONPATH=str(Path(live.__file__).parents[1]))): # as the tests see it
@@ -337,7 +339,7 @@ def test_follow_ends_with_the_run_or_an_interrupt(store):
         stage(path.parent, "ppo-00000000aa", [ppo_row(1)], PPO)
         for i in range(2, 41):
             with (path/"metrics.jsonl").open("a") as f: f.write(json.dumps(ppo_row(i)) + "\n")
-            if i in (10, 20): until(lambda: any(f"ppo {i}/40" in r.get("text/plain", "") for r in replaced))
+            if i in (10, 20): until(lambda: any(f"ppo {i}/40" in r["alt"] for r in replaced))
         finish(path)
     def interrupt(client, replaced):
         until(lambda: client.nb.cells[2].outputs)
