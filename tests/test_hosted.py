@@ -186,7 +186,7 @@ def test_what_decides_sampled_failures_decides_the_stage():
 def test_failures_sampled_from_a_checkpoint_prime():
     rows = read_rows(prime_stage(job("incorrect_only", prime_failures="sampled", sft_epochs=8))/"train.parquet")
     assert len(rows) == 300 and all(r["score"] < 1 and score(r["completion"], r["numbers"], r["target"]) < 1 and "</answer>" in r["completion"] for r in rows)
-    assert {r["target"] for r in rows} <= set(range(10, 31)) and all(split_of(Problem(tuple(r["numbers"]), r["target"])) == "prime" for r in rows)
+    assert {r["target"] for r in rows} <= set(range(10, 41)) and all(split_of(Problem(tuple(r["numbers"]), r["target"])) == "prime" for r in rows)
 
 def test_a_hosted_teachers_rows_train_a_model_that_reads_english(tmp_path):
     folder = checkpoint(tmp_path/"bytes")
