@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +22,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
@@ -318,6 +321,17 @@ def _worker(config:dict):
     fast_cpu_math(None if torch.cuda.is_available() else config["threads"])
     config["fn"](*config["args"])
 
+def _start_here(init:Callable):
+    "Start Ray on this machine, one start at a time, and again where its processes did not come up in time"
+    for name in ("RAY_gcs_server_port_wait_time_s", "RAY_raylet_start_wait_time_s"): os.environ.setdefault(name, "60")
+    with FileLock(Path(tempfile.gettempdir())/f"stars-ray-{os.getuid()}.lock"):
+        for left in reversed(range(5)):
+            try: return init()
+            except Exception as e: # Ray raises no narrower one
+                for frame, _ in walk_tb(e.__traceback__): # what it has started so far goes on otherwise
+                    if end := getattr(frame.f_locals.get("self"), "kill_all_processes", None): end(check_alive=False)
+                if not left or "timed out" not in str(e).lower(): raise
+
 def start_ray(
     quiet:bool=False, # do not say what Ray has
     **private,        # arguments of `ray.init` for a Ray that is started here
@@ -327,7 +341,10 @@ def start_ray(
     import ray
     if ray.is_initialized(): return False
     address = os.environ.get("RAY_ADDRESS")
-    try: ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else dict(include_dashboard=False) | private))
+    how = dict(log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        if address: ray.init(address, **how)
+        else: _start_here(lambda: ray.init("local", **how | dict(include_dashboard=False) | private))
     except Exception as e: raise RuntimeError(f"Ray did not {f'connect to RAY_ADDRESS={address}' if address else 'start'}: {e}") from e # Ray raises no narrower one
     has = ray.cluster_resources()
     if not quiet: print(f"Ray {'cluster' if address else 'started on this machine'}: {has.get('CPU', 0):.0f} CPUs, {has.get('GPU', 0):.0f} GPUs", file=sys.stderr)

@@ -2,6 +2,8 @@
 import gc,os,sys
 import pytest
 
+os.environ.setdefault("RAY_worker_niceness", "0") # with Ray's 15, workers on a busy machine wait for hours
+
 def pytest_collection_finish():
     "Imported modules never become garbage; without this, a full collection walks through torch in the middle of a timed line"
     gc.collect()
