@@ -55,14 +55,12 @@ def other():
 @pytest.fixture(scope="module")
 def engine():
     random.seed(5), torch.manual_seed(5)
-    before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "bf16"
     was = random.getstate(), torch.get_rng_state(), torch.set_num_threads, torch.backends.mkldnn.matmul.fp32_precision, {k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))}
     engine = MAKE()
     assert random.getstate() == was[0] and (torch.get_rng_state() == was[1]).all() and torch.set_num_threads is was[2] and torch.backends.mkldnn.matmul.fp32_precision == was[3]
     assert {k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))} == was[4]
     yield engine
     engine.close()
-    torch.backends.mkldnn.matmul.fp32_precision = before
 
 @pytest.mark.parametrize("temperature", [1., .7])
 def test_logprobs_are_the_trainers(engine, base, temperature):
@@ -161,7 +159,7 @@ def poison(tmp_path_factory): return tmp_path_factory.mktemp("poison")/"poison"
 
 @pytest.fixture(scope="module")
 def pair(poison):
-    mine = E.start_ray()
+    mine = E.start_ray(quiet=True)
     with closing(E.RayEngine(2, partial(Mortal, poison, dtype="float32", cache=.125))) as pair: yield pair
     if mine: ray.shutdown()
 

@@ -16,13 +16,14 @@ import ray
 import torch
 
 from stars import cli, experiments as ex, sweeps
+from stars.parallel import start_ray
 
 TINY = dict(base_docs=300, prime_rows=60, data_eval=10)
 SETS = [f"{k}={v}" for k, v in TINY.items()]
 CONDITIONS = ["backtracking_verification", "incorrect_only"]
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=900):
     end = time.time() + seconds
     while not (found := condition()):
         assert time.time() < end, "waited too long"
@@ -49,7 +50,7 @@ def cluster():
     threads, omp = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     ex.quiet(1) # as in the workers
     os.environ["OMP_NUM_THREADS"] = "1"
-    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start_ray(quiet=True, num_cpus=2, num_gpus=1)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
     torch.set_num_threads(threads)
@@ -174,7 +175,7 @@ def test_ctrl_c_stops_the_tasks_and_keeps_what_is_saved(cluster, shared, tmp_pat
     wait_for(lambda: p.poll() is not None or len(list(tmp_path.glob("runs/smoke/plain/base/*/ppo-*/state-*-*"))))
     assert p.poll() is None and len(workers("eval")) == 1
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=600)
     assert p.returncode == 130 and "interrupted" in err, err
     wait_for(lambda: not workers("eval"))
     assert [r["state"] for r in json.loads((tmp_path/"runs/smoke/sweep.json").read_text())["runs"]] == ["ppo"]
