@@ -323,9 +323,9 @@ def _worker(config:dict):
 
 def _start_here(init:Callable):
     "Start Ray on this machine, one start at a time, and again where its processes did not come up in time"
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
     with FileLock(Path(tempfile.gettempdir())/f"stars-ray-{os.getuid()}.lock"):
-        for left in reversed(range(5)):
+        for left in reversed(range(10)):
             try: return init()
             except Exception as e: # Ray raises no narrower one
                 for frame, _ in walk_tb(e.__traceback__): # what it has started so far goes on otherwise
