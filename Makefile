@@ -5,8 +5,8 @@ PRESET ?= cpu
 FIGURES ?= fig_controls,fig_dynamics
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
-# For tests on a busy machine: Ray's workers do not give way to all other work, and its dashboard may take its time;
-# the notebook that starts a Ray with all its parts runs alone.
+# For tests on a busy machine: Ray's workers do not give way to all other work, its dashboard may take its time.
+# The notebook that starts a Ray with all its parts runs alone.
 RAY := RAY_worker_niceness=0 RAY_DASHBOARD_STARTUP_TIMEOUT_S=600
 
 .DEFAULT_GOAL := setup

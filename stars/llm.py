@@ -190,7 +190,7 @@ def _concurrent(run:_Run, concurrency:int, rpm:int|None, tpm:int|None, retries:i
     def one_of_many(key:str):
         try: one(key)
         except (Unusable, ConnectionError):
-            stop.set() # at once, not when the caller has noticed: the others would go on failing until then
+            stop.set() # at once: until the caller noticed, the others would go on failing
             raise
     while todo := [k for k in run.open() if k not in failed]:
         inside = {k for keys in run.ledger.open_batches(run.model, todo).values() for k in keys}
@@ -198,7 +198,8 @@ def _concurrent(run:_Run, concurrency:int, rpm:int|None, tpm:int|None, retries:i
             raise ValueError(f"{len(todo):,} requests to {run.model} are in batches under way; batch=True (--batch) waits for them")
         with ThreadPoolExecutor(concurrency) as pool:
             try:
-                for task in as_completed([pool.submit(one_of_many, k) for k in todo if k not in inside]): task.result()
+                tasks = [pool.submit(one_of_many, k) for k in todo if k not in inside]
+                for task in as_completed(tasks): task.result()
             except BaseException: # nothing new is sent; what is in the air arrives and is kept
                 stop.set()
                 pool.shutdown(cancel_futures=True)

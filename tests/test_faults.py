@@ -39,8 +39,8 @@ def refused(capsys, *args, set_=(), code=2):
 
 @pytest.fixture(scope="module", autouse=True)
 def rewards():
-    """Rewards that tell any two responses apart. Those of the verifier are all 0 here, so that the gradient of the critic
-    would begin as rounding, and runs that cut their batches differently could not be compared"""
+    """Rewards that tell any two responses apart. Those of the verifier are all 0 here: the critic's gradient would
+    begin as rounding, and runs that cut their batches differently could not be compared"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(P, "reward_of", lambda text, problem, format_score: fingerprint(text, problem))
         yield
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint(whole, begun, capsys):
 
 # kill -9
 
-TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"} # what Python reports
+TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"} # audit events
 
 
 def train(out, last=math.inf, more=0):

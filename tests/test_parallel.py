@@ -222,8 +222,8 @@ def mortal(job, start, data, out):
 
 
 def test_a_lost_worker_is_replaced(cluster, tmp_path, monkeypatch):
-    """The run ends as one worker alone, undisturbed, would have ended it. With the verifier's rewards, all 0 at first,
-    the first gradient of the critic would be rounding, which Adam makes as large as any, and no two CPUs would agree"""
+    """The run ends as one worker alone, undisturbed, would have ended it. The verifier's rewards are all 0 at first:
+    the critic's first gradient would be rounding, which Adam makes as large as any, and no two CPUs would agree"""
     cfg = ex.preset("smoke", base_docs=300, ppo_steps=STEPS, ppo_save_every=SAVED)
     job = ex.Job(cfg, "plain", "base", 0, str(tmp_path/"alone"), progress=False)
     monkeypatch.setattr(ex, "_ppo", mortal)
@@ -231,7 +231,8 @@ def test_a_lost_worker_is_replaced(cluster, tmp_path, monkeypatch):
     shutil.copytree(tmp_path/"alone", tmp_path/"team")
     shutil.rmtree(next((tmp_path/"team").rglob(want.name)))
     team = replace(job, runs=str(tmp_path/"team"), cfg=replace(cfg, workers=2))
-    with pytest.warns(UserWarning, match="a worker was lost .*the team starts again"): got = ex.ppo_stage(team)
+    with pytest.warns(UserWarning, match="a worker was lost .*the team starts again"):
+        got = ex.ppo_stage(team)
     assert got.name == want.name and (tmp_path/"team/dead").exists() and not (tmp_path/"alone/dead").exists()
     again = cfg.ppo_prompts * (STEPS - (LOST - 1) // SAVED * SAVED) # responses since the last state
     assert [int((tmp_path/f"team/scored-{r}").read_text()) for r in range(2)] == [again] * 2

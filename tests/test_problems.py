@@ -286,7 +286,7 @@ def test_a_barren_space_is_given_up_soon():
     large = dict(n_numbers=3, min_number=2_000, max_number=3_000, min_target=11, max_target=400)
     with tuples_at_most(2*5**4), pytest.raises(ValueError, match='only 0'): # each tuple for both targets
         sample_problems(1, 0, min_solutions=50, **small)
-    with tuples_at_most(4_000_000), pytest.raises(ValueError, match='found only'): # of 390 times a thousand million
+    with tuples_at_most(4_000_000), pytest.raises(ValueError, match='found only'): # of 390 thousand million
         sample_problems(3, 0, min_solutions=50, **large)
 
 def test_whole_numbers_of_any_type():
