@@ -29,6 +29,7 @@ from stars.experiments import preset
 from stars.ppo import ppo
 from stars.priming import control_rows, priming_rows
 from stars.problems import sample_problems
+from stars.progress import makespan
 from stars.rollouts import LlamaEngine
 from stars.sft import encode, read_log, sft
 
@@ -112,10 +113,8 @@ def work()->dict[str, dict[str, float]]: # condition → tokens of SFT, PPO and 
 
 def minutes(pace:dict, tokens:dict, processes:int=2)->float:
     "Of all conditions on two cores, the longest first; without installing, importing and drawing"
-    loads = [0.]*processes
-    for job in sorted((sum(n / pace[k] for k, n in t.items()) for t in tokens.values()), reverse=True):
-        loads[loads.index(min(loads))] += job
-    return max(loads) / 60
+    jobs = (sum(n / pace[kind] for kind, n in todo.items()) for todo in tokens.values())
+    return makespan(sorted(jobs, reverse=True), processes) / 60
 
 
 def main():
