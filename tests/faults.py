@@ -1,0 +1,377 @@
+"""Every fault of a disk, one after the other: the n-th write, flush, rename or unlink of a command fails, for n = 1, 2, …
+
+    python tests/faults.py                      all points of all commands (`make test-faults`)
+    python tests/faults.py sft --kinds power    some
+    python tests/faults.py --sample 20          some of each, always the same (`make test`)
+
+After each fault the same command is given again. Then everything must be as if nothing had happened, byte for byte;
+nothing may be paid twice; and in between, nothing half-written may bear a name under which it would be taken for whole."""
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from disk import BROKEN, KILLED, KINDS, Disk, watch
+from tiny import run as train, untimed
+
+from stars import curation, datasets, experiments as ex, judges, llm, parallel, plots, pretraining, stages
+from stars.behaviors import HABIT_NAMES
+from stars.models import micro_model, micro_tokenizer, save_checkpoint
+
+HIDDEN = re.compile(r"(^|/)\.|\.(tmp|partial|lock)(/|$)|(^|/)state-") # names that nobody takes for a result; a state carries its hash
+
+
+# What is on the disk
+
+def rows_of(path:Path)->list[dict]: # what depends on the clock left out
+    return [{k: v for k, v in r.items() if k != "at"} for r in pq.read_table(path).to_pylist()]
+
+
+def book_of(path:Path)->dict:
+    "What a ledger knows, without times and names that are drawn"
+    with closing(sqlite3.connect(path)) as db:
+        get = lambda query: sorted(map(list, db.execute(query)))
+        return dict(replies=get("SELECT key, text, finish, output_tokens, cost FROM replies"), requests=get("SELECT key, prompt FROM requests"),
+                    claims=get("SELECT * FROM claims"), errors=get("SELECT key, error FROM errors"), open=get("SELECT id FROM under_way"))
+
+
+HELPERS = (".lock", ".db-wal", ".db-shm") # empty ones that stay, and what SQLite takes into its file sooner or later
+READ = {".jsonl": lambda p: untimed(p.parent), ".db": book_of}
+
+
+def content(path:Path)->str:
+    "What a file says; two that say the same are the same"
+    if path.name == "manifest.json":
+        said = json.loads(path.read_text())
+        return json.dumps({k: v for k, v in said.items() if k not in ("seconds_last_session", "finished")})
+    if path.name == "study.parquet": return json.dumps(rows_of(path))
+    if path.suffix == ".safetensors": # the names in its header come in any order
+        raw = path.read_bytes()
+        n = 8 + int.from_bytes(raw[:8], "little")
+        return json.dumps(json.loads(raw[8:n]), sort_keys=True) + hashlib.sha256(raw[n:]).hexdigest()
+    if path.suffix in READ: return json.dumps(READ[path.suffix](path))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def name_of(path:Path)->str:
+    "A state is called by a hash of its bytes, which do not come in the same order every time"
+    state = next((p for p in path.parents if p.name.startswith("state-")), None)
+    if not state: return str(path)
+    _, step, said = state.name.split("-")
+    return str(state.with_name(f"state-{step}" + " (damaged)" * (parallel._content(state) != said))/path.name)
+
+
+def contents(root:Path)->dict[str, str]: # path in the folder → what the file says
+    "All that a command has left"
+    return {os.path.relpath(name_of(p), root): content(p) for p in sorted(root.rglob("*")) if p.is_file() and p.suffix not in HELPERS}
+
+
+def seen(root:Path)->dict[str, str]: # what can be read of a file that grows is left to those who read it
+    "What has a name that counts"
+    names = {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if p.is_file()}
+    return {n: content(p) for n, p in names.items() if not HIDDEN.search(n) and not n.endswith((".jsonl", ".db", ".db-journal", *HELPERS))}
+
+
+# Commands
+
+@dataclass(frozen=True)
+class Command:
+    "Something that is done on a disk"
+    run:Callable[[Path], object]                 # in a folder; given again, it goes on
+    before:Callable[[Path], object]=lambda root: None # makes what is there already
+    whole:dict[str, str]=field(default_factory=dict) # files that belong together, by their first letters; the one that vouches for them ("": each does)
+    air:int=0                                    # replies on their way, which a killed process or a full disk loses
+
+
+class Shop:
+    "A service that sells every reply anew, and whose books are not on the disk that fails"
+    def __init__(self, books:Path): self.books = books
+
+    def sell(self, keys):
+        with open(self.books/"sold", "a") as f: f.writelines(f"{k}\n" for k in keys)
+
+    def answer(self, request, key):
+        self.sell([key])
+        return llm.Reply(request.prompt[::-1], output_tokens=3, cost=.1)
+
+    def submit(self, requests, name):
+        self.sell(requests)
+        (self.books/f"{name}.batch").write_text(json.dumps({k: r.prompt for k, r in requests.items()}))
+        return name
+
+    def find(self, batch, keys, known): return batch.name if (self.books/f"{batch.name}.batch").exists() else False
+    def ended(self, id): return True
+
+    def results(self, id):
+        for k, prompt in json.loads((self.books/f"{id}.batch").read_text()).items():
+            yield k, llm.Reply(prompt[::-1], output_tokens=3, cost=.05, mode="batch")
+
+
+def ask(root:Path, batch:bool):
+    "Buy four replies, and export them"
+    requests = [llm.Request(f"question {i}", "Say it backwards.") for i in range(4)]
+    with llm.Ledger(root/"ledger.db") as book:
+        replies = llm.ask("openai:m", requests, book, batch, concurrency=1, poll=.01, progress=False, service=Shop(root.parent))
+        book.export(root/"study.parquet")
+    assert [r.text for r in replies] == [q.prompt[::-1] for q in requests]
+
+
+def recording(root:Path):
+    "A ledger that somebody else has exported: three replies, and what failed"
+    requests = [llm.Request(f"question {i}") for i in range(4)]
+    with llm.Ledger(root.parent/"other.db") as book:
+        for r in requests[:3]: book.record(llm.Model.parse("openai:m"), r, llm.Reply(r.prompt[::-1], cost=.1))
+        book.fail(book.note(llm.Model.parse("openai:m"), requests[3:])[0], "refused")
+        book.export(root.parent/"study.parquet")
+
+
+def take_over(root:Path):
+    with llm.Ledger(root/"ledger.db") as book: book.load(root.parent/"study.parquet")
+
+
+def completions(step:int=0, model:str="plain")->pd.DataFrame:
+    "As `complete` makes them"
+    rows = [dict(model=model, condition="base", seed=0, step=step, index=i, prompt="p", generated=f"{i} + 3 = {i + 3}. wait, no.", response_tokens=9,
+                 truncated=False, score=float(i % 2), numbers=[i, 3], target=i + 3, verification=i % 2, backtracking=1, subgoal=0, backward=i) for i in range(6)]
+    return pd.DataFrame(rows)
+
+
+def job(root:Path)->ex.Job:
+    "A line of a figure, as small as they come"
+    cfg = ex.preset("smoke", data_prime=5, data_train=12, data_eval=3, data_rows=12, ppo_steps=2, ppo_save_every=1, ppo_prompts=4, ppo_minibatch=4)
+    return ex.Job(cfg, "base", "base", runs=str(root), progress=False)
+
+
+def begin(root:Path):
+    "All stages before the evaluation, of a base without training"
+    tok = micro_tokenizer(99)
+    save_checkpoint(micro_model(tok, 16, 2, 2, 32, 128, 0), tok, root.parent/"base")
+    ex.ppo_stage(job(root))
+
+
+def rate(root:Path, n:int=2):
+    "Ratings, results, and both in upstream's shape"
+    df = pd.concat([completions(step) for step in (0, 2)[:n]], ignore_index=True)
+    judges.write_ratings(judges.rule_ratings(df), df, root/"judged")
+
+
+def corpus(root:Path):
+    "Seven texts, three of them problems"
+    texts = list(ex.documents(7, 0, .5, 0., .3, dict.fromkeys(HABIT_NAMES, .3), max_number=9, min_target=10, max_target=20, top=99, n_numbers=(3,)))
+    pd.DataFrame(texts).to_parquet(root.parent/"corpus.parquet", index=False) # nobody writes to it
+
+
+def label(root:Path):
+    pretraining.label_corpus(str(root.parent/"corpus.parquet"), root/"labels", pretraining.rule_labeller(1), save_every=3, progress=False)
+
+
+def curate(root:Path):
+    for m in ex.METHODS: curation.rewrite_corpus(root/"labels", root/"rewrites", m, curation.embedded_rewriter(root/"labels", m, 0, 99, 1), dict(rewriter="embedded"), False)
+
+
+def draw(root:Path, height:int=2):
+    "A picture, its rows and its manifest, where older ones lie"
+    fig = plots.plt.figure(figsize=(1, 1))
+    fig.add_subplot().bar(["a"], [height])
+    plots.save_figure(fig, "fig", pd.DataFrame(dict(x=["a"], y=[height])), root/"figures", dpi=20)
+    plots.plt.close(fig)
+
+
+def staged(root:Path):
+    "A training that is a stage"
+    stages.stage(root, "sft", dict(seed=0), {}, lambda out: train("sft", out, epochs=1, save_every=2))
+
+
+COMMANDS = dict(
+    sft=Command(lambda root: train("sft", root/"out", save_every=2), whole={"out/model/": ""}), # four steps an epoch: states in its middle and at its end
+    ppo=Command(lambda root: train("ppo", root/"out"), whole={f"out/step-{i:04d}/": "" for i in range(4)}),
+    stage=Command(staged, whole={"sft-": ""}),
+    evaluation=Command(lambda root: ex.eval_stage(job(root)), before=begin, whole={"smoke/base/base/seed0/eval-": ""}),
+    ratings=Command(rate, before=lambda root: rate(root, 1)),
+    asking=Command(lambda root: ask(root, False), air=1),
+    batches=Command(lambda root: ask(root, True)),
+    loading=Command(take_over, before=recording),
+    labels=Command(label, before=corpus),
+    rewriting=Command(curate, before=lambda root: (corpus(root), label(root))),
+    figure=Command(draw, before=lambda root: draw(root, 1), whole={"figures/": "figures/fig.json"}),
+    problems=Command(lambda root: datasets.write_problems(root/"problems.parquet", 12, space=datasets.Space(n_numbers=(3,)), workers=1, progress=False)))
+
+
+# One fault
+
+@dataclass
+class Outcome:
+    "What became of a command"
+    seen:dict=field(default_factory=dict)  # what had a name that counts before it ran
+    error:str=""       # its own words; "": it came to its end
+    trace:str=""       # where
+    calls:list=field(default_factory=list) # that changed something
+    met:bool=False     # did it come as far as the fault?
+    killed:bool=False  # by it
+    files:dict=field(default_factory=dict) # what there is at its end
+    modules:list=field(default_factory=list) # it has imported
+
+
+def attempt(disk:Disk, run:Callable, root:Path, kind:str="", at:int=0)->Outcome:
+    "Run something in a copy of this process, whose disk fails at a call"
+    read, write = os.pipe()
+    if pid := os.fork():
+        os.close(write)
+        with open(read) as f: said = f.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status == KILLED: return Outcome(met=True, killed=True)
+        if status: raise RuntimeError(f"the harness itself broke, or waited for ever: exit status {status}\n{said}")
+        return Outcome(**json.loads(said))
+    os.close(read)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    warnings.simplefilter("ignore")
+    signal.alarm(600) # what waits for ever ends
+    os.chdir(root.parent)
+    try:
+        out = Outcome(seen(root))
+        vars(disk).update(root=os.path.realpath(root), kind=kind, at=at)
+        try: run(root)
+        except Exception as e: out.error, out.trace = f"{type(e).__name__}: {e}", traceback.format_exc()
+        disk.root = ""
+        out.calls, out.met, out.modules = disk.calls, 0 < at <= len(disk.calls), sorted(sys.modules)
+        if not out.error: out.files = contents(root)
+        said, status = json.dumps(vars(out)), 0
+    except BaseException: said, status = traceback.format_exc(), BROKEN
+    with open(write, "w") as f: f.write(said)
+    os._exit(status)
+
+
+class Trial:
+    "A command, what it leaves, and what it leaves after each fault"
+    def __init__(self, disk:Disk, again:Callable, name:str, work:Path):
+        self.disk, self.name, self.command, self.work, self.start = disk, name, COMMANDS[name], work/name, work/f"{name}-before"
+        self.root = self.work/"disk"
+        (self.start/"disk").mkdir(parents=True)
+        self.calmly(self.command.before, self.start/"disk")
+        self.anew()
+        first = self.calmly(self.command.run)
+        second = self.calmly(self.command.run) # it finds everything done
+        self.before, self.after, self.calls, self.wanted = first.seen, second.seen, first.calls, first.files
+        if wrong := self.compare(second.files, "given twice, without a fault"): raise RuntimeError(f"{name}: {wrong}")
+        for m in first.modules: # so that each copy has them from the start
+            with suppress(ImportError): importlib.import_module(m)
+        again()
+
+    def calmly(self, run:Callable, root:Path|None=None)->Outcome:
+        "Without a fault"
+        out = attempt(self.disk, run, root or self.root)
+        if out.error: raise RuntimeError(f"{self.name}, without a fault: {out.trace}")
+        return out
+
+    def anew(self):
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.start, self.work)
+
+    def meet(self, kind:str, at:int)->list[str]|None: # what is wrong; None: the command came to its end before
+        "One fault, and the same command afterwards"
+        self.anew()
+        first = attempt(self.disk, self.command.run, self.root, kind, at)
+        if not first.met: return None
+        second = attempt(self.disk, self.command.run, self.root)
+        wrong = unclear(first, self.work) + self.half_written(second.seen)
+        if not first.killed and not first.error: wrong += self.compare(first.files, "as if nothing had happened, but it")
+        wrong += [f"given again: {second.error}"] if second.error else self.compare(second.files, "given again, it")
+        return wrong + self.bought_twice(self.command.air * (kind != "error"))
+
+    def half_written(self, now:dict)->list[str]:
+        "What is neither as before nor as it should be"
+        wrong = [f"{n} is half-written" for n, x in now.items() if x not in (self.before.get(n), self.after.get(n))]
+        for group, voucher in self.command.whole.items():
+            part, *makes = ({n: x for n, x in files.items() if n.startswith(group)} for files in (now, self.before, self.after))
+            if part and voucher in ("", *part) and part not in makes: wrong.append(f"{group} is there, but not whole, or not of one make")
+        return wrong
+
+    def compare(self, files:dict, when:str)->list[str]:
+        "With what an undisturbed run leaves"
+        lost, more = sorted(self.wanted.keys() - files), sorted(files.keys() - self.wanted)
+        other = sorted(n for n in files.keys() & self.wanted if files[n] != self.wanted[n])
+        return [f"{when} {what} {', '.join(names)}" for what, names in (("lacks", lost), ("also has", more), ("differs in", other)) if names]
+
+    def bought_twice(self, allowed:int)->list[str]:
+        sold = Counter((self.work/"sold").read_text().split()) if (self.work/"sold").exists() else {}
+        twice = [k for k, n in sold.items() if n > 1]
+        return [f"{len(twice)} replies were bought twice"] if len(twice) > allowed else []
+
+
+def unclear(out:Outcome, work:Path)->list[str]:
+    "Is what a user reads one line, and does it name a file?"
+    kind, _, text = out.error.partition(": ")
+    if not out.error: return []
+    return [] if kind in CAUGHT and "\n" not in text and str(work) in text else [f"it says: {out.error}"]
+
+
+CAUGHT = ("ValueError", "OSError", "FileNotFoundError", "RuntimeError") # which the command line turns into a line
+
+
+# All of them
+
+def points(n:int, kinds:list[str], sample:int|None, name:str)->list[tuple[str, int]]:
+    "Kinds of fault and numbers of calls"
+    every = [(kind, at) for at in range(1, n + 1) for kind in kinds]
+    return every if sample is None else sorted(random.Random(name).sample(every, min(sample, n)), key=every.index)
+
+
+def try_all(name:str, kinds:list[str], sample:int|None, disk:Disk, again:Callable, work:Path)->dict:
+    "Every fault of a command; what was found"
+    trial, met, wrong = Trial(disk, again, name, work), Counter(), []
+    def one(kind, at):
+        if (said := trial.meet(kind, at)) is None: return False
+        met[kind] += 1
+        what, path, _ = trial.calls[at - 1] if at <= len(trial.calls) else ("?", "?", 0)
+        wrong.extend(f"{name}, {kind} at {at} ({what} {path}): {s}" for s in said)
+        for s in said: print(f"  {name}, {kind} at {at} ({what} {path}): {s}", flush=True)
+        return True
+    for kind, at in points(len(trial.calls), kinds, sample, name): one(kind, at)
+    for kind in kinds if sample is None else (): # there may be more calls than without a fault: on, until it passes
+        at = len(trial.calls) + 1
+        while one(kind, at): at += 1
+    shutil.rmtree(work/name)
+    return dict(calls=len(trial.calls), met=dict(met), wrong=wrong, what=dict(Counter(c[0] for c in trial.calls)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(COMMANDS), help=f"of {', '.join(COMMANDS)}")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="; ".join(f"{k}: {v}" for k, v in KINDS.items()))
+    parser.add_argument("--sample", type=int, help="faults of each command (default: all)")
+    parser.add_argument("--json", type=Path, help="file for what was found")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    matplotlib.use("agg")
+    ex.quiet()
+    again, found = watch(disk := Disk()), {}
+    with tempfile.TemporaryDirectory(prefix="faults-") as work:
+        for name in args.names:
+            found[name] = r = try_all(name, args.kinds.split(","), args.sample, disk, again, Path(work))
+            print(f"{name}: {sum(r['met'].values()):,} faults at {r['calls']} calls ({', '.join(f'{n} {k}' for k, n in r['met'].items())}), {len(r['wrong'])} wrong", flush=True)
+    if args.json: args.json.write_text(json.dumps(found))
+    print(f"{sum(sum(r['met'].values()) for r in found.values()):,} faults")
+    sys.exit(any(r["wrong"] for r in found.values()))
+
+
+if __name__ == "__main__": main()
