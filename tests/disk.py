@@ -145,6 +145,7 @@ class Disk:
     at:int=0           # number of the call that meets the fault, from 1; 0: none does
     calls:list=field(default_factory=list)       # (what, path in the folder, bytes) of each so far
     unflushed:dict=field(default_factory=dict)   # file → what it held before: (offset, bytes, size), oldest first
+    written:dict=field(default_factory=dict)     # file → bytes that were written to it
     full:bool=False    # nothing finds room any more
     busy:int=0         # thread that is in one of our own functions
     lock:threading.Lock=field(default_factory=threading.Lock)
@@ -165,13 +166,15 @@ class Disk:
             if what != "unlink": return failed(errno.ENOSPC)
         if self.full and what in ("write", "create"): return failed(errno.ENOSPC)
         if what in ("write", "cut", "create"): self.remember(name, args, paths[0], size)
+        if what == "write": self.written[key(os.fstat(args[0]))] = size + self.written.get(key(os.fstat(args[0])), 0)
         if what != "flush": return real(*args)
         self.unflushed.pop(key(os.fstat(args[0])), None) # that is all: the machine's own disk need not wait
         return 0
 
     def remember(self, name:str, args:tuple, path:str, size:int):
         "Keep what a file holds where it is about to be changed"
-        if CALLS[name][0] == "create" and not os.path.isfile(path): return
+        if CALLS[name][0] != "create": path = f"/proc/self/fd/{args[0]}"
+        elif not os.path.isfile(path): return
         now = os.stat(path)
         if name.startswith("pwrite"): start = args[3]
         elif name.startswith("ftruncate"): start, size = args[1], now.st_size

@@ -7,6 +7,7 @@
 After each fault the same command is given again. Then everything must be as if nothing had happened, byte for byte;
 nothing may be paid twice; and in between, nothing half-written may bear a name under which it would be taken for whole."""
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -23,7 +24,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -31,10 +34,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from disk import BROKEN, KILLED, KINDS, Disk, watch
+from disk import BROKEN, KILLED, KINDS, Disk, key, watch
 from tiny import run as train, untimed
 
-from stars import curation, datasets, experiments as ex, judges, llm, parallel, plots, pretraining, stages
+from stars import curation, datasets, experiments as ex, judges, labellers, llm, parallel, plots, pretraining, stages
 from stars.behaviors import HABIT_NAMES
 from stars.models import micro_model, micro_tokenizer, save_checkpoint
 
@@ -61,6 +64,11 @@ READ = {".jsonl": lambda p: untimed(p.parent), ".db": book_of}
 
 def content(path:Path)->str:
     "What a file says; two that say the same are the same"
+    try: return _content(path)
+    except Exception as e: return f"unreadable: {type(e).__name__}"
+
+
+def _content(path:Path)->str:
     if path.name == "manifest.json":
         said = json.loads(path.read_text())
         return json.dumps({k: v for k, v in said.items() if k not in ("seconds_last_session", "finished")})
@@ -92,48 +100,61 @@ def seen(root:Path)->dict[str, str]: # what can be read of a file that grows is 
     return {n: content(p) for n, p in names.items() if not HIDDEN.search(n) and not n.endswith((".jsonl", ".db", ".db-journal", *HELPERS))}
 
 
+def sizes(root:Path)->dict[tuple[int, int], tuple[str, int]]:
+    "Which file, by what tells it from all others → its name and size"
+    return {key(p.stat()): (str(p), p.stat().st_size) for p in root.rglob("*") if p.is_file()}
+
+
 # Commands
 
 @dataclass(frozen=True)
 class Command:
-    "Something that is done on a disk"
-    run:Callable[[Path], object]                 # in a folder; given again, it goes on
-    before:Callable[[Path], object]=lambda root: None # makes what is there already
+    "Something that is done on a disk. The present folder is the one around it, which nothing happens to"
+    run:Callable[[Path], object]                 # what it does there; given again, it goes on
+    before:Callable[[Path], object]=lambda root: None # makes what it needs, or what is there already
     whole:dict[str, str]=field(default_factory=dict) # files that belong together, by their first letters; the one that vouches for them ("": each does)
     air:int=0                                    # replies on their way, which a killed process or a full disk loses
 
 
 class Shop:
     "A service that sells every reply anew, and whose books are not on the disk that fails"
-    def __init__(self, books:Path): self.books = books
+    def __init__(self, books:Path, says:Callable[[str], str]): self.books, self.says = books, says
 
-    def sell(self, keys):
-        with open(self.books/"sold", "a") as f: f.writelines(f"{k}\n" for k in keys)
+    def reply(self, key:str, prompt:str, mode:str)->llm.Reply:
+        with open(self.books/"sold", "a") as f: f.write(f"{key}\n")
+        return llm.Reply(self.says(prompt), output_tokens=3, cost=.1, mode=mode)
 
-    def answer(self, request, key):
-        self.sell([key])
-        return llm.Reply(request.prompt[::-1], output_tokens=3, cost=.1)
+    def answer(self, request, key): return self.reply(key, request.prompt, "concurrent")
 
     def submit(self, requests, name):
-        self.sell(requests)
-        (self.books/f"{name}.batch").write_text(json.dumps({k: r.prompt for k, r in requests.items()}))
+        replies = {k: asdict(self.reply(k, r.prompt, "batch")) for k, r in requests.items()}
+        (self.books/f"{name}.batch").write_text(json.dumps(replies))
         return name
 
     def find(self, batch, keys, known): return batch.name if (self.books/f"{batch.name}.batch").exists() else False
     def ended(self, id): return True
+    def results(self, id): return ((k, llm.Reply(**r)) for k, r in json.loads((self.books/f"{id}.batch").read_text()).items())
 
-    def results(self, id):
-        for k, prompt in json.loads((self.books/f"{id}.batch").read_text()).items():
-            yield k, llm.Reply(prompt[::-1], output_tokens=3, cost=.05, mode="batch")
+
+def backwards(prompt:str)->str: return prompt[::-1]
 
 
 def ask(root:Path, batch:bool):
     "Buy four replies, and export them"
     requests = [llm.Request(f"question {i}", "Say it backwards.") for i in range(4)]
     with llm.Ledger(root/"ledger.db") as book:
-        replies = llm.ask("openai:m", requests, book, batch, concurrency=1, poll=.01, progress=False, service=Shop(root.parent))
+        llm.ask("openai:m", requests, book, batch, concurrency=1, poll=.01, progress=False, service=Shop(root.parent, backwards))
         book.export(root/"study.parquet")
-    assert [r.text for r in replies] == [q.prompt[::-1] for q in requests]
+
+
+def no_habit(prompt:str)->str: return json.dumps({k: 0 if k in HABIT_NAMES else False for k in labellers.LABELS} | dict(domain=labellers.DOMAINS[0]))
+
+
+def buy_labels(root:Path):
+    "Have a service label a corpus"
+    with llm.Ledger(root/"ledger.db") as book:
+        replies = partial(labellers.hosted_replies, model="openai:m", ledger=book, concurrency=1, progress=False, service=Shop(root.parent, no_habit))
+        pretraining.label_corpus("corpus.parquet", root/"labels", labellers.LLMRows(replies, labellers.Labelling()), dict(labeller="m"), save_every=4, progress=False)
 
 
 def recording(root:Path):
@@ -178,11 +199,11 @@ def rate(root:Path, n:int=2):
 def corpus(root:Path):
     "Seven texts, three of them problems"
     texts = list(ex.documents(7, 0, .5, 0., .3, dict.fromkeys(HABIT_NAMES, .3), max_number=9, min_target=10, max_target=20, top=99, n_numbers=(3,)))
-    pd.DataFrame(texts).to_parquet(root.parent/"corpus.parquet", index=False) # nobody writes to it
+    pd.DataFrame(texts).to_parquet("corpus.parquet", index=False)
 
 
 def label(root:Path):
-    pretraining.label_corpus(str(root.parent/"corpus.parquet"), root/"labels", pretraining.rule_labeller(1), save_every=3, progress=False)
+    pretraining.label_corpus("corpus.parquet", root/"labels", pretraining.rule_labeller(1), save_every=3, progress=False)
 
 
 def curate(root:Path):
@@ -210,6 +231,7 @@ COMMANDS = dict(
     ratings=Command(rate, before=lambda root: rate(root, 1)),
     asking=Command(lambda root: ask(root, False), air=1),
     batches=Command(lambda root: ask(root, True)),
+    labelling=Command(buy_labels, before=corpus, air=1),
     loading=Command(take_over, before=recording),
     labels=Command(label, before=corpus),
     rewriting=Command(curate, before=lambda root: (corpus(root), label(root))),
@@ -224,12 +246,17 @@ class Outcome:
     "What became of a command"
     seen:dict=field(default_factory=dict)  # what had a name that counts before it ran
     error:str=""       # its own words; "": it came to its end
-    trace:str=""       # where
+    clear:bool=True    # are they a line that names a file?
+    trace:str=""       # where it was
     calls:list=field(default_factory=list) # that changed something
     met:bool=False     # did it come as far as the fault?
     killed:bool=False  # by it
+    unseen:list=field(default_factory=list) # files with bytes that no call has written
     files:dict=field(default_factory=dict) # what there is at its end
     modules:list=field(default_factory=list) # it has imported
+
+
+CAUGHT = (ValueError, OSError, LookupError, RuntimeError, ImportError, ArithmeticError, MemoryError) # by the command line, which says them in one line
 
 
 def attempt(disk:Disk, run:Callable, root:Path, kind:str="", at:int=0)->Outcome:
@@ -248,12 +275,15 @@ def attempt(disk:Disk, run:Callable, root:Path, kind:str="", at:int=0)->Outcome:
     signal.alarm(600) # what waits for ever ends
     os.chdir(root.parent)
     try:
-        out = Outcome(seen(root))
+        out, there = Outcome(seen(root)), set(sizes(root))
         vars(disk).update(root=os.path.realpath(root), kind=kind, at=at)
         try: run(root)
-        except Exception as e: out.error, out.trace = f"{type(e).__name__}: {e}", traceback.format_exc()
+        except Exception as e:
+            out.error, out.trace = f"{type(e).__name__}: {e}", traceback.format_exc()
+            out.clear = isinstance(e, CAUGHT) and "\n" not in str(e) and str(root) in str(e)
         disk.root = ""
         out.calls, out.met, out.modules = disk.calls, 0 < at <= len(disk.calls), sorted(sys.modules)
+        out.unseen = [path for k, (path, size) in sizes(root).items() if k not in there and disk.written.get(k, 0) < size]
         if not out.error: out.files = contents(root)
         said, status = json.dumps(vars(out)), 0
     except BaseException: said, status = traceback.format_exc(), BROKEN
@@ -270,6 +300,7 @@ class Trial:
         self.calmly(self.command.before, self.start/"disk")
         self.anew()
         first = self.calmly(self.command.run)
+        if first.unseen: raise RuntimeError(f"{name}: nothing was seen of what wrote {', '.join(first.unseen)}; another way to the disk must be watched")
         second = self.calmly(self.command.run) # it finds everything done
         self.before, self.after, self.calls, self.wanted = first.seen, second.seen, first.calls, first.files
         if wrong := self.compare(second.files, "given twice, without a fault"): raise RuntimeError(f"{name}: {wrong}")
@@ -293,7 +324,7 @@ class Trial:
         first = attempt(self.disk, self.command.run, self.root, kind, at)
         if not first.met: return None
         second = attempt(self.disk, self.command.run, self.root)
-        wrong = unclear(first, self.work) + self.half_written(second.seen)
+        wrong = [f"it says: {first.error}"] * (not first.clear) + self.half_written(second.seen)
         if not first.killed and not first.error: wrong += self.compare(first.files, "as if nothing had happened, but it")
         wrong += [f"given again: {second.error}"] if second.error else self.compare(second.files, "given again, it")
         return wrong + self.bought_twice(self.command.air * (kind != "error"))
@@ -318,22 +349,12 @@ class Trial:
         return [f"{len(twice)} replies were bought twice"] if len(twice) > allowed else []
 
 
-def unclear(out:Outcome, work:Path)->list[str]:
-    "Is what a user reads one line, and does it name a file?"
-    kind, _, text = out.error.partition(": ")
-    if not out.error: return []
-    return [] if kind in CAUGHT and "\n" not in text and str(work) in text else [f"it says: {out.error}"]
-
-
-CAUGHT = ("ValueError", "OSError", "FileNotFoundError", "RuntimeError") # which the command line turns into a line
-
-
 # All of them
 
 def points(n:int, kinds:list[str], sample:int|None, name:str)->list[tuple[str, int]]:
-    "Kinds of fault and numbers of calls"
-    every = [(kind, at) for at in range(1, n + 1) for kind in kinds]
-    return every if sample is None else sorted(random.Random(name).sample(every, min(sample, n)), key=every.index)
+    "Kinds of fault and numbers of calls; a sample has the kinds in turn"
+    if sample is None: return [(kind, at) for at in range(1, n + 1) for kind in kinds]
+    return list(zip(cycle(kinds), sorted(random.Random(name).sample(range(1, n + 1), min(sample, n)))))
 
 
 def try_all(name:str, kinds:list[str], sample:int|None, disk:Disk, again:Callable, work:Path)->dict:
@@ -365,6 +386,7 @@ def main():
     matplotlib.use("agg")
     ex.quiet()
     again, found = watch(disk := Disk()), {}
+    gc.freeze() # no copy of this process walks through it
     with tempfile.TemporaryDirectory(prefix="faults-") as work:
         for name in args.names:
             found[name] = r = try_all(name, args.kinds.split(","), args.sample, disk, again, Path(work))
