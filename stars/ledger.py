@@ -379,7 +379,7 @@ def _entry(row:dict)->tuple[str, Model, Request, Reply|str]: # key, who was aske
         request = Request(row["prompt"], row["system"], **params)
         key = request_key(model, request)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as e:
-        raise ValueError(f"its request cannot be read ({type(e).__name__}: {e})") from None
+        raise ValueError(f"its request cannot be read ({type(e).__name__}: {e!s:.200})") from None
     if key != row["key"]: raise ValueError(f"it has the key {row['key']}, but its request makes {key}")
     if row["finish"] == "error": return key, model, request, row["text"]
     if row["finish"] not in FINISHES: raise ValueError(f"finish={row['finish']!r} is none of {', '.join(FINISHES)} and error")

@@ -188,18 +188,17 @@ class Disk:
     def end(self, name:str, args:tuple, size:int):
         "Half of a write, and no more"
         if self.kind == "ends" and size > 1: some_of(name, args, size // 2)
-        if self.kind == "power":
-            for folder, _, names in os.walk(self.root):
-                for n in names: self.lose(os.path.join(folder, n))
+        if self.kind == "power": self.lose()
         os._exit(KILLED)
 
-    def lose(self, path:str):
-        "What was not flushed goes, as if it had never been written"
-        for start, old, size in reversed(self.unflushed.get(key(os.stat(path)), ())):
-            with open(path, "r+b") as f:
-                f.seek(start)
-                f.write(old)
-                f.truncate(size)
+    def lose(self):
+        "What was not flushed goes, as if it had never been written. (Names stay: a folder's are on the disk at once)"
+        for path in (os.path.join(folder, n) for folder, _, names in os.walk(self.root) for n in names):
+            for start, old, size in reversed(self.unflushed.get(key(os.stat(path)), ())):
+                with open(path, "r+b") as f:
+                    f.seek(start)
+                    f.write(old)
+                    f.truncate(size)
 
 
 def key(s:os.stat_result)->tuple[int, int]: return s.st_dev, s.st_ino

@@ -19,6 +19,7 @@ import signal
 import sqlite3
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections import Counter
@@ -35,10 +36,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from disk import BROKEN, KILLED, KINDS, Disk, key, watch
-from tiny import run as train, untimed
+from tiny import TOK, model, run as train, untimed
 
 from stars import curation, datasets, experiments as ex, judges, labellers, llm, parallel, plots, pretraining, stages
-from stars.behaviors import HABIT_NAMES
+from stars.behaviors import HABIT_NAMES, count_in
+from stars.countdown import Problem
 from stars.models import micro_model, micro_tokenizer, save_checkpoint
 
 HIDDEN = re.compile(r"(^|/)\.|\.(tmp|partial|lock)(/|$)|(^|/)state-") # names that nobody takes for a result; a state carries its hash
@@ -219,8 +221,11 @@ def draw(root:Path, height:int=2):
 
 
 def staged(root:Path):
-    "A training that is a stage"
-    stages.stage(root, "sft", dict(seed=0), {}, lambda out: train("sft", out, epochs=1, save_every=2))
+    "A training that is a stage, and leaves a note"
+    def work(out):
+        train("sft", out, epochs=1, save_every=2)
+        (out/"note.txt").write_text("done")
+    stages.stage(root, "sft", dict(seed=0), {}, work)
 
 
 COMMANDS = dict(
@@ -260,7 +265,7 @@ CAUGHT = (ValueError, OSError, LookupError, RuntimeError, ImportError, Arithmeti
 
 
 def attempt(disk:Disk, run:Callable, root:Path, kind:str="", at:int=0)->Outcome:
-    "Run something in a copy of this process, whose disk fails at a call"
+    "Run something in a copy of this process, whose disk fails at a call (or, with the power, after the last one: 0)"
     read, write = os.pipe()
     if pid := os.fork():
         os.close(write)
@@ -281,8 +286,12 @@ def attempt(disk:Disk, run:Callable, root:Path, kind:str="", at:int=0)->Outcome:
         except Exception as e:
             out.error, out.trace = f"{type(e).__name__}: {e}", traceback.format_exc()
             out.clear = isinstance(e, CAUGHT) and "\n" not in str(e) and str(root) in str(e)
-        disk.root = ""
-        out.calls, out.met, out.modules = disk.calls, 0 < at <= len(disk.calls), sorted(sys.modules)
+        disk.busy = threading.get_ident() # nothing is watched any more
+        if kind == "power" and not at:
+            disk.lose()
+            os._exit(KILLED)
+        out.met = 0 < at <= len(disk.calls)
+        if not kind: out.calls, out.modules = disk.calls, sorted(sys.modules)
         out.unseen = [path for k, (path, size) in sizes(root).items() if k not in there and disk.written.get(k, 0) < size]
         if not out.error: out.files = contents(root)
         said, status = json.dumps(vars(out)), 0
@@ -325,7 +334,9 @@ class Trial:
         if not first.met: return None
         second = attempt(self.disk, self.command.run, self.root)
         wrong = [f"it says: {first.error}"] * (not first.clear) + self.half_written(second.seen)
-        if not first.killed and not first.error: wrong += self.compare(first.files, "as if nothing had happened, but it")
+        if not first.killed and not first.error: # what could not be removed waits, under a name that says so, for the next time
+            now = {n: x for n, x in first.files.items() if ".tmp/" not in n and not n.endswith(".tmp")}
+            wrong += self.compare(now, "as if nothing had happened, but it")
         wrong += [f"given again: {second.error}"] if second.error else self.compare(second.files, "given again, it")
         return wrong + self.bought_twice(self.command.air * (kind != "error"))
 
@@ -363,16 +374,25 @@ def try_all(name:str, kinds:list[str], sample:int|None, disk:Disk, again:Callabl
     def one(kind, at):
         if (said := trial.meet(kind, at)) is None: return False
         met[kind] += 1
-        what, path, _ = trial.calls[at - 1] if at <= len(trial.calls) else ("?", "?", 0)
-        wrong.extend(f"{name}, {kind} at {at} ({what} {path}): {s}" for s in said)
-        for s in said: print(f"  {name}, {kind} at {at} ({what} {path}): {s}", flush=True)
+        what, path, _ = trial.calls[at - 1] if 0 < at <= len(trial.calls) else ("after", "the end", 0)
+        for s in said:
+            wrong.append(f"{name}, {kind} at {at} ({what} {path}): {s}")
+            print(f"  {wrong[-1]}", flush=True)
         return True
     for kind, at in points(len(trial.calls), kinds, sample, name): one(kind, at)
+    if "power" in kinds: one("power", 0)
     for kind in kinds if sample is None else (): # there may be more calls than without a fault: on, until it passes
         at = len(trial.calls) + 1
         while one(kind, at): at += 1
     shutil.rmtree(work/name)
     return dict(calls=len(trial.calls), met=dict(met), wrong=wrong, what=dict(Counter(c[0] for c in trial.calls)))
+
+
+def warm_up(folder:Path):
+    "Work out, before any copy is made, what each of them would work out anew: mostly regular expressions"
+    save_checkpoint(model(), TOK, folder/"warm")
+    count_in("3 + 4 = 7. wait, no.", Problem((3, 4), 7))
+    pretraining.rule_labels("Let me check: 3 + 4 = 7.")
 
 
 def main():
@@ -386,8 +406,9 @@ def main():
     matplotlib.use("agg")
     ex.quiet()
     again, found = watch(disk := Disk()), {}
-    gc.freeze() # no copy of this process walks through it
     with tempfile.TemporaryDirectory(prefix="faults-") as work:
+        warm_up(Path(work))
+        gc.freeze() # no copy of this process walks through it
         for name in args.names:
             found[name] = r = try_all(name, args.kinds.split(","), args.sample, disk, again, Path(work))
             print(f"{name}: {sum(r['met'].values()):,} faults at {r['calls']} calls ({', '.join(f'{n} {k}' for k, n in r['met'].items())}), {len(r['wrong'])} wrong", flush=True)
