@@ -97,9 +97,12 @@ def contents(root:Path)->dict[str, str]: # path in the folder → what the file 
 
 
 def seen(root:Path)->dict[str, str]: # what can be read of a file that grows is left to those who read it
-    "What has a name that counts"
-    names = {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if p.is_file()}
-    return {n: content(p) for n, p in names.items() if not HIDDEN.search(n) and not n.endswith((".jsonl", ".db", ".db-journal", *HELPERS))}
+    "What has a name that counts; of states, those that are not what their names say"
+    out = {}
+    for p in (p for p in sorted(root.rglob("*")) if p.is_file()):
+        name = os.path.relpath(p if ".tmp" in str(p) else name_of(p), root)
+        if "(damaged)" in name or not HIDDEN.search(name) and not name.endswith((".jsonl", ".db", ".db-journal", *HELPERS)): out[name] = content(p)
+    return out
 
 
 def sizes(root:Path)->dict[tuple[int, int], tuple[str, int]]:

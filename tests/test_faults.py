@@ -452,8 +452,8 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the harness knows Li
 @pytest.mark.slow
 def test_some_faults_of_every_command(tmp_path):
     "`make test-faults` tries all of them"
-    found = harness(tmp_path, "--sample", "6")
-    assert len(found) > 10 and all(sum(r["met"].values()) == 7 for r in found.values()) # six, and a power failure when all is done
+    found = harness(tmp_path, "--sample", "4")
+    assert len(found) > 10 and all(sum(r["met"].values()) == 5 for r in found.values()) # four, and a power failure when all is done
     assert not [line for r in found.values() for line in r["wrong"]]
 
 
