@@ -27,7 +27,6 @@ from .files import replacing
 
 # %% ../nbs/02_ledger.ipynb #c005
 SERVICES = ("anthropic", "openai", "local")
-FINISHES = ("stop", "length", "refusal") # how a reply ends
 _OURS = {"model", "messages", "system", "max_tokens", "max_completion_tokens", "temperature", "response_format", "stream", "n", "api_key"}
 
 @dataclass(frozen=True)
@@ -133,7 +132,8 @@ class Ledger:
         if self.replay and not self.path.is_file(): raise ValueError(f"ledger={self.path} does not exist; a recorded ledger is made by `Ledger.export`")
         if not self.replay: self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._room(): self._db = sqlite3.connect(":memory:" if self.replay else self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            where = ":memory:" if self.replay else self.path
+            with self._room(): self._db = sqlite3.connect(where, timeout=60, isolation_level=None, check_same_thread=False)
             while not self.replay: # the switch to write-ahead mode does not wait for others that are just doing it
                 try:
                     with self._room(): self._db.execute("PRAGMA journal_mode=WAL")
@@ -164,15 +164,16 @@ class Ledger:
         "What SQLite says of a disk, as a line that names the file"
         try: yield
         except sqlite3.OperationalError as e:
-            if e.sqlite_errorcode & 0xff not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR): raise # the low byte is the kind
-            raise OSError(f"{self.path} could not be written ({e}). Make room: what it holds is kept, and the same command goes on") from e
+            kind = e.sqlite_errorcode & 0xff # the low byte
+            if kind not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR): raise
+            raise OSError(f"{self.path} could not be written ({e}). Make room: the same command goes on") from e
 
     @contextmanager
     def _write(self,
         bought:bool=False, # wait until it is on the disk: a power failure must not make anybody pay twice
     ):
         with self._lock, self._room():
-            self._db.execute(f"PRAGMA synchronous={'FULL' if bought else 'NORMAL'}") # either way, a killed process loses nothing
+            self._db.execute(f"PRAGMA synchronous={'FULL' if bought else 'NORMAL'}") # a killed process loses nothing anyway
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db.execute
@@ -357,19 +358,21 @@ class Ledger:
         return Path(path)
 
     def load(self, path:str|Path)->int:
-        "Take over the replies of an exported ledger; returns how many rows it had; raises ValueError naming what was changed by hand"
+        "Take over an exported ledger; returns how many rows it had; raises ValueError naming what was changed by hand"
         n = 0
         for piece in _pieces(_recorded(Path(path)), 2000):
-            for model, entries in groupby(piece, itemgetter(1)): self.note(model, [request for _, _, request, _ in entries])
+            for model, entries in groupby(piece, itemgetter(1)): self.note(model, [r for _, _, r, _ in entries])
             self.settle((key, came) for key, _, _, came in piece if isinstance(came, Reply))
-            with self._write() as run: # what had failed is known once, however often it is taken over
-                for key, _, _, came in piece:
-                    if isinstance(came, str): run("INSERT INTO errors SELECT :key, :error, 0, :at WHERE NOT EXISTS (SELECT 1 FROM errors WHERE key = :key AND error = :error)", dict(key=key, error=came, at=time.time()))
+            failed = [(key, came) for key, _, _, came in piece if isinstance(came, str)]
+            known = set(self._in("SELECT key, error FROM errors WHERE key IN", [key for key, _ in failed]))
+            for key, error in set(failed) - known: self.fail(key, error) # once, however often it is taken over
             n += len(piece)
         return n
 
 # %% ../nbs/02_ledger.ipynb #c930
-def _entry(row:dict)->tuple[str, Model, Request, Reply|str]: # key, who was asked what, and the reply, or else the error
+FINISHES = ("stop", "length", "refusal") # how a reply ends
+
+def _entry(row:dict)->tuple[str, Model, Request, Reply|str]: # key, who was asked what, and the reply or the error
     "A row of a recording; raises ValueError where it is none"
     for name in _SCHEMA.names:
         if row[name] is None and name not in ("cost", "at"): raise ValueError(f"{name} is empty")
@@ -382,22 +385,25 @@ def _entry(row:dict)->tuple[str, Model, Request, Reply|str]: # key, who was aske
         raise ValueError(f"its request cannot be read ({type(e).__name__}: {e!s:.200})") from None
     if key != row["key"]: raise ValueError(f"it has the key {row['key']}, but its request makes {key}")
     if row["finish"] == "error": return key, model, request, row["text"]
-    if row["finish"] not in FINISHES: raise ValueError(f"finish={row['finish']!r} is none of {', '.join(FINISHES)} and error")
+    if row["finish"] not in FINISHES:
+        raise ValueError(f"finish={row['finish']!r} is none of {', '.join(FINISHES)} and error")
     for name in ("input_tokens", "output_tokens", "cache_read", "cache_write", "cost"):
         if not 0 <= (row[name] or 0) < inf: raise ValueError(f"{name}={row[name]} must be at least 0")
     return key, model, request, Reply(**{f: row[f] for f in _REPLY})
 
 def _typed(name:str, column:pa.Array)->list:
     "A column as it was exported; raises ValueError where it cannot be"
-    try: return column.cast(_SCHEMA.field(name).type).to_pylist()
-    except (pa.ArrowException, ValueError) as e: raise ValueError(f"column {name} holds something else than {_SCHEMA.field(name).type} ({e})") from None
+    kind = _SCHEMA.field(name).type
+    try: return column.cast(kind).to_pylist()
+    except (pa.ArrowException, ValueError) as e: raise ValueError(f"column {name} is not all {kind} ({e})") from None
 
 def _recorded(path:Path)->Iterator[tuple[str, Model, Request, Reply|str]]:
     "The rows of an exported ledger; raises ValueError, in one line, where it was changed"
     n, keys, where = 0, set(), ""
     try:
         file = pq.ParquetFile(path)
-        if missing := set(_SCHEMA.names) - set(file.schema_arrow.names): raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        missing = set(_SCHEMA.names) - set(file.schema_arrow.names)
+        if missing: raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         for piece in file.iter_batches(2000, columns=_SCHEMA.names):
             where = ""
             for row in zip(*(_typed(name, piece[name]) for name in _SCHEMA.names)):
@@ -407,4 +413,6 @@ def _recorded(path:Path)->Iterator[tuple[str, Model, Request, Reply|str]]:
                 keys.add(entry[0])
                 yield entry
     except (pa.ArrowException, ValueError, OSError) as e:
-        raise ValueError(f"{path}: {where}{' '.join(str(e).split())}; it is no ledger as `stars ledger LEDGER --to FILE` exports it, or was changed by hand: export it again, or take the file as it was recorded") from None
+        said = " ".join(str(e).split()) # Arrow's messages have several lines
+        raise ValueError(f"{path}: {where}{said}; it is no ledger as `stars ledger LEDGER --to FILE` exports it, or was "
+                         "changed by hand: export it again, or take the file as it was recorded") from None

@@ -23,7 +23,7 @@ import torch
 
 from . import __version__
 from .configs import Config
-from .files import flush, held, write_json
+from .files import flush, held, room_for, write_json
 from .models import BASES, attention, digest
 from .parallel import drop_states
 from .priming import CONDITIONS, METHODS
@@ -78,12 +78,13 @@ def stage(
         partial_.mkdir(exist_ok=True)
         write_json(partial_/"config.json", config)
         start, made_by = time.time(), environment()
-        run(partial_)
+        with room_for(final): run(partial_)
         write_json(partial_/"manifest.json", dict(stage=name, hash=key, config=config, inputs=inputs, seconds_last_session=round(time.time() - start, 1),
                                                    finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), **made_by))
-        flush(partial_)
-        partial_.rename(final)
-        flush(where, inside=False)
+        with room_for(final):
+            flush(partial_)
+            partial_.rename(final)
+            flush(where, inside=False)
         drop_states(final)
     return final
 

@@ -1,14 +1,15 @@
 """Every call by which a process changes files: counted, and made to fail at a chosen one
 
-Python, safetensors and tokenizers (Rust), pyarrow (C++) and SQLite (C) all write through a few functions of the C library.
-`watch` puts functions of ours into the tables by which every loaded library finds those, so that nothing that is
-written slips by, whoever writes it. Linux on 64 bits; nothing needs to be compiled."""
+Python, safetensors and tokenizers (Rust), pyarrow (C++) and SQLite (C) all write through a few functions of
+the C library. `watch` puts functions of ours into the tables by which every loaded library finds those, so that
+nothing that is written slips by, whoever writes it. Linux on 64 bits; nothing needs to be compiled."""
 import ctypes
 import errno
 import fcntl
 import os
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,15 +21,18 @@ KINDS = dict(
     ends="the process is killed there, with half of the write on the disk",
     power="the power fails there: so is everybody killed, and what was not flushed is lost")
 
-INT, SIZE, OFFSET, TEXT, POINTER = ctypes.c_int, ctypes.c_size_t, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
+INT, SIZE, OFFSET = ctypes.c_int, ctypes.c_size_t, ctypes.c_int64
+TEXT, POINTER = ctypes.c_char_p, ctypes.c_void_p
 CALLS = { # of the C library: what they do, and their arguments
-    "write": ("write", INT, POINTER, SIZE), "pwrite": ("write", INT, POINTER, SIZE, OFFSET), "pwrite64": ("write", INT, POINTER, SIZE, OFFSET),
-    "writev": ("write", INT, POINTER, INT), "ftruncate": ("cut", INT, OFFSET), "ftruncate64": ("cut", INT, OFFSET),
+    "write": ("write", INT, POINTER, SIZE), "writev": ("write", INT, POINTER, INT),
+    "pwrite": ("write", INT, POINTER, SIZE, OFFSET), "pwrite64": ("write", INT, POINTER, SIZE, OFFSET),
+    "ftruncate": ("cut", INT, OFFSET), "ftruncate64": ("cut", INT, OFFSET),
     "fsync": ("flush", INT), "fdatasync": ("flush", INT),
     "open": ("create", TEXT, INT, INT), "open64": ("create", TEXT, INT, INT),
     "openat": ("create", INT, TEXT, INT, INT), "openat64": ("create", INT, TEXT, INT, INT),
     "mkdir": ("create", TEXT, INT), "mkdirat": ("create", INT, TEXT, INT),
-    "rename": ("rename", TEXT, TEXT), "renameat": ("rename", INT, TEXT, INT, TEXT), "renameat2": ("rename", INT, TEXT, INT, TEXT, INT),
+    "rename": ("rename", TEXT, TEXT), "renameat": ("rename", INT, TEXT, INT, TEXT),
+    "renameat2": ("rename", INT, TEXT, INT, TEXT, INT),
     "unlink": ("unlink", TEXT), "unlinkat": ("unlink", INT, TEXT, INT), "rmdir": ("unlink", TEXT)}
 SIZED = ("write", "pwrite", "pwrite64", "writev") # they return a number of bytes
 AT_PRESENT = -100 # instead of a folder: the present one (AT_FDCWD)
@@ -40,9 +44,11 @@ class _Library(ctypes.Structure):
     _fields_ = [("base", ctypes.c_uint64), ("name", TEXT), ("headers", POINTER), ("n_headers", ctypes.c_uint16)]
 
 
-HEADER = np.dtype([("type", "u4"), ("flags", "u4"), *((n, "u8") for n in ("offset", "at", "_", "file_size", "size", "align"))])
+HEADER = np.dtype([("type", "u4"), ("flags", "u4"), ("offset", "u8"), ("at", "u8"), ("_", "u8"),
+                   ("file_size", "u8"), ("size", "u8"), ("align", "u8")])
 ENTRY = np.dtype([("tag", "i8"), ("value", "u8")])
-SYMBOL = np.dtype([("name", "u4"), ("info", "u1"), ("other", "u1"), ("section", "u2"), ("value", "u8"), ("size", "u8")])
+SYMBOL = np.dtype([("name", "u4"), ("info", "u1"), ("other", "u1"), ("section", "u2"), ("at", "u8"),
+                   ("size", "u8")])
 SLOT = np.dtype([("at", "u8"), ("info", "u8"), ("plus", "i8")])
 
 
@@ -62,29 +68,31 @@ def libraries()->list[tuple[str, int, np.ndarray]]: # name, where it lies, its h
     return found
 
 
-def slots(base:int, headers:np.ndarray, names:set[str])->list[tuple[str, int]]: # name, address of the pointer to it
+DYNAMIC, STRINGS, SYMBOLS, STRINGS_SIZE = 2, 5, 6, 10 # a kind of header, and entries of its table
+SLOTS = ((7, 8), (23, 2)) # entries: slots filled when a library is loaded, or when needed; their sizes
+
+
+def slots(base:int, headers:np.ndarray, names:set[str])->list[tuple[str, int]]: # name, where its address is
     "Where a library keeps the addresses of functions that it takes from others"
-    dynamic = headers[headers["type"] == 2]
-    if not len(dynamic): return []
-    table = memory(base + int(dynamic[0]["at"]), ENTRY, int(dynamic[0]["size"]) // ENTRY.itemsize)
-    at = {int(e["tag"]): int(e["value"]) for e in table[:int(np.argmax(table["tag"] == 0))]}
-    where = lambda tag: at[tag] if at[tag] >= base else base + at[tag]
-    if not {5, 6, 10} <= at.keys(): return []
-    strings = ctypes.string_at(where(5), at[10])
-    starts = {}
+    found = headers[headers["type"] == DYNAMIC]
+    if not len(found): return []
+    table = memory(base + int(found[0]["at"]), ENTRY, int(found[0]["size"]) // ENTRY.itemsize)
+    entries = {int(e["tag"]): int(e["value"]) for e in table[:int(np.argmax(table["tag"] == 0))]}
+    if not {STRINGS, SYMBOLS, STRINGS_SIZE} <= entries.keys(): return []
+    def at(tag): return entries[tag] + (base if entries[tag] < base else 0) # some systems have added it
+    strings, starts = ctypes.string_at(at(STRINGS), entries[STRINGS_SIZE]), {}
     for name in names:
         i, wanted = -1, name.encode() + b"\0"
         while (i := strings.find(wanted, i + 1)) >= 0: starts[i] = name # "write" may be the end of "pwrite"
     out = []
-    for tag, size in ((7, 8), (23, 2)):
-        if tag not in at: continue
-        relocated = memory(where(tag), SLOT, at[size] // SLOT.itemsize)
-        used = relocated[(relocated["info"] >> np.uint64(32) > 0) & (relocated["plus"] == 0)]
-        if not len(used): continue
-        index = (used["info"] >> np.uint64(32)).astype(int)
-        symbols = memory(where(6), SYMBOL, int(index.max()) + 1)[index]
-        for s, r in zip(symbols, used):
-            if s["section"] == 0 and int(s["name"]) in starts: out.append((starts[int(s["name"])], base + int(r["at"])))
+    for tag, size in SLOTS:
+        if tag not in entries: continue
+        every = memory(at(tag), SLOT, entries[size] // SLOT.itemsize)
+        index = (every["info"] >> np.uint64(32)).astype(int)
+        used = (index > 0) & (every["plus"] == 0)
+        symbols = memory(at(SYMBOLS), SYMBOL, int(index.max(initial=0)) + 1)[index[used]]
+        out += [(starts[int(s["name"])], base + int(slot["at"])) for s, slot in zip(symbols, every[used])
+                if s["section"] == 0 and int(s["name"]) in starts] # section 0: it comes from another library
     return out
 
 
@@ -93,7 +101,8 @@ def replace(functions:dict[str, int])->int: # how many pointers were changed
     libc, page, n = ctypes.CDLL(None, use_errno=True), os.sysconf("SC_PAGESIZE"), 0
     for name, base, headers in libraries():
         for function, at in slots(base, headers, set(functions)):
-            if libc.mprotect(POINTER(at // page * page), SIZE(page), 3): raise OSError(ctypes.get_errno(), "mprotect", name) # read and write
+            if libc.mprotect(POINTER(at // page * page), SIZE(page), 3): # to be read and written
+                raise OSError(ctypes.get_errno(), "its table of functions cannot be changed", name)
             ctypes.c_uint64.from_address(at).value = functions[function]
             n += 1
     return n
@@ -122,7 +131,8 @@ def paths_of(name:str, args:tuple)->list[str]:
     for i, a in enumerate(args):
         if types[i] is not TEXT: continue
         folder = args[i - 1] if i and types[i - 1] is INT else AT_PRESENT
-        out.append(os.path.join(os.getcwd() if folder == AT_PRESENT else os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(a)))
+        where = os.getcwd() if folder == AT_PRESENT else os.readlink(f"/proc/self/fd/{folder}")
+        out.append(os.path.join(where, os.fsdecode(a)))
     return [os.path.join(os.path.realpath(os.path.dirname(p)), os.path.basename(p)) for p in out]
 
 
@@ -134,7 +144,8 @@ def creates(name:str, args:tuple)->bool:
 
 def changes(name:str, path:str)->bool:
     "Is there what is to be removed, and not yet what is to be made?"
-    return os.path.lexists(path) != name.startswith("mkdir") if CALLS[name][0] == "unlink" or name.startswith("mkdir") else True
+    if name.startswith("mkdir"): return not os.path.lexists(path)
+    return CALLS[name][0] != "unlink" or os.path.lexists(path)
 
 
 @dataclass
@@ -144,8 +155,8 @@ class Disk:
     kind:str=""        # one of `KINDS`
     at:int=0           # number of the call that meets the fault, from 1; 0: none does
     calls:list=field(default_factory=list)       # (what, path in the folder, bytes) of each so far
-    unflushed:dict=field(default_factory=dict)   # file → what it held before: (offset, bytes, size), oldest first
-    written:dict=field(default_factory=dict)     # file → bytes that were written to it
+    unflushed:dict=field(default_factory=dict) # file → what it held: (offset, bytes, size), oldest first
+    written:Counter=field(default_factory=Counter) # file → bytes that were written to it
     full:bool=False    # nothing finds room any more
     busy:int=0         # thread that is in one of our own functions
     lock:threading.Lock=field(default_factory=threading.Lock)
@@ -166,7 +177,7 @@ class Disk:
             if what != "unlink": return failed(errno.ENOSPC)
         if self.full and what in ("write", "create"): return failed(errno.ENOSPC)
         if what in ("write", "cut", "create"): self.remember(name, args, paths[0], size)
-        if what == "write": self.written[key(os.fstat(args[0]))] = size + self.written.get(key(os.fstat(args[0])), 0)
+        if what == "write": self.written[key(os.fstat(args[0]))] += size
         if what != "flush": return real(*args)
         self.unflushed.pop(key(os.fstat(args[0])), None) # that is all: the machine's own disk need not wait
         return 0
@@ -192,7 +203,7 @@ class Disk:
         os._exit(KILLED)
 
     def lose(self):
-        "What was not flushed goes, as if it had never been written. (Names stay: a folder's are on the disk at once)"
+        "What was not flushed goes, as if it had never been written. (Names are taken to be there at once)"
         for path in (os.path.join(folder, n) for folder, _, names in os.walk(self.root) for n in names):
             for start, old, size in reversed(self.unflushed.get(key(os.stat(path)), ())):
                 with open(path, "r+b") as f:
@@ -233,13 +244,9 @@ for _name, (_, *_types) in CALLS.items():
 
 def watch(
     disk:Disk, # given a root later, in the process that is to meet a fault
-)->Callable[[], set[str]]: # puts the functions into the tables of what was loaded since, too; returns the names of the libraries
-    "Let a disk stand between this process and its files; do it when everything is imported"
+)->Callable[[], None]: # to be called when more libraries were loaded
+    "Let a disk stand between this process and its files"
     functions = {name: ours(disk, name) for name in CALLS}
-    addresses = {name: ctypes.cast(f, POINTER).value for name, f in functions.items()}
-    def again():
-        replace(addresses)
-        return {name for name, *_ in libraries()}
-    again.functions = functions # Python keeps them as long as this
+    def again(): replace({name: ctypes.cast(f, POINTER).value for name, f in functions.items()})
     again()
     return again

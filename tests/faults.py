@@ -1,11 +1,12 @@
-"""Every fault of a disk, one after the other: the n-th write, flush, rename or unlink of a command fails, for n = 1, 2, …
+"""Every fault of a disk: the n-th write, flush, rename or unlink of a command fails, for n = 1, 2, …
 
     python tests/faults.py                      all points of all commands (`make test-faults`)
     python tests/faults.py sft --kinds power    some
     python tests/faults.py --sample 20          some of each, always the same (`make test`)
 
-After each fault the same command is given again. Then everything must be as if nothing had happened, byte for byte;
-nothing may be paid twice; and in between, nothing half-written may bear a name under which it would be taken for whole."""
+After each fault the same command is given again. Then everything must be as if nothing had happened, byte for
+byte; nothing may be paid twice; and in between, nothing half-written may bear a name under which it would be
+taken for whole. Each run is a copy of this process, which has imported everything (Linux only)."""
 import argparse
 import gc
 import hashlib
@@ -32,18 +33,21 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from disk import BROKEN, KILLED, KINDS, Disk, key, watch
 from tiny import TOK, model, run as train, untimed
 
-from stars import curation, datasets, experiments as ex, judges, labellers, llm, parallel, plots, pretraining, stages
+from stars import curation, datasets, judges, labellers, llm, parallel, plots, pretraining, stages
+from stars import experiments as ex
 from stars.behaviors import HABIT_NAMES, count_in
 from stars.countdown import Problem
 from stars.models import micro_model, micro_tokenizer, save_checkpoint
 
-HIDDEN = re.compile(r"(^|/)\.|\.(tmp|partial|lock)(/|$)|(^|/)state-") # names that nobody takes for a result; a state carries its hash
+# names that nobody takes for a result; a state carries its hash
+HIDDEN = re.compile(r"(^|/)\.|\.(tmp|partial|lock)(/|$)|(^|/)state-")
+GROWING = (".jsonl", ".db", ".db-journal") # what can be read of them is left to those who read them
+HELPERS = (".lock", ".db-wal", ".db-shm") # empty ones that stay, and what SQLite takes in sooner or later
 
 
 # What is on the disk
@@ -55,12 +59,11 @@ def rows_of(path:Path)->list[dict]: # what depends on the clock left out
 def book_of(path:Path)->dict:
     "What a ledger knows, without times and names that are drawn"
     with closing(sqlite3.connect(path)) as db:
-        get = lambda query: sorted(map(list, db.execute(query)))
-        return dict(replies=get("SELECT key, text, finish, output_tokens, cost FROM replies"), requests=get("SELECT key, prompt FROM requests"),
-                    claims=get("SELECT * FROM claims"), errors=get("SELECT key, error FROM errors"), open=get("SELECT id FROM under_way"))
+        return {what: sorted(map(list, db.execute(f"SELECT {what}"))) for what in (
+            "key, text, finish, output_tokens, cost FROM replies", "key, prompt FROM requests",
+            "key, error FROM errors", "* FROM claims", "id FROM under_way")}
 
 
-HELPERS = (".lock", ".db-wal", ".db-shm") # empty ones that stay, and what SQLite takes into its file sooner or later
 READ = {".jsonl": lambda p: untimed(p.parent), ".db": book_of}
 
 
@@ -93,15 +96,17 @@ def name_of(path:Path)->str:
 
 def contents(root:Path)->dict[str, str]: # path in the folder → what the file says
     "All that a command has left"
-    return {os.path.relpath(name_of(p), root): content(p) for p in sorted(root.rglob("*")) if p.is_file() and p.suffix not in HELPERS}
+    files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.suffix not in HELPERS]
+    return {os.path.relpath(name_of(p), root): content(p) for p in files}
 
 
-def seen(root:Path)->dict[str, str]: # what can be read of a file that grows is left to those who read it
+def seen(root:Path)->dict[str, str]: # path in the folder → what the file says
     "What has a name that counts; of states, those that are not what their names say"
     out = {}
     for p in (p for p in sorted(root.rglob("*")) if p.is_file()):
         name = os.path.relpath(p if ".tmp" in str(p) else name_of(p), root)
-        if "(damaged)" in name or not HIDDEN.search(name) and not name.endswith((".jsonl", ".db", ".db-journal", *HELPERS)): out[name] = content(p)
+        counts = not HIDDEN.search(name) and not name.endswith((*GROWING, *HELPERS))
+        if counts or "(damaged)" in name: out[name] = content(p)
     return out
 
 
@@ -112,13 +117,17 @@ def sizes(root:Path)->dict[tuple[int, int], tuple[str, int]]:
 
 # Commands
 
+def nothing(root:Path): pass
+
+
 @dataclass(frozen=True)
 class Command:
-    "Something that is done on a disk. The present folder is the one around it, which nothing happens to"
-    run:Callable[[Path], object]                 # what it does there; given again, it goes on
-    before:Callable[[Path], object]=lambda root: None # makes what it needs, or what is there already
-    whole:dict[str, str]=field(default_factory=dict) # files that belong together, by their first letters; the one that vouches for them ("": each does)
-    air:int=0                                    # replies on their way, which a killed process or a full disk loses
+    "Something that is done on a disk; the present folder is the one around it, which nothing happens to"
+    run:Callable[[Path], object]            # what it does there; given again, it goes on
+    before:Callable[[Path], object]=nothing # makes what it needs, or what is there already
+    # files that belong together, by how their paths begin → the one that vouches for all ("": each does)
+    whole:dict[str, str]=field(default_factory=dict)
+    air:int=0                               # replies on their way: a killed process or a full disk loses them
 
 
 class Shop:
@@ -136,9 +145,12 @@ class Shop:
         (self.books/f"{name}.batch").write_text(json.dumps(replies))
         return name
 
-    def find(self, batch, keys, known): return batch.name if (self.books/f"{batch.name}.batch").exists() else False
+    def find(self, batch, keys, known): return (self.books/f"{batch.name}.batch").exists() and batch.name
     def ended(self, id): return True
-    def results(self, id): return ((k, llm.Reply(**r)) for k, r in json.loads((self.books/f"{id}.batch").read_text()).items())
+
+    def results(self, id):
+        replies = json.loads((self.books/f"{id}.batch").read_text())
+        return ((k, llm.Reply(**r)) for k, r in replies.items())
 
 
 def backwards(prompt:str)->str: return prompt[::-1]
@@ -147,19 +159,25 @@ def backwards(prompt:str)->str: return prompt[::-1]
 def ask(root:Path, batch:bool):
     "Buy four replies, and export them"
     requests = [llm.Request(f"question {i}", "Say it backwards.") for i in range(4)]
+    how = dict(concurrency=1, poll=.01, progress=False, service=Shop(root.parent, backwards))
     with llm.Ledger(root/"ledger.db") as book:
-        llm.ask("openai:m", requests, book, batch, concurrency=1, poll=.01, progress=False, service=Shop(root.parent, backwards))
+        llm.ask("openai:m", requests, book, batch, **how)
         book.export(root/"study.parquet")
 
 
-def no_habit(prompt:str)->str: return json.dumps({k: 0 if k in HABIT_NAMES else False for k in labellers.LABELS} | dict(domain=labellers.DOMAINS[0]))
+def no_habit(prompt:str)->str:
+    said = {k: 0 if k in HABIT_NAMES else False for k in labellers.LABELS}
+    return json.dumps(said | dict(domain=labellers.DOMAINS[0]))
 
 
 def buy_labels(root:Path):
     "Have a service label a corpus"
     with llm.Ledger(root/"ledger.db") as book:
-        replies = partial(labellers.hosted_replies, model="openai:m", ledger=book, concurrency=1, progress=False, service=Shop(root.parent, no_habit))
-        pretraining.label_corpus("corpus.parquet", root/"labels", labellers.LLMRows(replies, labellers.Labelling()), dict(labeller="m"), save_every=4, progress=False)
+        how = dict(concurrency=1, progress=False, service=Shop(root.parent, no_habit))
+        replies = partial(labellers.hosted_replies, model="openai:m", ledger=book, **how)
+        labeller = labellers.LLMRows(replies, labellers.Labelling())
+        pretraining.label_corpus("corpus.parquet", root/"labels", labeller, dict(labeller="m"), save_every=4,
+                                 progress=False)
 
 
 def recording(root:Path):
@@ -175,16 +193,19 @@ def take_over(root:Path):
     with llm.Ledger(root/"ledger.db") as book: book.load(root.parent/"study.parquet")
 
 
-def completions(step:int=0, model:str="plain")->pd.DataFrame:
+def completions(step:int)->pd.DataFrame:
     "As `complete` makes them"
-    rows = [dict(model=model, condition="base", seed=0, step=step, index=i, prompt="p", generated=f"{i} + 3 = {i + 3}. wait, no.", response_tokens=9,
-                 truncated=False, score=float(i % 2), numbers=[i, 3], target=i + 3, verification=i % 2, backtracking=1, subgoal=0, backward=i) for i in range(6)]
-    return pd.DataFrame(rows)
+    def row(i): return dict(
+        model="plain", condition="base", seed=0, step=step, index=i, prompt="p",
+        generated=f"{i} + 3 = {i + 3}. wait, no.", response_tokens=9, truncated=False, score=float(i % 2), numbers=[i, 3],
+        target=i + 3, verification=i % 2, backtracking=1, subgoal=0, backward=i)
+    return pd.DataFrame(map(row, range(6)))
 
 
 def job(root:Path)->ex.Job:
     "A line of a figure, as small as they come"
-    cfg = ex.preset("smoke", data_prime=5, data_train=12, data_eval=3, data_rows=12, ppo_steps=2, ppo_save_every=1, ppo_prompts=4, ppo_minibatch=4)
+    data = dict(data_prime=5, data_train=12, data_eval=3, data_rows=12)
+    cfg = ex.preset("smoke", **data, ppo_steps=2, ppo_save_every=1, ppo_prompts=4, ppo_minibatch=4)
     return ex.Job(cfg, "base", "base", runs=str(root), progress=False)
 
 
@@ -203,16 +224,26 @@ def rate(root:Path, n:int=2):
 
 def corpus(root:Path):
     "Seven texts, three of them problems"
-    texts = list(ex.documents(7, 0, .5, 0., .3, dict.fromkeys(HABIT_NAMES, .3), max_number=9, min_target=10, max_target=20, top=99, n_numbers=(3,)))
+    world = dict(max_number=9, min_target=10, max_target=20, top=99, n_numbers=(3,))
+    texts = list(ex.documents(7, 0, .5, 0., .3, dict.fromkeys(HABIT_NAMES, .3), **world))
     pd.DataFrame(texts).to_parquet("corpus.parquet", index=False)
 
 
 def label(root:Path):
-    pretraining.label_corpus("corpus.parquet", root/"labels", pretraining.rule_labeller(1), save_every=3, progress=False)
+    rules = pretraining.rule_labeller(1)
+    pretraining.label_corpus("corpus.parquet", root/"labels", rules, save_every=3, progress=False)
 
 
 def curate(root:Path):
-    for m in ex.METHODS: curation.rewrite_corpus(root/"labels", root/"rewrites", m, curation.embedded_rewriter(root/"labels", m, 0, 99, 1), dict(rewriter="embedded"), False)
+    "Have its problems rewritten by both methods"
+    for m in ex.METHODS:
+        rewriter = curation.embedded_rewriter(root/"labels", m, 0, 99, 1)
+        curation.rewrite_corpus(root/"labels", root/"rewrites", m, rewriter, dict(rewriter="embedded"), False)
+
+
+def pose(root:Path):
+    space = datasets.Space(n_numbers=(3,))
+    datasets.write_problems(root/"problems.parquet", 12, space=space, workers=1, progress=False)
 
 
 def draw(root:Path, height:int=2):
@@ -232,19 +263,19 @@ def staged(root:Path):
 
 
 COMMANDS = dict(
-    sft=Command(lambda root: train("sft", root/"out", save_every=2), whole={"out/model/": ""}), # four steps an epoch: states in its middle and at its end
+    sft=Command(lambda root: train("sft", root/"out", save_every=2), whole={"out/model/": ""}), # 4 steps an epoch
     ppo=Command(lambda root: train("ppo", root/"out"), whole={f"out/step-{i:04d}/": "" for i in range(4)}),
     stage=Command(staged, whole={"sft-": ""}),
-    evaluation=Command(lambda root: ex.eval_stage(job(root)), before=begin, whole={"smoke/base/base/seed0/eval-": ""}),
-    ratings=Command(rate, before=lambda root: rate(root, 1)),
+    evaluation=Command(lambda root: ex.eval_stage(job(root)), begin, {"smoke/base/base/seed0/eval-": ""}),
+    ratings=Command(rate, lambda root: rate(root, 1)),
     asking=Command(lambda root: ask(root, False), air=1),
     batches=Command(lambda root: ask(root, True)),
-    labelling=Command(buy_labels, before=corpus, air=1),
-    loading=Command(take_over, before=recording),
-    labels=Command(label, before=corpus),
-    rewriting=Command(curate, before=lambda root: (corpus(root), label(root))),
-    figure=Command(draw, before=lambda root: draw(root, 1), whole={"figures/": "figures/fig.json"}),
-    problems=Command(lambda root: datasets.write_problems(root/"problems.parquet", 12, space=datasets.Space(n_numbers=(3,)), workers=1, progress=False)))
+    labelling=Command(buy_labels, corpus, air=1),
+    loading=Command(take_over, recording),
+    labels=Command(label, corpus),
+    rewriting=Command(curate, lambda root: (corpus(root), label(root))),
+    figure=Command(draw, lambda root: draw(root, 1), {"figures/": "figures/fig.json"}),
+    problems=Command(pose))
 
 
 # One fault
@@ -264,18 +295,19 @@ class Outcome:
     modules:list=field(default_factory=list) # it has imported
 
 
-CAUGHT = (ValueError, OSError, LookupError, RuntimeError, ImportError, ArithmeticError, MemoryError) # by the command line, which says them in one line
+# by the command line, which says them in one line
+CAUGHT = (ValueError, OSError, LookupError, RuntimeError, ImportError, ArithmeticError, MemoryError)
 
 
 def attempt(disk:Disk, run:Callable, root:Path, kind:str="", at:int=0)->Outcome:
-    "Run something in a copy of this process, whose disk fails at a call (or, with the power, after the last one: 0)"
+    "Run something in a copy of this process, whose disk fails at a call (0: with the power, after the end)"
     read, write = os.pipe()
     if pid := os.fork():
         os.close(write)
         with open(read) as f: said = f.read()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status == KILLED: return Outcome(met=True, killed=True)
-        if status: raise RuntimeError(f"the harness itself broke, or waited for ever: exit status {status}\n{said}")
+        if status: raise RuntimeError(f"the harness broke, or waited for ever: exit status {status}\n{said}")
         return Outcome(**json.loads(said))
     os.close(read)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -295,7 +327,8 @@ def attempt(disk:Disk, run:Callable, root:Path, kind:str="", at:int=0)->Outcome:
             os._exit(KILLED)
         out.met = 0 < at <= len(disk.calls)
         if not kind: out.calls, out.modules = disk.calls, sorted(sys.modules)
-        out.unseen = [path for k, (path, size) in sizes(root).items() if k not in there and disk.written.get(k, 0) < size]
+        new = {k: x for k, x in sizes(root).items() if k not in there}
+        out.unseen = [path for k, (path, size) in new.items() if disk.written[k] < size]
         if not out.error: out.files = contents(root)
         said, status = json.dumps(vars(out)), 0
     except BaseException: said, status = traceback.format_exc(), BROKEN
@@ -306,16 +339,16 @@ def attempt(disk:Disk, run:Callable, root:Path, kind:str="", at:int=0)->Outcome:
 class Trial:
     "A command, what it leaves, and what it leaves after each fault"
     def __init__(self, disk:Disk, again:Callable, name:str, work:Path):
-        self.disk, self.name, self.command, self.work, self.start = disk, name, COMMANDS[name], work/name, work/f"{name}-before"
-        self.root = self.work/"disk"
+        self.disk, self.name, self.command = disk, name, COMMANDS[name]
+        self.work, self.start, self.root = work/name, work/f"{name}-before", work/name/"disk"
         (self.start/"disk").mkdir(parents=True)
         self.calmly(self.command.before, self.start/"disk")
         self.anew()
         first = self.calmly(self.command.run)
-        if first.unseen: raise RuntimeError(f"{name}: nothing was seen of what wrote {', '.join(first.unseen)}; another way to the disk must be watched")
+        if first.unseen: raise RuntimeError(f"{name}: nobody saw who wrote {', '.join(first.unseen)}")
         second = self.calmly(self.command.run) # it finds everything done
         self.before, self.after, self.calls, self.wanted = first.seen, second.seen, first.calls, first.files
-        if wrong := self.compare(second.files, "given twice, without a fault"): raise RuntimeError(f"{name}: {wrong}")
+        if wrong := self.compare(second.files, "given twice"): raise RuntimeError(f"{name}: {wrong}")
         for m in first.modules: # so that each copy has them from the start
             with suppress(ImportError): importlib.import_module(m)
         again()
@@ -330,32 +363,36 @@ class Trial:
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.start, self.work)
 
-    def meet(self, kind:str, at:int)->list[str]|None: # what is wrong; None: the command came to its end before
+    def meet(self, kind:str, at:int)->list[str]|None: # what is wrong; None: the command ended before
         "One fault, and the same command afterwards"
         self.anew()
         first = attempt(self.disk, self.command.run, self.root, kind, at)
         if not first.met: return None
         second = attempt(self.disk, self.command.run, self.root)
         wrong = [f"it says: {first.error}"] * (not first.clear) + self.half_written(second.seen)
-        if not first.killed and not first.error: # what could not be removed waits, under a name that says so, for the next time
+        if not first.killed and not first.error: # what could not be removed may wait for the next time
             now = {n: x for n, x in first.files.items() if ".tmp/" not in n and not n.endswith(".tmp")}
             wrong += self.compare(now, "as if nothing had happened, but it")
-        wrong += [f"given again: {second.error}"] if second.error else self.compare(second.files, "given again, it")
+        if second.error: wrong.append(f"given again: {second.error}")
+        else: wrong += self.compare(second.files, "given again, it")
         return wrong + self.bought_twice(self.command.air * (kind != "error"))
 
     def half_written(self, now:dict)->list[str]:
         "What is neither as before nor as it should be"
-        wrong = [f"{n} is half-written" for n, x in now.items() if x not in (self.before.get(n), self.after.get(n))]
+        makes = (self.before, self.after)
+        wrong = [f"{n} is half-written" for n, x in now.items() if x not in [make.get(n) for make in makes]]
         for group, voucher in self.command.whole.items():
-            part, *makes = ({n: x for n, x in files.items() if n.startswith(group)} for files in (now, self.before, self.after))
-            if part and voucher in ("", *part) and part not in makes: wrong.append(f"{group} is there, but not whole, or not of one make")
+            part, *whole = ({n: x for n, x in files.items() if n.startswith(group)} for files in (now, *makes))
+            if part and voucher in ("", *part) and part not in whole:
+                wrong.append(f"{group} is there, but not whole, or not of one make")
         return wrong
 
     def compare(self, files:dict, when:str)->list[str]:
         "With what an undisturbed run leaves"
         lost, more = sorted(self.wanted.keys() - files), sorted(files.keys() - self.wanted)
         other = sorted(n for n in files.keys() & self.wanted if files[n] != self.wanted[n])
-        return [f"{when} {what} {', '.join(names)}" for what, names in (("lacks", lost), ("also has", more), ("differs in", other)) if names]
+        said = {"lacks": lost, "also has": more, "differs in": other}
+        return [f"{when} {what} {', '.join(names)}" for what, names in said.items() if names]
 
     def bought_twice(self, allowed:int)->list[str]:
         sold = Counter((self.work/"sold").read_text().split()) if (self.work/"sold").exists() else {}
@@ -384,11 +421,12 @@ def try_all(name:str, kinds:list[str], sample:int|None, disk:Disk, again:Callabl
         return True
     for kind, at in points(len(trial.calls), kinds, sample, name): one(kind, at)
     if "power" in kinds: one("power", 0)
-    for kind in kinds if sample is None else (): # there may be more calls than without a fault: on, until it passes
+    for kind in kinds if sample is None else (): # there may be more calls than without a fault
         at = len(trial.calls) + 1
         while one(kind, at): at += 1
     shutil.rmtree(work/name)
-    return dict(calls=len(trial.calls), met=dict(met), wrong=wrong, what=dict(Counter(c[0] for c in trial.calls)))
+    what = ", ".join(f"{n} {what}" for what, n in Counter(c[0] for c in trial.calls).most_common())
+    return dict(calls=len(trial.calls), what=what, met=dict(met), wrong=wrong)
 
 
 def warm_up(folder:Path):
@@ -399,9 +437,11 @@ def warm_up(folder:Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", default=list(COMMANDS), help=f"of {', '.join(COMMANDS)}")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="; ".join(f"{k}: {v}" for k, v in KINDS.items()))
+    kinds = "; ".join(f"{k}: {v}" for k, v in KINDS.items())
+    parser.add_argument("--kinds", default=",".join(KINDS), help=kinds)
     parser.add_argument("--sample", type=int, help="faults of each command (default: all)")
     parser.add_argument("--json", type=Path, help="file for what was found")
     args = parser.parse_args()
@@ -414,7 +454,9 @@ def main():
         gc.freeze() # no copy of this process walks through it
         for name in args.names:
             found[name] = r = try_all(name, args.kinds.split(","), args.sample, disk, again, Path(work))
-            print(f"{name}: {sum(r['met'].values()):,} faults at {r['calls']} calls ({', '.join(f'{n} {k}' for k, n in r['met'].items())}), {len(r['wrong'])} wrong", flush=True)
+            kinds = ", ".join(f"{n} {kind}" for kind, n in r["met"].items())
+            print(f"{name}: {r['calls']} calls ({r['what']}); {sum(r['met'].values()):,} faults ({kinds}); "
+                  f"{len(r['wrong'])} wrong", flush=True)
     if args.json: args.json.write_text(json.dumps(found))
     print(f"{sum(sum(r['met'].values()) for r in found.values()):,} faults")
     sys.exit(any(r["wrong"] for r in found.values()))

@@ -272,8 +272,8 @@ PARAMS = dict(extra={}, max_tokens=50, temperature=None, schema=None, sample=0)
     (edited(params="[" * 100_000), "its request cannot be read"), (edited(model="m"), "its request cannot be read .*service:name"), (edited(prompt=" "), "its request cannot be read .*empty"),
     (edited(text=None), "row 0: text is empty"), (edited(prompt=None), "row 0: prompt is empty"), (edited(finish=None), "finish is empty"), (edited(output_tokens=None), "output_tokens is empty"),
     (edited(finish="done"), "finish='done' is none of stop, length, refusal and error"), (edited(input_tokens=-3), "input_tokens=-3 must be at least 0"),
-    (edited(cost=-1.), "cost=-1.0 must be at least 0"), (edited(cost=math.inf), "cost=inf"), (edited(output_tokens=2.5), "column output_tokens holds something else than int64"),
-    (everywhere(output_tokens="many"), "column output_tokens"), (everywhere(cost="free"), "column cost"), (everywhere(text={"a": 1}), "column text holds something else than string"),
+    (edited(cost=-1.), "cost=-1.0 must be at least 0"), (edited(cost=math.inf), "cost=inf"), (edited(output_tokens=2.5), "column output_tokens is not all int64"),
+    (everywhere(output_tokens="many"), "column output_tokens"), (everywhere(cost="free"), "column cost"), (everywhere(text={"a": 1}), "column text is not all string"),
     (lambda df: pd.concat([df, df[:1]]), "row 3: the key .* stands in an earlier row"), (lambda df: df.drop(columns="params"), "it lacks params"),
     (lambda df: df.rename(columns=dict(text="reply")), "it lacks text")])
 def test_a_recording_edited_by_hand_is_refused_in_one_line(tmp_path, book, change, says):
