@@ -32,7 +32,8 @@ TARGET = "\ue000" # stands for every digit of the target
 MACROS = dict(
     N=r"(?<![\d.])\d++(?!\.+\d)", T=TARGET + "++", TC=TARGET, A=f"[\\d{TARGET}]++", D=f"[\\d{TARGET}]",
     GOAL=rf"(?:(?:the |our )?(?:desired |required |wanted )?{TARGET}++|(?:the |our |my |your )?(?:desired |required |wanted |stated |given )?(?:target|goal|objective)"
-         r"(?: number| value)?\b|what (?:i|we|you) (?:want|need|were after|are after)(?:ed)?|the (?:desired|required|right|wanted|needed) (?:value|number|result|total))",
+         r"(?: number| value)?\b|what (?:i|we|you) (?:want|need|were after|are after)(?:ed)?\b(?! from)|what (?:is|was) (?:asked for|wanted|needed|required)|what the user asked for|the (?:desired|required|right|wanted|needed) (?:value|number|result|total))",
+    ROUGH=r"(?:much |far |quite |only |not )?(?:bigger|larger|smaller|greater|less|more|close|near|small|large|big|high|low|odd|even)\b",
     NOT=r"(?:not|never|isn't|aren't|wasn't|hasn't|haven't|didn't|doesn't|don't|isnt|didnt|doesnt|dont|can't|cannot|won't)",
     LET=r"(?:let me|let's|let us|lets|i'll|i will|i can|i should|i could|i'd|we'll|we can|we should|we could|we|i|now|to|and|just|so)",
     MAKE=r"(?:make|get|form|reach|build|create|produce|find|obtain|construct|generate|come up with|assemble|arrive at|end up with|squeeze|cook up|put together|piece together)",
@@ -42,7 +43,7 @@ MACROS = dict(
 RULES = (
     Rule("verification", "check announced", (r"\b(?:{LET}|quick|quickly|sanity|final|as a|a) (?:(?:quick|quickly|just|also|sanity|then|final|finally|really|"
           r"carefully) ){0,4}(?:(?:double-check|double check|doublecheck)|check|verify|confirm|re-?check|validate|make sure|"
-          r"test)\b(?!-)(?! (?:whether|if) the)",)),
+          r"test)\b(?!-)(?! (?:whether|if) the)",), mode="countdown"),
     Rule("verification", "check heading", (r"(?<![a-z'] )(?<![a-z'])(?:verification|verify|verifying|checking|check|sanity check|test|testing|re-?checking|"
           r"proof)\b\W{0,4}[:=,—-]",)),
     Rule("verification", "double-check", (r"\b(?:double-check|double check|doublecheck|sanity[- ]check|re-check|recheck)",)),
@@ -52,7 +53,7 @@ RULES = (
           r"do not) (?:give|make|equal|match|get|reach|produce|yield|quite)",
            r"\b{NOT}\b(?: quite| exactly| equal(?: to)?| match(?:ing)?| give| make| reach| get| hit| us| me| to| the same as|"
           r" at){0,4},? {GOAL}", r"(?:(?<={D} )|(?<={D}\) ))(?:is not|isn't|does not equal|doesn't equal) (?:quite |equal to |the same as )?{A}"), mode="countdown"),
-    Rule("verification", "wrong value", (r"\b(?:rather than|instead of|when (?:i|we) (?:need|want)(?:ed)?|but (?:i|we) (?:need|want)(?:ed)?|as opposed to|"
+    Rule("verification", "wrong value", (r"(?<={D})\)? ?[<>≠] ?{T}", r"\bbut (?:the|our|my) (?:target|goal) (?:is|was)\b", r"\b(?:rather than|instead of|when (?:i|we) (?:need|want)(?:ed)?|but (?:i|we) (?:need|want)(?:ed)?|as opposed to|"
           r"and not|versus|vs\.?|whereas (?:i|we) need) (?:the )?{GOAL}",), mode="countdown"),
     Rule("verification", "too much", (r"\b(?:too|way too|far too|a bit too) (?:high|low|big|small|large|much|little|far|many|few|short)\b",), mode="countdown"),
     Rule("verification", "off by", (r"(?<!take \d )(?<!add \d )(?<!subtract \d )(?<=\d )(?:too (?:few|many|high|low|much|little)|off|over|under|short|above|"
@@ -69,19 +70,20 @@ RULES = (
     Rule("verification", "matches", (r"\b(?:match|matches|agree|agrees|coincide|coincides|tally|tallies|lines up|fits)\b(?: exactly| perfectly|"
           r" up){0,4}(?: with)? {GOAL}", r"\bhits {GOAL}", r"\b(?:this|which|it) (?:is equal to|equals) {GOAL}",
            r"\b(?:this|that|it|which) is (?:the (?:number|one|result|value)|what) (?:i|we|you) (?:want|need|were)", r"\bsatisf(?:y|ies)\b",
-           r"\b(?:none|neither) of (?:these|those|them|the)\b", r"\bclose to {A},? but", r"\bmatch(?:es)?[!.]",
+           r"\b(?:none|neither) of (?:these|those|them|the)\b",
+           r"(?<![a-z'] )(?<![a-z'])(?:neither|none|no {A} (?:there|here|among|either)|no {A}(?=[.!]))\b", r"\b(?:is|again|are|simply) impossible\b", r"\bclose to {A},? but", r"\bmatch(?:es)?[!.]",
            r"\b(?:exactly|precisely|indeed|already|really) {T}", r"\b(?:does|do) (?:come to|give|make|equal|reach) {GOAL}",
            r"\bsame as (?:the )?{GOAL}", r"\b(?:that's|it's) (?:our|the) {T}",
            r"(?:(?<={D} )|(?<={D}, )|(?<={D}\. )|(?<=but ))(?:want|need)(?:ed)? {T}", r"\bwant {T}, not", r"\bequals (?:the|our) (?:target|goal)",
            r"\b(?:is|that's|it's|was) (?:exactly|precisely|indeed|also) {GOAL}",
            r"(?:\b(?:this|it|that|which) |(?<={D} )|(?<={D}\) ))(?:is|equals|gives|was) (?:the|our) (?:target|goal)\b",
-           r"{T} (?:is|equals) (?:indeed |exactly )?{T}", r"\b(?:goal|target) (?:is |was |has been )?(?:reached|met|achieved|hit)\b"), mode="countdown"),
+           r"{T} (?:is|equals) (?:indeed |exactly |equal to )?{T}", r"\b(?:goal|target) (?:is |was |has been )?(?:reached|met|achieved|hit)\b"), mode="countdown"),
     Rule("verification", "verdict", (r"\b(?:is|are|was|that's|it's|this is|looks|look|seems?) (?:indeed|really|correct|right|wrong|incorrect|valid|invalid|"
           r"spot on|perfect|good|not right|not allowed|not valid|no good|no use|clean|true|false)\b(?! (?:to|angle|triangle|side|"
           r"hand|number|now))", r"\b{NOT} (?:allowed|valid|permitted|right|correct|look right)\b",
            r"(?:(?<=→ )|(?<=-> )|(?<==> )|(?<=\())(?:ok|okay|correct|invalid|valid|hit|works|good|wrong|nope|no|yes|miss)\b",
            r"(?:(?<={D} )|(?<={D}, )|(?<={D}\) )|(?<={D} - ))(?:ok|correct|invalid|valid|hit|good|wrong|nope|no|yes|"
-          r"miss)\b(?=[.!,;)]|$)", r"\b(?:this|that|it|which) works\b", r"\bindeed\b", r"\bcorrect[.!)]", r"\b(?:works|worked) out\b"), mode="countdown"),
+          r"miss)\b(?=[.!,;)]|$)", r"\b(?:this|that|it|which) (?:works|does it|does (?:exactly |just )?that)\b", r"(?<=\? )(?:yes|no|nope|yep)\b", r"\bindeed\b", r"\bcorrect[.!)]", r"\b(?:works|worked) out\b"), mode="countdown"),
     Rule("verification", "hooray", (r"\bon the nose\b", r"\bbingo\b", r"\bjackpot\b", r"\bnailed it\b", r"\bthat's it\b", r"\bthat worked\b",
            r"\b(?:which|that) they don't\b", r"(?<=, )right[.?]", r"(?<![a-z'] )(?<![a-z'])nope[.!,]", r"\bno good\b",
            r"\bthere (?:it is|we (?:go|are|have it))\b", r"\bexactly (?:what|right|as|the (?:target|number|value))", r"\bspot on\b",
@@ -94,7 +96,8 @@ RULES = (
            r"\buses? (?:up )?all (?:of )?(?:the|my|our|\w+ numbers)\b", r"\bwhich uses .{0,30}\beach\b",
            r"\bleaves? (?:out|over|a|the|me|us) .{0,14}(?:un|over|out|behind)", r"\b(?:re)?used? (?:the |up )?.{0,12}twice",
            r"\btwice (?:there|here|now)", r"\bone of each\b",
-           r"(?<!use )(?<!using )(?<!uses )\beach (?:number |one |of them |is |was ){0,4}(?:appears|used|once\b(?! and))",
+           r"(?<!use )(?<!using )(?<!uses )\beach (?:number |one |of them |is |was ){0,4}(?:appears|used|occurs|once\b(?! and))", r"\boccurs? (?:exactly |only )?once\b", r"\ball (?:good|appear)\b",
+           r"\beach of (?:the |these )?[\d, and]{3,40} ?(?:is |was )?(?:appears|used|occurs)",
            r"\bevery (?:number|one|value)(?: is| was| has been| gets| got)? (?:used|appears|accounted)",
            r"\ball (?:of )?(?:the |my |our )?(?:\w+ )?(?:numbers )?(?:[\d, and]+ )?(?:are |were |have been |got |is )?(?:used|"
           r"appear|accounted|in play)\b", r"\bused (?:all|each|every|anything|both|everything)\b.{0,30}(?:once|twice|good|numbers)",
@@ -104,29 +107,31 @@ RULES = (
            r"\b(?:recomput|recalculat)ing\b", r"\b(?:go over|look at|run through) (?:it|this|that) (?:once more|again)")),
     Rule("backtracking", "try another", (r"\b(?:try|trying|test|attempt|consider|explore|use|look at|think (?:of|about)|go|do)\b(?: \w+){0,3}? (?:something else|"
           r"another|(?:the )?other\b(?! (?:two|three|numbers?|one))|(?:a |something )different|differently|again|a new|new|afresh|"
-          r"anew)\b",)),
+          r"anew)\b(?! (?:puzzle|problem|example|question|one when))",)),
     Rule("backtracking", "another way", (r"(?<!of )(?<!many )(?<!several )(?<!are )(?<!use )\b(?:another|a different|a new|other|an alternative) (?:way|approach|"
           r"combination|order|idea|option|possibilit|attempt|route|path|arrangement|method|strategy|angle|tack|direction|thing)",
            r"\bdifferent (?:approach|idea|order|arrangement)\b"), mode="countdown"),
-    Rule("backtracking", "instead", (r"\binstead\b(?! of)", r"\bin place of that\b", r"\binstead of (?:that|this|add|sub|mult|div)")),
+    Rule("backtracking", "instead of that", (r"\b(?:let me|let's|let us|we|i|i'll|try|trying|so)\b[^.\n]{0,60}\binstead\b(?! of)",), mode="general"),
+    Rule("backtracking", "instead", (r"\binstead\b(?! of)", r"\bin place of that\b", r"\binstead of (?:that|this|add|sub|mult|div)"), mode="countdown"),
     Rule("backtracking", "give up", (r"\b(?:scrap|abandon(?:ing)?|discard(?:ing)?|drop(?:ping)?|forget|ditch(?:ing)?|scratch|undo|give up|giving up|toss|"
           r"throw(?:ing)?|threw) (?:on )?(?:that|this|it|those|all of (?:that|this)|the (?:idea|multiplication|addition|"
           r"subtraction|division|product|sum|last|first)|addition|subtraction|multiplication|division|{A})\b(?! (?:leaves|gives|"
           r"makes|with|from|to))", r"\b(?:set|put|leav)(?:e|ing|ting)? (?:that|this|it) aside\b")),
     Rule("backtracking", "start over", (r"\b(?:start(?:ing)?|begin(?:ning)?) (?:over|again|afresh|anew|fresh|from scratch)\b",
            r"\b(?:restart|redo|back to square|back to the (?:start|beginning|drawing|numbers|original)|from the top|from scratch|"
-          r"go(?:ing)? back (?!up\b)|back ?track(?:ing)?|(?<!go )(?<!goes )(?<!going )back up|return(?:ing)? to the|"
+          r"go(?:ing)? back (?!up\b|to (?:section|page|chapter|the (?:previous|last|first|top|main|home)))|back ?track(?:ing)?|(?<!go )(?<!goes )(?<!going )back up|return(?:ing)? to the (?:idea|start|beginning|original|other|first|product|sum|numbers|{A})|"
           r"step(?:ping)? back)\b")),
     Rule("backtracking", "dead end", (r"\bdead end", r"\bno luck\b", r"\b(?:that|this|it|which|one)(?:'s| is) out\b", r"\bhas to go\b",
-           r"\b(?:does not|doesn't|did not|didn't|won't|will not|cannot|can't|isn't|not) (?:work(?:ing)?|help(?:ing)?|lead(?:ing)?|"
+           r"\b(?:does not|doesn't|did not|didn't|won't|will not|cannot|can't|isn't|not) (?:help(?:ing)?|lead(?:ing)?|"
           r"get(?:ting)? (?:us|me|anywhere)|going)\b", r"\bgetting nowhere\b", r"\bfails?,")),
-    Rule("backtracking", "alternatively", (r"\b(?:alternatively|on second thought|never ?mind|rethink|reconsider|scratch that|switch(?:ing)?(?: to| things| gears|"
-          r" the)|swap(?:ping)?|mov(?:e|ing) on to|plan [b-z]\b|other way r?ound|other way around|replac(?:e|ing)|this time|"
-          r"rewind(?:ing)?|pivot|retry|new idea|won't (?:fix|do)|(?:set|put)(?:ting)? [\w ]{1,30} aside|rather than \w+ing|switch|"
+    Rule("backtracking", "alternatively", (r"\b(?:alternatively|on second thought|never ?mind|rethink|reconsider(?! whether| if)|scratch that|switch(?:ing)?(?: to| things| gears|"
+          r" the)|swap(?:ping)?|mov(?:e|ing) on to|plan [b-z]\b|other way r?ound|other way around|replac(?:e|ing)|"
+          r"rewind(?:ing)?|pivot|retry|new idea|won't (?:fix|do)|(?:set|put)(?:ting)? [\w ]{1,30} aside(?! for)|rather than \w+ing|switch|"
           r"second (?:try|attempt)|next (?:try|attempt|idea))\b", r"(?<![a-z'] )(?<![a-z'])(?:attempt|try|option) (?:\#?[2-9b-z])\b"), mode="countdown"),
     Rule("backtracking", "wait", (r"\b(?:wait|hmm|no|hm)\b[,.… ]{1,6}(?:no |but |then |ok |and |so ){0,4}(?:maybe|what if|how about|let me try|let's try|"
           r"i could try|perhaps|try)\b", r"\b(?:ok|okay)[, ]{1,4}(?:then|but) (?:maybe|let's try|let me try)\b",
            r"(?<![a-z'] )(?<![a-z'])(?:no|nope|nah),? (?:no|wait|scrap|drop|let)")),
+    Rule("backtracking", "this time", (r"\bthis time\b",), mode="countdown", after="attempt"),
     Rule("backtracking", "what about", (r"\b(?:what|how) (?:about|if) (?!the (?:\d|rest|other))",), after="attempt"),
     Rule("backtracking", "next try", (r"\b(?:let's|let me|i'll|we'll|we can|we could|i can|i could|maybe|so) (?:now |also |then |next |just ){0,4}(?:try|"
           r"start|begin|test|see|do|use|consider|look at)\b", r"\bif (?:i|we) (?:instead|add|subtract|multiply|divide)\b"), mode="countdown", after="verdict"),
@@ -136,6 +141,10 @@ RULES = (
           r"shoot|go|try)(?:ing)? for|aim(?:ing)? (?:for|at)|chase|(?:i'm|we're|am|are) after|becomes?|into) (?:a |an |another |"
           r"only |just |the |about |exactly |some |second |extra |value |number |result |product |sum |total |of |near |around |"
           r"close |to |bit |under |over ){0,4}{N}(?! ?[-+*/=x])(?! more| before)",
+           r"\b(?:need|needs|want) both (?:an? )?{N}", r"{N} is what (?:i|we|you) (?:want|need)", r"\basking for {N}",
+           r"{N} (?:(?:would|will|now|then|still) )?(?:has|have|had|needs?) to (?:come|be (?:made|built|formed|got)) (?:from|out of|with|by)",
+           r"\b(?:so|now) (?:for |an? |the )?{N},? (?:out of|from|using) \d", r"\brequires? (?:an? )?{N} (?:from|out of|using)",
+           r"\ball (?:i|we) (?:have to|need to|must) (?:build|make|get|find) is (?:an? )?{N}", r"\bmaking {N} (?:from|out of|with)",
            r"\bso (?:i|we|now)?(?:'d| would)? ?(?:just |only |now |still ){0,4}(?:need|want|look for|aim for) (?:a |an |another |"
           r"exactly )?{N} (?:from|out of|using|with|by|among)\b"), mode="countdown"),
     Rule("subgoal", "want to make", (r"\b(?:need|needs|want|wants|like|love|try|trying|aim|aiming|goal|plan|idea|job|task|trick|hope|hoping|reduces|left|"
@@ -151,7 +160,7 @@ RULES = (
     Rule("subgoal", "turn into", (r"\b(?:turn|combine|convert|transform|build|shape|mold|bring) (?:[\w,]{1,20} ){1,6}(?:in)?to (?:a |an |the )?{N}\b",), mode="countdown"),
     Rule("subgoal", "make it", (r"(?<![a-z'] )(?<![a-z'])(?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|need|aim|for|"
           r"goal)\b:? (?:[a-z']+ ){0,6}?{N}(?= *[:.,;]| +using| +from| with| out of| by| via| first| and| as|$)",
-           r"\b(?:first|next|then|second|and),? (?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|"
+           r"\b(?:first|next|then|second),? (?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|"
           r"need|aim|for|goal)\b:? (?:[a-z']+ ){0,6}?{N}(?= *[:.,;]| +using| +from| with| out of| by| via| first| and| as|$)",
            r"\bso (?:make|get|create|build|form|reach|obtain|produce|construct|cook up|park|find|need|aim|for|"
           r"goal)\b:? (?:[a-z']+ ){0,6}?{N}(?= +using| +from| with| out of| by| via| first| and| as)",
@@ -199,18 +208,17 @@ RULES = (
           r"'ll)? (?:(?:could|can|would|will|must|should|still|only|just|also|have to|need to) ){0,4}(?:use|need|multiply|add|"
           r"subtract|divide|combine|do|have)\b(?! (?:all|each|every|the numbers|the given|a combination|the operations|"
           r"the following))", r"\breach(?:ing)? {GOAL} (?:from|takes)"), mode="countdown"),
-    Rule("backward", "gap", (r"\b(?:gap|(?:remaining )?distance|shortfall|difference|remainder) .{0,24}?(?:is|of|=|:) {N}",
-           r"\bstill (?:need|missing|lack|takes?|short)\w* {N}", r"(?<=\d )more (?:to|is|are|needed)\b", r"\bneed(?:s|ed)? (?:another )?{N} more",
+    Rule("backward", "gap", (r"\b(?:gap|(?:remaining )?distance|shortfall) .{0,24}?(?:is|of|=|:) {N}", r"\bdifference (?:to|from) {GOAL}.{0,12}(?!0){N}",
+           r"\bstill (?:need|missing|lack|takes?|short)\w* {N}", r"(?<=\d )more (?:to|are|needed)\b", r"\bneed(?:s|ed)? (?:another )?{N} more",
            r"\bneed to (?:lose|gain|add|subtract|shed|remove) {N} (?:more |to (?:get|reach|land|make|hit))"), mode="countdown"),
     Rule("backward", "about the goal", (r"(?:(?<=since )|(?<=because )|(?<=so )|(?<=and )|(?<=but )|(?<=that )|(?<=now )|(?<=hmm )|(?<=well )|(?<=as )|"
           r"(?<=notice )|(?<=note )|(?<=know )|(?<![a-z0-9)=*/+{TC}-] )(?<![a-z0-9=*/+{TC}])){T} (?:is|can|could|splits?|factors?|"
-          r"breaks?|equals|exceeds|isn't|sits|lies|minus|divided|decomposes|as|would|being|needs) (?!the target|our|what|"
-          r"not)(?:\w+ |- ){0,5}?(?:{N}|even|odd|prime|divisible)",
+          r"breaks?|equals|exceeds|isn't|sits|lies|minus|divided|decomposes|as|would|being|needs) (?!the target|our|what|not|{ROUGH})(?:\w+ |- ){0,5}?(?:{N}|even|odd|prime|divisible)",
            r"(?:(?<=since )|(?<=because )|(?<=so )|(?<=and )|(?<=but )|(?<=that )|(?<=now )|(?<=hmm )|(?<=well )|(?<=as )|"
           r"(?<=notice )|(?<=note )|(?<=know )|(?<![a-z0-9)=*/+{TC}-] )(?<![a-z0-9=*/+{TC}]))(?:the|our) (?:target|"
           r"goal)(?: {T})? (?:is|can|could|splits?|factors?|breaks?|equals|exceeds|isn't|sits|lies|minus|divided|decomposes|as|"
-          r"would|being|needs) (?!the target|our|what|not)(?:\w+ |- ){0,5}?(?:{N}|even|odd|prime|divisible)"), mode="countdown"),
-    Rule("backward", "factors", (r"\b(?:factor(?:s|ings?|ings? of|ise|ize|isations?|izations?)?|divisors?|multiples?|divide(?:s|d)?|dividing|divisible|"
+          r"would|being|needs) (?!the target|our|what|not|{ROUGH})(?:\w+ |- ){0,5}?(?:{N}|even|odd|prime|divisible)"), mode="countdown"),
+    Rule("backward", "factors", (r"\bfactor pairs\b", r"\bin terms of its factors\b", r"\bwe(?:'d| would) be (?:done|finished|there)\b", r"\b(?:factor(?:s|ings?|ings? of|ise|ize|isations?|izations?)?|divisors?|multiples?|divide(?:s|d)?|dividing|divisible|"
           r"subtract(?:ing)? {A} from|take {A} (?:away )?from) (?:of |the |as ){0,4}(?:{T}|(?:the |our )?(?:target|goal))",
            r"(?:(?<={TC} )|(?<=target )|(?<=goal ))(?:minus|divided|less)\b"), mode="countdown"),
     Rule("backward", "let x", (r"\blet +x\b", r"\bx +[-+*/] +\d+ += "), mode="countdown"),
@@ -218,7 +226,7 @@ RULES = (
           r"two)).{0,20}\b(?:must|has to|have to|should|need(?:s)? to) (?:come to|make|give|be|equal|add up to) {N}",), mode="countdown"),
     Rule("verification", "check of a result", (r"\b(?:let me|let's|let us|lets|i|we|i've|we've|i'll|we'll|as a|a|quick|sanity|to) (?:(?:quick|quickly|just|also|sanity|"
           r"then|final|can|will|should|now) ){0,4}(?:double-check|check|verify|confirm|confirmed|checked|verified|tested|"
-          r"test this|test that|compared)\b(?! (?:for|box|digit|whether|if|on|from|of \$)|[- ]digit)",
+          r"test this|test that|compared)\b(?! (?:for|box|digit|whether|if|on|from|of \$|your|the (?:installation|documentation|list|box))|[- ](?:digit|in|out))",
            r"(?<![a-z'] )(?<![a-z'])(?:as a |quick |a quick )?(?:check|checking|verification|sanity check)\b[^.\n]{0,16}[:,]"), mode="general"),
     Rule("verification", "agreement", (r"\b(?:agrees?|agreement|agreeing|consistent|accord|in line|tallies|squares) with",
            r"\b(?:which|this|that|it) (?:also )?(?:matches|agrees|coincides|gives the same|checks)\b",
@@ -226,6 +234,27 @@ RULES = (
            r"\bas (?:expected|predicted|claimed|promised|it (?:must|should)(?: be)?|one (?:would|should|might) expect|"
           r"we (?:would )?expect(?:ed)?|you'd expect)", r"\bwhat (?:you'd|you would|one would|one should|we would|we should) (?:expect|get)",
            r"\bexactly what .{0,40}(?:predict|expect)", r"\bso far so good\b", r"\bpredicted, \d"), mode="general"),
+    Rule("verification", "judged", (r"(?:\b(?:is|are|that's|it's|still|gives|be|was)|,) (?:still |much |far |way |a bit )?too (?:big|small|high|low|large|much|little)\b",
+           r"\b(?:is|are|not|isn't|aren't|that's) (?:not )?(?:right|good enough|close enough|what (?:we|i|was|you) (?:want|need|claim|were)\w*)\b",
+           r"\bnot (?:a (?:perfect )?(?:square|cube|prime)|prime|enough|zero|far off|-?\d+\b(?! only))", r"(?<=\d )is (?:not|more than|less than) -?\d",
+           r"\b(?:says|gives|yields) the same\b", r"\bconfirms (?:this|it|the|that|our)\b", r"\b(?:they|both|methods|answers|results|values|sides) (?:all )?agree\b",
+           r"\b(?:don't|do not|doesn't|does not) (?:agree|match)\b", r"\bmatches\b(?! (?:a|an|any|the (?:pattern|regular))\b)", r"\bmakes sense\b", r"\bclose enough\b",
+           r"\b(?:does|do|indeed|these|both) satisf(?:y|ies)\b", r"\b(?:to|as another|cross-?) ?(?:verify|check)[,:]", r"\bverify (?:with|by|the|this|that it)\b(?! (?:page|file|your))",
+           r"\bexactly -?\d+[!.]", r"\bis that (?:right|okay|plausible|correct)\?", r"\bdoes (?:that|this|it) (?:seem|look|sound|make sense)\b",
+           r"(?<![a-z'] )(?<![a-z'])(?:right|correct|fine|yup|yes)[.!](?=\s|$)", r"\bneither (?:is|works)\b", r"\bboth are right\b", r"\bwhere it should\b",
+           r"\bas (?:it|they|we|one) (?:should|must|ought to)\b", r"\bas (?:claimed|promised|it should)\b",
+           r"\b(?:this|that|it|both|everything|each|they) (?:works?|holds?|checks?(?: out)?|fits?|add(?:s)? up|tall(?:y|ies)|fails?|is (?:consistent|plausible|reasonable|impossible|absurd|nonsense|correct|wrong|not true|false|fine))\b(?! (?:for all|if|when|on|in|with))",
+           r"\b(?:doesn't|does not|didn't|don't|can't|cannot) (?:fit|hold|be right|be correct|satisfy|add up)\b", r"\b(?:does|do|it|which) (?:indeed )?work(?:s)?[.!,]",
+           r"\b(?:lhs|rhs|left(?:[- ]hand)? side|right(?:[- ]hand)? side)\b[^.\n]{0,60}\b(?:lhs|rhs|left(?:[- ]hand)? side|right(?:[- ]hand)? side)\b",
+           r"\b(?:let me|let's|let us|we|i|to|i'll|we'll|i've|we've|you can|one can) (?:now |also |quickly |just |can |should |could ){0,3}(?:test|check|verify|confirm|double[- ]check|re-?check|compare)\b(?! (?:for|box|digit|if there|on|your|out|in\b|the box))",
+           r"(?<![a-z'] )(?<![a-z'])(?:check|checking|test|testing|verification|proof|sanity check|quick check|numerical(?:ly| check)?|comparing|compare|for comparison|on the other hand),? ?[:,]",
+           r"\b(?:plug(?:ging|ged)?|insert(?:ing|ed)?) (?:\S+ ){0,4}(?:back|in again)\b", r"\bindeed[.!,]",
+           r"\b(?:wait|hmm|hm)[,.] (?:is|does) (?:that|this|it)\b", r"\b(?:that|this|it) (?:can't|cannot|could not|couldn't) be\b", r"\bthe same as (?:before|above|in)\b",
+           r"\b(?:matches|agrees|coincides|consistent|compatible|in (?:line|agreement|accordance)) with\b", r"\bsame (?:answer|result|value|number) (?:again|as|either)", r"\b(?:again|also) (?:gives?|get|find|obtain) (?:the same|-?\d+\b)",
+           r"\b(?:looks|sounds|seems|feels) (?:right|wrong|good|fine|plausible|reasonable|suspicious|off|too)\b", r"\bnot quite\b", r"\bcloser?[.!]", r"\bstill (?:not|wrong|short|no)\b",
+           r"(?<=\d[.,] )(?:no|nope|yes|yep|good|great|bingo|perfect)\b(?=[.!,;:]|$)", r"(?<=\?) (?:no|yes|nope|yep)\b", r"\b(?:is|are) (?:indeed|in fact) ", r"\bequal(?:s)?,? (?:indeed|as)\b", r"\b(?:which|that) is (?:exactly|precisely) ",
+           r"\bwrong (?:direction|sign|answer)\b", r"\bsame trouble\b", r"\bworse than\b", r"(?<=, )impossible\b", r"\bin agreement\b")
+        , mode="general"),
     Rule("verification", "verdict", (r"\bis indeed\b", r"\bso (?:this|that|it) is (?:right|correct|wrong)",
            r"\b(?:contradicts|does not agree with|disagrees with) (?:the (?:given|data|condition|statement)|what we|our)", r"\bthat's not \d",
            r"\b(?:ok|okay|nice|good|great|yes|fine|plausible|works|work out|it fits|which fits)[.!](?:\s|$)", r"✓", r"\byes, that\b",
@@ -236,34 +265,48 @@ RULES = (
           r"mixed up)", r"\b(?:oops|scratch that|never ?mind)\b",
            r"\bwait,? (?:no|that's|that is|that was|this is|i|the|so that)\b.{0,60}\b(?:wrong|not|fix|should|forgot|mis)",
            r"\b(?:that|this|it) (?:is|was|'s) wrong\b.{0,30}\blet"), mode="general"),
-    Rule("backtracking", "turn away", (r"\b(?:so )?let me (?:redo|fix|re-?compute|recalculate|re-?start|start (?:over|again)|wipe|rub|stop here|back up|"
+    Rule("backtracking", "next attempt", (r"(?<![a-z'] )(?<![a-z'])(?:so |then |ok,? |okay,? |maybe |perhaps |now )?(?:let's |let us |let me |i'll |we |i )?(?:then )?(?:try|expand|use|keep|rotate|look for|look at|take|swap)\b",), mode="general", after="verdict"),
+    Rule("backtracking", "turn away", (r"\b(?:a |ok,? |okay,? )?(?:different|new|another|better) (?:approach|idea|try|attempt|route|method)\b[:.,]", r"\blet(?: me|'s) (?:think again|do something (?:smarter|else|better)|swap)\b",
+           r"\b(?:is|are|would be) better here\b", r"\b(?:that|this|it) (?:is|was|leads to|looks|becomes) (?:a )?(?:dead end|mess|hopeless|nowhere|ugly|messy|circular|no help|of no use|useless|too (?:hard|messy|complicated|weak))\b",
+           r"\b(?:that|this|which|it) (?:doesn't|does not|didn't|won't|will not|isn't going to) (?:help|work|lead|get|simplify|go)\b", r"\b(?:instead of|rather than) (?:that|this|expanding|computing|using|integrating|doing|going|trying)\b",
+           r"\b(?:another|a (?:different|new|better|second|cleverer|simpler|nicer|neater)|an alternative) (?:approach|idea|try|attempt|route|method|strategy|substitution|choice|guess)\b",
+           r"\b(?:let me|let's|let us|i'll|we'll|so|ok|okay|hmm,?|wait,?) (?:then |now |rather |just )?(?:try(?! a couple)|start over|begin again|go back|back up|return to|step back|rethink|reconsider|restart|redo|switch|change|replace|drop|forget|give up|abandon|scrap)\b",
+           r"\b(?:next|second|third|new) (?:try|attempt|guess|idea)\b", r"\b(?:no|hmm|wait|oops|actually)[,.] (?:wait|that's|let|scrap|try|maybe|perhaps|what (?:about|if)|how about)\b", r"\bon second thought", r"\b(?:back to|from) (?:square one|scratch)\b", r"\b(?:so )?let me (?:redo|fix|re-?compute|recalculate|re-?start|start (?:over|again)|wipe|rub|stop here|back up|"
           r"go back|undo|try something|rewrite this)", r"\blet(?:'s| us) (?:set it up again|redo|start (?:over|again)|go back)",
            r"\b(?:scrap|abandon|discard|disregard|drop|ditch|throw|threw|dropping|abandoning|give up|giving up|forget|leaving|"
           r"setting) (?:that|this|it|the|these|my|on|about|all)\b.{0,50}(?:away|aside|instead|idea|calculation|computation|"
           r"approach|hypothesis|attempt|logarithms|;|,|\.)",
            r"\b(?:get|gets|getting|got|leads?|going|goes|went) (?:us |me )?(?:nowhere|messier|ugly|messy|too complicated)\b",
            r"\bthis (?:approach|method|route|path|attempt)? ?(?:does not|doesn't|will not|won't|cannot|can't) (?:simplify|help|"
-          r"work|lead|seem)", r"\bgo(?:ing)? back to the (?:beginning|start|drawing|bare|product|definition)", r"\boverkill\b",
+          r"work|lead|seem)", r"\bgo(?:ing)? back to the (?:beginning|start|drawing|bare|product|definition)",
            r"\bdo it (?:differently|properly|another way)", r"\bswitching to\b", r"\blet me not do that\b", r"\bso i can't just\b",
            r"\bstart (?:again|afresh|over)\b"), mode="general"),
-    Rule("subgoal", "step heading", (r"(?<![a-z'] )(?<![a-z'])(?:step|part|stage|phase) (?:\d+|one|two|three|four|five|i+)\b\s*[:.,—–-]",
+    Rule("subgoal", "step heading", (r"(?<![a-z'] )(?<![a-z'])(?:step|part|stage|phase) (?:\d+|one|two|three|four|five|i+)\b\s*[:.,—–-]\s*(?:first )?(?:find|compute|determine|calculate|get|decide|show|prove|"
+          r"establish|count|derive|reduce|solve|bound|identify|express|apply|set up|use|add|differentiate|write the)\b",
+           r"\b(?:first|second|third) (?:step|part),? we\b", r"(?<=\d\. )\*?\*?(?:set up|evaluate) (?:the|it)\b",
            r"(?:(?<=\(\d\) )|(?<=\n\d\) ))(?:show|prove|find|compute|deduce|determine)\b",
-           r"(?:(?<=\n\d\. )|(?<=\n\d\.   ))(?:find|set|write|solve|compute|calculate|determine|evaluate|simplify|substitute|show|"
-          r"prove|apply|use|check)\b"), mode="general"),
-    Rule("subgoal", "in order", (r"\b(?:we|i|you|one|let me|let us|let's) (?:\w+ )?first (?:\w+ )?(?:show|prove|need|find|compute|establish|must|"
+           r"(?:(?<=\n\d\. )|(?<=\n\d\.   ))(?:find|compute|calculate|determine|count) the\b"), mode="general"),
+    Rule("subgoal", "in order", (r"\b(?:we|i|you|one|let me|let us|let's) (?:\w+ )?first (?:\w+ )?(?:show|prove|need|find|compute|establish|must|deal with|want|"
           r"determine|count|split|reduce|derive|get|bound|do)", r"\b(?:must|need to|have to|should) (?:first|begin by|start by)\b",
            r"\bfirst,? (?:let me |let us |let's |we |i |i'll |we'll |need to |must ){0,4}(?:show|prove|find|compute|determine|"
           r"establish|split|count|get|derive|bound|reduce|the (?:prob|numb|area|case))\w*",
            r"\b(?:find|compute|determine|count|get|show|prove|establish) [^.;\n]{0,60}\bfirst(?=[.,;:]|$)",
            r"\b(?:next|then|finally|second|with that in hand),? (?:we |i |i'll |we'll |let us |just |must ){0,4}(?:show|prove|find|"
-          r"compute|determine|establish|reduce|deduce|count|subtract|plug|that it|their|the joint|add|combine|multiply)\b"), mode="general"),
-    Rule("subgoal", "decomposition", (r"\b(?:it|this) (?:suffices|is enough|remains|only remains) to (?:find|show|prove|compute|determine|establish|check|"
-          r"count|prove)", r"\b(?:break|split|divide) (?:it|this|the \w+) (?:up|down|into)\b", r"\bas a lemma\b",
+          r"compute|determine|establish|reduce|deduce|count|subtract|plug|that it|their|the joint)\b"), mode="general"),
+    Rule("subgoal", "decomposition", (r"\b(?:it|this) (?:only |now )?remains to (?:find|show|prove|compute|determine|establish|check|count|treat|bound)",
+           r"\b(?:we|i) (?:also )?need (?:to \w+ )?(?:the|its|their) [^.;,\n]{3,60} first(?=[.,;:]|$)", r"\bto (?:get|find|compute) [^.,;\n]{3,40},? (?:we|i) (?:first )?need (?:the|its|to know|to find)\b",
+           r"\b(?:two|three|four) things (?:are|we|to) (?:need|settle|show|prove|check)(?:ed)?\b", r"\bit (?:suffices|is enough) to (?:find|compute|determine|sort|bound|consider)\b", r"\bfor the \w+,? (?:we|i) need (?:the|its)\b", r"\b(?:first|easiest) (?:use|way is to count)\b", r"\b(?:break|split|divide) (?:it|this|the \w+) (?:up|down|into)\b", r"\bas a lemma\b",
            r"\bin (?:two |three |several |a few )?(?:stages|steps|parts)\b", r"\bthe only thing left to\b", r"\bhere is the plan\b",
            r"\b(?:my|the|our) (?:plan|strategy|idea) is\b", r"\bso (?:we|i) look for a\b",
            r"\b(?:need|needs) (?:two|three) (?:\w+ )?(?:things|lemmas|steps|facts|ingredients|parts|estimates|results)\b", r"\bkey lemma\b",
            r"\bthe (?:problem|task|question) (?:then )?(?:becomes|reduces)\b", r"\bcomes down to (?:finding|showing|computing)"), mode="general"),
-    Rule("backward", "enough", (r"\bit (?:suffices|is enough|is sufficient|would be enough|would suffice|will be enough)\b",
+    Rule("backward", "enough", (r"\bfor \S+ to be \w+,? (?:we|i|it) needs?\b", r"\bso (?:a|an|the|any) \w+ (?:needs|requires|must have)\b",
+           r"\b(?:i|we) need (?:\S+ ){1,9}to (?:equal|be at least|be at most)\b", r"\bneed (?:two|three) numbers (?:that|which|with|whose)\b",
+           r"(?<![a-z'] )(?<![a-z'])(?:and |or )?before (?:giving|adding|halving|doubling|taking|subtracting|multiplying|dividing|that|the last)\b", r"\bundoing (?:the|each|it)\b", r"\b(?:in order )?to (?:show|prove|see|conclude|guarantee|ensure|leave|keep|have|be|make) (?:\S+ ){1,8}(?:we|it|i|you|one|there|this|that) (?:only |would |will |then |just |first |thus )?(?:need|needs|must|require|requires|has to|have to|want|suffices|is enough)\b",
+           r"\b(?:it|this) (?:would |will |thus |therefore |now |then )?(?:suffices?|is enough|is sufficient|be enough|be sufficient)\b",
+           r"\b(?:will|would) (?:follow|be done|be finished|be proved) (?:if|once|as soon as|provided|when)\b", r"\b(?:we're|we are|i'm|i am) done (?:if|once|as soon as)\b", r"\b(?:starting|start|going|go|work|working|reason|reasoning|think|thinking|count|counting) (?:from the (?:end|answer|goal|result|back)|backwards?|in reverse)\b",
+           r"\b(?:must|had to) have (?:been|had|come|started)\b", r"\bwhat (?:would|do) (?:we|i|you) (?:need|have to)\b", r"\b(?:the )?(?:goal|aim|target|desired \w+|claim) (?:is equivalent to|follows from|becomes|amounts to|says that we need)\b", r"\bequivalently,? (?:we|it)\b",
+           r"\bto (?:get|find|compute) [^.,;\n]{3,40},? (?:we|i) (?:first )?need (?:the|its|to know|to find)\b", r"\bit (?:suffices|is enough|is sufficient|would be enough|would suffice|will be enough)\b",
            r"\bsuffices? (?:to|that|it)\b", r"\benough to (?:show|prove|know|have|find)",
            r"\bwe (?:are|would be|will be) done (?:if|once|as soon as)", r"\bwill (?:hold|follow) (?:provided|as soon as|once|if)",
            r"\bfor this we need\b", r"\b(?:this|that|which) (?:requires|forces|means (?:we|that we|you|i) need)\b",
@@ -283,6 +326,7 @@ RULES = (
 # %% ../nbs/00c_phrases.ipynb #c005
 _SIGNS = (("’", "'"), ("‘", "'"), ("×", "*"), ("÷", "/"), ("−", "-"), ("–", "-"), ("·", "*"))
 _LATEX = (("\\times", "*     "), ("\\cdot", "*    "), ("\\div", "/   "), ("\\neq", "≠   "), ("\\ne", "≠  "), ("\\(", "  "), ("\\)", "  "), ("\\[", "  "), ("\\]", "  "), ("$", " "))
+_FRACTION = re.compile(r"\\frac\{([^{}\n]{1,40})\}\{([^{}\n]{1,40})\}")
 _ANSWER = re.compile(r"(<answer>)(.*?)(</answer>|\Z)", re.S)
 
 def plain(
@@ -298,6 +342,7 @@ def plain(
     if "<answer>" in low: low = _ANSWER.sub(lambda m: m[1] + " "*len(m[2]) + m[3], low)
     if "**" in low: low = low.replace("**", "  ")
     if "`" in low: low = low.replace("`", " ")
+    if "frac{" in low: low = _FRACTION.sub(r"     (\1)/\2 ", low)
     if "\\" in low or "$" in low:
         for a, b in _LATEX: low = low.replace(a, b)
     if target is not None and abs(target) < 10**18 and str(target) in low: low = re.sub(rf"(?<![\d.]){target}(?!\d|\.\d)", lambda m: TARGET*len(m[0]), low)
