@@ -296,6 +296,7 @@ _GROUPS = re.compile(r'(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:,|\{,\})[0-9]{3})+(?![0-
 _EMPHASIS = re.compile(r'(\*{1,3}|_{1,3})(?!\*)((?:(?!\*\*).)+)(?<!\*)\1', re.S)
 _LEAD = re.compile(r'(\*{0,3})(?:(?:so|the|my|a|final|correct)\s+)*(?:answer|expression|solution|equation|result)'
                    r'(?=[\s:=*])\s*:?\s*\1\s*(?:is\b)?\s*[:=]?(.+)', re.S|re.I)
+_ASIDE = re.compile(r'\(\s*(=[^()=]*)\)$')
 _ENDS = ' \n\t.,;✓✔✅☑'
 _KINDS,_ROUND = ('()','[]','{}'),str.maketrans('[]{}', '()()')
 
@@ -336,7 +337,7 @@ def _plainly(text):
     if '\\' in text:
         text = re.sub(r'\s+\{', '{', _COMMAND.sub(_named, text))
         while (inner := _BRACED.sub(_braced, text))!=text: text = inner
-    text = _bare(_TIMES.sub('*', text))
+    text = _ASIDE.sub(r'\1', _bare(_TIMES.sub('*', text)))
     if '=' in text: text = '='.join(map(_bare, text.split('=')))
     return text if _ROUND.keys().isdisjoint(map(ord, text)) else _rounded(text)
 
