@@ -207,6 +207,7 @@ class _Pool:
         self.numbers, self.target = list(numbers), target
         self.left, self.known = list(numbers), set(numbers) # what is left; what has been seen
         self.last = self.before = None # the value that was reached last, and the equation that says so
+        self.said = set() # equations of this line of attack
 
     def whole(self, e):
         "Does an equation use exactly the problem's numbers?"
@@ -217,6 +218,7 @@ class _Pool:
         whole = self.whole(e)
         if self.last == self.target and len(self.left) == 1 and not (whole and e.value != self.target): return "check"
         if e.left == self.before.left: return "corrected"
+        if (e.left, e.value) in self.said and not rejected: return "recap"
         if whole and e.value == self.target and len(self.left) > 1 and _makes(self.left, e.value): return "recap"
         if self.last in e.operands and not set(e.operands) <= set(self.numbers): return "goes on"
         if e.value == self.last and not (whole and (rejected or self.whole(self.before))): return "recap"
@@ -224,11 +226,17 @@ class _Pool:
         if whole and not rejected and len(self.numbers) > len(self.left) > 1 and _makes(self.left, e.value): return "recap"
         return "restart"
 
+    def used(self):
+        "How many of the problem's numbers the line of attack has used"
+        unused = Counter(self.left[:-1]) & Counter(self.numbers) # the last one is the line's value
+        return len(self.numbers) - sum(unused.values())
+
     def take(self, e, rest):
         "Go on with what is left and the equation's value"
         self.left = [*rest, e.value]
         self.known.add(e.value)
         self.last, self.before = e.value, e
+        self.said.add((e.left, e.value))
 
 # %% ../nbs/01_behaviors.ipynb #c011n
 def restarts(
@@ -253,8 +261,8 @@ def restarts(
             if kind == "corrected": rest = pool.left[:-1]
             elif kind == "goes on": rest = [n for n in pool.left if n not in e.operands]
             else:
-                found.append((at, i, len(numbers) - sum((Counter(pool.left) & Counter(numbers)).values())))
-                pool.left, pool.known = list(numbers), set(numbers)
+                found.append((at, i, pool.used()))
+                pool.left, pool.known, pool.said = list(numbers), set(numbers), set()
                 rest = [*(Counter(numbers) - Counter(map(abs, e.operands))).elements()]
         pool.take(e, rest)
         at = i
@@ -295,13 +303,13 @@ _JUDGES = (r"(?:in)?correct|right|wrong|yes|yep|yeah|no(?! wait)|nope|nah|not|fa
 _LEAD = (r"\W{0,6}(?:-?[\d./]{1,9}\W{1,4})?(?:(?:which|that|this|it|so|and|but|the|result|value|still|again|also|is|was|are|we|get|clearly|definitely|just|way|"
          r"far|an?|bit|much|slightly|even|well|hmm|oh|ah|sadly|sorry|unfortunately|again|that's|it's|exactly|quite|answer)\b[ ,]{1,3}){0,6}")
 _NOT_MADE = f"(?<!{TARGET})" + "".join(f"(?<!{w} )" for w in "to get,to make,to reach,to hit,leaving,gives,giving,get,gets,getting,makes,making,yields,it's,us,is,are,be,leaves,supplies,intermediate".split(",")) # no result
-_AFTER_VALUE = re.compile(rf"^{_LEAD}(?:{_JUDGES})\b|[<>≠≤≥](?=\s?[\d{TARGET}])|!=|=/=|{_NOT_MADE}{_GOAL}|\b(?:(?:which|that|this) (?:is|was|makes|gives)|it (?:is|was)) {_GOAL}", re.M)
+_AFTER_VALUE = re.compile(rf"^{_LEAD}(?:{_JUDGES})\b|[<>≠≤≥](?=\s?[\d{TARGET}])|!=|=/=|{_NOT_MADE}{_GOAL}|\b(?:(?:which|that|this) (?:is|was|makes|gives)|it (?:is|was)) {_GOAL}(?! ?:)", re.M)
 _JUDGE = re.compile(rf"\b(?:{_JUDGES})\b|{_NOT_MADE}{_GOAL}")
 _REMARK = re.compile(rf"{_LEAD}(?:{_JUDGES})\b")
 _NAMES_GOAL = re.compile(_GOAL)
 _PLANS = re.compile(rf"\b(?:to (?:get|make|reach|hit|obtain|form)|try|let|let's|how|from|make|use|if|work|start|back|next|answer|could|can|would|add|subtract|multiply|divide|plus|minus|"
                     r"times|take away)\b|"
-                    rf"{TARGET} ?(?:=|is|equals|[-+*/])")
+                    rf"{TARGET} ?(?:[=:]|is|equals|[-+*/])")
 
 def _planned(low, a, b):
     "Does a stretch of text say what to do next?"
@@ -329,7 +337,7 @@ _CONTENT = re.compile(r"[a-z][a-z']*|[^\w\s,.:;()|\[\]{}\\$'\"*/+=<>?!#&~^`_-]")
 def _given_up(low, e, stop, ends):
     "Where, between the result of an attempt and the next attempt, something is said"
     stop = min(stop, e.end + 80)
-    if m := _JUDGE.search(low, e.end, stop): return [(m.start(), m.end())]
+    if m := _JUDGE.search(low, e.end, stop): return [] if _planned(low, e.end, m.end() + 2) else [(m.start(), m.end())]
     for m in _CONTENT.finditer(low, e.end, stop):
         if m[0] not in _JOINS:
             end = min(ends[bisect_right(ends, m.start())], stop)
@@ -409,7 +417,7 @@ def _from_target(low, eqs, numbers, target):
     "Equations that start from the target before it is reached, or from what was derived so, and either taken apart, as in 24 = 3 * 8"
     forward, derived, reached = set(numbers), {target}, len(low)
     for e in eqs:
-        wished = {n for n in e.operands if e.value == target and n not in forward and not _mentioned(n, low, e.start)} # 90 - 56 = 34: 56 is wanted
+        wished = {n for n in e.operands if numbers and e.value == target and n not in forward and not _mentioned(n, low, e.start)} # 90 - 56 = 34: 56 is wanted
         if wished or target in e.operands or derived & set(e.operands) - forward:
             yield e.start, e.end, _BACKWARD
             derived |= wished or {e.value}

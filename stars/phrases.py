@@ -127,7 +127,7 @@ RULES = (
     Rule("backtracking", "alternatively", (r"\b(?:alternatively|on second thought|never ?mind|rethink|reconsider(?! whether| if)|scratch that|switch(?:ing)?(?: to| things| gears|"
           r" the)|swap(?:ping)?|mov(?:e|ing) on to|plan [b-z]\b|other way r?ound|other way around|replac(?:e|ing)|"
           r"rewind(?:ing)?|pivot|retry|new idea|won't (?:fix|do)|(?:set|put)(?:ting)? [\w ]{1,30} aside(?! for)|rather than \w+ing|switch|"
-          r"second (?:try|attempt)|next (?:try|attempt|idea))\b", r"(?<![a-z'] )(?<![a-z'])(?:attempt|try|option) (?:\#?[2-9b-z])\b"), mode="countdown"),
+          r"second (?:try|attempt)|next (?:try|attempt|idea))\b", r"(?<![a-z'] )(?<![a-z'])(?:attempt|try|option) (?:\#?[2-9b-z])\b(?! ?[-+*/x=] ?[\d(])"), mode="countdown"),
     Rule("backtracking", "wait", (r"\b(?:wait|hmm|no|hm)\b[,.… ]{1,6}(?:no |but |then |ok |and |so ){0,4}(?:maybe|what if|how about|let me try|let's try|"
           r"i could try|perhaps|try)\b", r"\b(?:ok|okay)[, ]{1,4}(?:then|but) (?:maybe|let's try|let me try)\b",
            r"(?<![a-z'] )(?<![a-z'])(?:no|nope|nah),? (?:no|wait|scrap|drop|let)")),
