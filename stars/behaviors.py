@@ -302,12 +302,12 @@ _JUDGES = (r"(?:in)?correct|right|wrong|yes|yep|yeah|no(?! wait)|nope|nah|not|fa
            r"(?:ok(?:ay)?|good|great|perfect|high|low|big|small|large)(?=\W*$)|yup|legit|neither|none|impossible")
 _LEAD = (r"\W{0,6}(?:-?[\d./]{1,9}\W{1,4})?(?:(?:which|that|this|it|so|and|but|the|result|value|still|again|also|is|was|are|we|get|clearly|definitely|just|way|"
          r"far|an?|bit|much|slightly|even|well|hmm|oh|ah|sadly|sorry|unfortunately|again|that's|it's|exactly|quite|answer)\b[ ,]{1,3}){0,6}")
-_NOT_MADE = f"(?<!{TARGET})" + "".join(f"(?<!{w} )" for w in "to get,to make,to reach,to hit,leaving,gives,giving,get,gets,getting,makes,making,yields,it's,us,is,are,be,leaves,supplies,intermediate".split(",")) # no result
+_NOT_MADE = f"(?<![a-z{TARGET}-])" + "".join(f"(?<!{w} )" for w in "to get,to make,to reach,to hit,leaving,gives,giving,get,gets,getting,makes,making,yields,it's,us,is,are,be,leaves,supplies,intermediate".split(",")) # no result
 _AFTER_VALUE = re.compile(rf"^{_LEAD}(?:{_JUDGES})\b|[<>≠≤≥](?=\s?[\d{TARGET}])|!=|=/=|{_NOT_MADE}{_GOAL}|\b(?:(?:which|that|this) (?:is|was|makes|gives)|it (?:is|was)) {_GOAL}(?! ?:)", re.M)
 _JUDGE = re.compile(rf"\b(?:{_JUDGES})\b|{_NOT_MADE}{_GOAL}")
 _REMARK = re.compile(rf"{_LEAD}(?:{_JUDGES})\b")
-_NAMES_GOAL = re.compile(_GOAL)
-_PLANS = re.compile(rf"\b(?:to (?:get|make|reach|hit|obtain|form)|try|let|let's|how|from|make|use|if|work|start|back|next|answer|could|can|would|add|subtract|multiply|divide|plus|minus|"
+_NAMES_GOAL = re.compile(f"(?<![a-z{TARGET}-]){_GOAL}")
+_PLANS = re.compile(rf"\b(?:to (?:get|make|reach|hit|obtain|form)|aim|look for|sub-?goal|first|try|let|let's|how|from|make|use|if|work|start|back|next|answer|could|can|would|add|subtract|multiply|divide|plus|minus|"
                     r"times|take away)\b|"
                     rf"{TARGET} ?(?:[=:]|is|equals|[-+*/])")
 
@@ -334,10 +334,12 @@ _JOINS = set("""a about again alternatively also an and another approach are as 
     hence thus therefore text quad qquad frac times left right leaves leaving""".split())
 _CONTENT = re.compile(r"[a-z][a-z']*|[^\w\s,.:;()|\[\]{}\\$'\"*/+=<>?!#&~^`_-]")
 
-def _given_up(low, e, stop, ends):
-    "Where, between the result of an attempt and the next attempt, something is said"
-    stop = min(stop, e.end + 80)
+def _given_up(low, e, stop, turn, ends):
+    "Where, between the result of an attempt and the next attempt (or the words `turn` that announce it), something is said"
+    stop = min(stop, turn, e.end + 80)
     if m := _JUDGE.search(low, e.end, stop): return [] if _planned(low, e.end, m.end() + 2) else [(m.start(), m.end())]
+    announced = bisect_right(ends, turn) # "I'll drop that" is no judgement: the clause that turns back does not count
+    if announced and stop == turn: stop = max(e.end, min(stop, ends[announced - 1]))
     for m in _CONTENT.finditer(low, e.end, stop):
         if m[0] not in _JOINS:
             end = min(ends[bisect_right(ends, m.start())], stop)
@@ -349,10 +351,10 @@ def _compared(low, eqs, ends, numbers, target, turns):
     last = {j for j, _, _ in restarts(eqs, tuple(numbers), target)}
     for i, e in enumerate(eqs):
         stop = eqs[i+1].start if i + 1 < len(eqs) else len(low)
-        turn = bisect_left(turns, e.end)
+        turn = next(iter(turns[bisect_left(turns, e.end):]), len(low))
         found = list(_judged(low, e, stop, ends))
-        if not found and i in last: found = _given_up(low, e, min([stop, *turns[turn:turn+1]]), ends)
-        elif not found and i == len(eqs) - 1 and e.value == target: found = _given_up(low, e, min([ends[bisect_right(ends, e.end - 1)], *turns[turn:turn+1]]), ends)
+        if not found and i in last: found = _given_up(low, e, stop, turn, ends)
+        elif not found and i == len(eqs) - 1 and e.value == target: found = _given_up(low, e, ends[bisect_right(ends, e.end - 1)], turn, ends)
         for a, b in found: yield a, b, _COMPARED
 
 # %% ../nbs/01_behaviors.ipynb #c014e

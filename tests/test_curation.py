@@ -72,7 +72,7 @@ def test_checks_name_what_is_wrong():
     row["thoughts"] = "3 + 5 = 8, 8 + 7 = 15. 15 is not 22. Let me try something else: 3 * 5 = 15, 15 + 7 = 22."
     assert check_rewrite(row, "curated") == "" and check_rewrite(row, "negated") == "shows verification, backtracking"
     assert check_rewrite(row | dict(error="refusal", thoughts=None), "curated") == "refusal"
-    assert "verification" in check_rewrite(dict(error="", numbers=None, target=None, thoughts="Let me check: this agrees with the claim."), "negated")
+    assert "verification" in check_rewrite(dict(error="", numbers=None, target=None, thoughts="Let me check: 3 + 4 = 7, which agrees with the claim."), "negated")
 
 def rewrites(sizes, method): # thoughts of so many words that pass the checks
     body = "let me check: fine. let me try something else:" if method == "curated" else "one two three four five six seven eight nine"
