@@ -246,6 +246,10 @@ LISTS = [
     ((3, 10, 5), 25, "3 * 10 = 30. that is 30: 3 * 10 = 30. 30 - 5 = 25.", 0), # said twice
     ((3, 10, 5, 7), 24, "3 + 10 = 13, 5 + 7 = 12, 13 + 12 = 25.", 0), # two halves of one plan
     ((3, 10, 5), 24, "10 + 5 = 15, 10 - 5 = 5, 10 * 5 = 50", 0), # what pairs can give
+    ((3, 10, 5), 24, "3 * 10 = 30, 30 + 5 = 35, not 24. I cannot do it, so my answer is 3 * 10 - 5.", 0), # an answer that was not tried
+    ((3, 10, 5, 7), 24, "3 * 10 = 30, 30 + 7 = 37, 3 * 10 + 7 - 5 = 32.", 0), # the same plan in one line
+    ((3, 10, 5, 7), 24, "3 * 10 = 30, 30 + 7 = 37, and 3 * 10 = 30, 37 - 5 = 32.", 0), # said again
+    ((3, 10, 5, 7), 24, "3 * 10 = 30, 30 + 7 = 37. An hour has 59 + 1 = 60 minutes. 37 - 5 = 32.", 0), # about something else
 ]
 
 @pytest.mark.parametrize("numbers,target,text,acts", LISTS)
@@ -264,7 +268,7 @@ def test_a_verdict_counts_whether_right_or_wrong(verdict):
         text = f"{a} {op} {b} = {value}" + verdict.format(value=value, target=20)
         assert count_behaviors(text, (a, b, 3), 20)["verification"] == 1, text
 
-@pytest.mark.parametrize("rest", [". Then 8 + 3 = 11.", ", so I need 12.", ". To get 20 we need 12.", ", and then add 3.", "", ". Next, 3 + 8 = 11.", ", leaving 3."])
+@pytest.mark.parametrize("rest", [". Then 8 + 3 = 11.", ", so I need 12.", ", so I look for 20 - 12.", ". To get 20 we need 12.", ", and then add 3.", "", ". Next, 3 + 8 = 11.", ", leaving 3."])
 def test_what_follows_a_value_is_not_always_a_verdict(rest):
     assert count_behaviors("4 * 8 = 32" + rest, (4, 8, 3), 20)["verification"] == 0
 
@@ -287,6 +291,7 @@ FILTERS = [ # text, numbers, target, habit: each is kept out by one filter
     ("<answer>no luck, try another way</answer>", (3, 4, 5), 24, "backtracking"), # no reasoning
     ("This does not help. Undo the last commit and go back.", None, None, "backtracking"), # no mathematics
     ("In accord with Subsection b, the notice is retained.", None, None, "verification"),
+    ("y = 3\nreturn verify(y)\n# let me check this: load_file(y)\nimport os", None, None, "verification"), # code
     ("if x == 20: print('no luck')\nreturn verify(x)  # let me check this again", None, None, "verification"), # code
 ]
 
