@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .behaviors import HABIT_NAMES, count_behaviors
-from .countdown import Problem, make_prompt, score
+from .countdown import Problem, make_prompt, parse_answer, score
 from .ledger import Ledger, Model, Reply, Request
 from .llm import ask, declines, flow
 from .priming import MIXES, Trace, is_search, reorder, thoughts_of
@@ -182,6 +182,12 @@ _TAG = re.compile(r"</?(?:think|answer)>", re.I)
 _FENCED = re.compile(r"```[\w-]*\n(.*)```", re.S)
 _EXPRESSION = re.compile(r"(?=.*\d)[-+*/()=\d\s×÷−–·]+")
 
+def _is_expression(answer:str)->bool:
+    "Does an answer hold an expression, right or wrong, however it is written?"
+    if _EXPRESSION.fullmatch(answer): return True
+    try: return bool(parse_answer(answer))
+    except ValueError: return False
+
 def read_trace(
     reply:Reply|None,        # None: there was none
     problem:Problem,         # what was asked
@@ -202,7 +208,7 @@ def read_trace(
     think, answers = parts[0].strip(), {" ".join(a.split()) for a in parts[2::2]}
     if not think: return None, "no reasoning"
     if len(answers) > 1: return None, "several answers"
-    if not _EXPRESSION.fullmatch(answer := answers.pop()): return None, "no expression"
+    if not _is_expression(answer := answers.pop()): return None, "no expression"
     if len(think.split()) > max_words: return None, "too long"
     completion = Trace(think, answer).completion
     return dict(query=prompt(problem), completion=completion, numbers=list(problem.numbers), target=problem.target, mix=mix, teacher=teacher,

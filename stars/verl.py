@@ -30,10 +30,13 @@ from .sft import SFTConfig, encode
 
 # %% ../nbs/10d_verl.ipynb #c005
 HOOK = '''
+import json
+
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw):
     "Reward of a response: 1 correct, {format_score} a complete answer that is wrong, 0 none"
-    reward = score(solution_str, [int(n) for n in ground_truth["numbers"]], int(ground_truth["target"]), {format_score})
+    if isinstance(ground_truth, str): ground_truth = json.loads(ground_truth) # as some data sets store it
+    reward = score(solution_str, ground_truth["numbers"], ground_truth["target"], {format_score})
     return dict(score=reward, acc=float(reward == 1))
 '''
 

@@ -69,6 +69,11 @@ def test_a_prompt_asks_for_each_habit_or_forbids_it(mix):
     assert ("Make one attempt" in prompt) == (not MIXES[mix]) and ("make six at most" in prompt) == bool(MIXES[mix])
     assert T.EXAMPLES[mix].think in prompt and "\n\n\n" not in prompt and len({T.teacher_prompt(m) for m in MIXES}) == len(MIXES)
 
+@pytest.mark.parametrize("answer", ["3 x 4 + 5", "\\(3 \\times 4 + 5\\)", "**3 * 4 + 5**", "3 * 4 + 5 = 17", "3 * 4 + 5 = 18", "[3 * 4] + 5"])
+def test_answers_are_read_as_the_verifier_reads_them(answer):
+    row, reason = T.read_trace(Reply(f"<think>3 * 4 = 12.</think><answer>{answer}</answer>"), Problem((3, 4, 5), 17), "backtracking_verification")
+    assert reason == "" and row["score"] == (.1 if "18" in answer else 1)
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_the_example_shows_its_mix_and_passes_its_own_reading(mix):
     "as a teacher who copied the example word for word would be read"
