@@ -179,10 +179,11 @@ def check_whole(
         raise ValueError(f"{where}: {name} is {tuple(has)}, config.json asks for {tuple(wants)}: one of the two belongs to another model")
     if found["missing_keys"]:
         lost = [p for n, p in model.named_parameters() if n in found["missing_keys"]]
-        tied = head is not None and any(p is head.weight for p in lost)
-        hint = ", or set tie_word_embeddings=true in config.json if the head is the embedding" if tied else ", or correct config.json"
+        headless = head is not None and len(lost) == 1 and lost[0] is head.weight
+        hint = "set tie_word_embeddings=true in config.json if the head is the embedding" if headless else "correct config.json"
+        other = f". It holds instead {_some(found['unexpected_keys'])}" if found["unexpected_keys"] else ""
         raise ValueError(f"{where} holds no {_some(found['missing_keys'])}, which config.json asks for; random numbers would take the place. "
-                         f"Put it there{hint}")
+                         f"Put it there, or {hint}{other}")
     if found["unexpected_keys"]:
         raise ValueError(f"{where} holds {_some(found['unexpected_keys'])}, for which config.json has no place; the model would not be the one that was "
                          "trained. Correct config.json, or remove from the file what is not part of the language model")
