@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from math import ceil
 
 from .countdown import TEMPLATES, Problem, messages
-from .models import file_digest
+from .models import BOS, file_digest
 from .ppo import PPOConfig
 from .priming import MIXES
 from .problems import SPACES, Space
@@ -34,6 +34,7 @@ class Config:
     max_target:int=40                 # largest target
     top:int=99                        # largest integer that is written (and that the micro tokenizer knows)
     template:str="micro"              # prompt template: micro, base, chat or a file
+    bos:str="none"                    # begin prompts with the tokenizer's token for that: none, auto (where it does so by itself), always
     # data: problems per split
     data_seed:int=0                   # the same problems for every seed of a run, so that seeds differ in training alone
     data_prime:int=2_000              # distinct problems for priming
@@ -183,6 +184,9 @@ class Config:
     def template_key(self)->str: # the template's name, or what stands for the content of a file
         return self.template if self.template in TEMPLATES else file_digest(self.template)
     @property
+    def prompt_key(self)->str: # all that makes a prompt: the template, and how it begins
+        return self.template_key if self.bos == "none" else f"{self.template_key} bos={self.bos}"
+    @property
     def prime_world(self)->dict: # the same, for the problems of priming
         if not self.data_prime_space: return self.world
         return {k: getattr(SPACES[self.data_prime_space], k) for k in self.world}
@@ -190,7 +194,7 @@ class Config:
     def settings(self, *prefixes:str)->dict: # name → value
         "The fields of a stage that decide its outcome"
         out = {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith(prefixes) and not f.name.endswith("micro_tokens")}
-        return out | ({"template": self.template_key} if "template" in out else {})
+        return out | ({"template": self.prompt_key} if "template" in out else {})
 
     def validate(self)->"Config":
         "Raise ValueError naming a field that cannot work; checks everything that can be checked without running"
@@ -198,6 +202,7 @@ class Config:
             if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)} must be at least 1")
         Space(**self.world)
         messages(Problem((1, 2), 3), self.template)
+        if self.bos not in BOS: raise ValueError(f"bos={self.bos!r} is unknown; choose one of {', '.join(BOS)}")
         if self.base_hidden % self.base_heads: raise ValueError(f"base_hidden={self.base_hidden} does not divide by base_heads={self.base_heads}")
         if self.eval_temperature < 0: raise ValueError(f"eval_temperature={self.eval_temperature} must be at least 0")
         if self.template == "micro" and self.micro_prompt + self.ppo_max_tokens > self.base_context:

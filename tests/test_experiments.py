@@ -14,18 +14,23 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from tiny import state_of_process
+from tokenizers.processors import TemplateProcessing
+from transformers.utils import logging as transformers_logging
 
 from stars import cli, drawing, experiments as ex, notebooks, stages
 from stars.configs import FIGURES
 from stars.countdown import Problem, split_of
 from stars.datasets import from_parquet
 from stars.figures import controls
-from stars.models import weights_digest
+from stars.models import micro_model, micro_tokenizer, save_checkpoint, weights_digest
 from stars.plots import save_figure
 from stars.priming import METHODS, read_rows
 from stars.sources import COUNTED, FILES
 from stars.stages import stage_key
 from stars.sweeps import begun
+from stars.verl import to_verl
 
 TINY = ["--preset", "smoke", "--set", "base_docs=300", "prime_rows=120", "data_eval=10"]
 TINY_SET = dict(base_docs=300, prime_rows=120, data_eval=10)
@@ -331,3 +336,75 @@ def test_manifests_hold_no_secrets(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     text = json.dumps(ex.manifest(ex.preset("cpu"), models=["plain"]))
     assert "sk-secret" not in text and str(Path.home()) not in text
+
+
+@pytest.mark.parametrize("workers,bars", [(1, True), (1, False), (2, True)])
+def test_many_jobs_leave_the_process_as_it_was(tmp_path, monkeypatch, workers, bars):
+    "Built here or side by side, found complete, or failed"
+    (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        before = state_of_process()
+        def same():
+            after = state_of_process()
+            assert not (changed := [k for k in before if before[k] != after[k]]), changed
+        small = TINY_SET | dict(prime_rows=40, ppo_steps=1, ppo_save_every=1)
+        jobs = ex.grid(ex.preset("smoke", **small), ["plain"], ["base", "empty_cot"][:workers], [0], tmp_path)
+        for _ in range(2):
+            ex.run_jobs(jobs, workers)
+            same()
+        monkeypatch.setattr(ex, "eval_stage", lambda job: 1 / 0)
+        with pytest.raises(ZeroDivisionError): ex.run_jobs(jobs, 1)
+        same()
+    finally:
+        torch.set_num_threads(threads)
+        transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def llama(tmp_path):
+    "A checkpoint whose tokenizer begins every text with a token of its own, as Llama's does"
+    tok = micro_tokenizer()
+    tok.add_special_tokens(dict(bos_token="<s>"))
+    tok._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.bos_token_id)])
+    return save_checkpoint(micro_model(tok, 32, 2, 2, 64), tok, tmp_path/"llama")
+
+
+def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
+    "In priming, RL and evaluation, of this setting's own results; in rewritten text and in what verl is given, too"
+    small = dict(prime_rows=40, prime_val=4, data_eval=3, ppo_steps=1, ppo_save_every=1, ppo_prompts=8)
+    job = lambda bos, condition="empty_cot", model=llama: ex.Job(ex.preset("smoke", **small, bos=bos), str(model), condition, 0, str(tmp_path/"runs"), progress=False)
+    asked, made = {}, {}
+    generate = ex.LlamaEngine.generate
+    def kept(self, prompts, *args, **how):
+        ids.update(p[0] for p in prompts)
+        return generate(self, prompts, *args, **how)
+    monkeypatch.setattr(ex.LlamaEngine, "generate", kept)
+    for bos in ("none", "auto", "always"):
+        ids = set()
+        out, j = ex.eval_stage(job(bos)), job(bos)
+        made[bos] = [ex.data_stage(j), ex.prime_stage(j), ex.ppo_stage(j), out]
+        texts = {r["query"] for r in read_rows(made[bos][1]/"train.parquet")} | set(pd.read_parquet(next(out.glob("completions-*"))).prompt)
+        asked[bos] = {t.startswith("<s>using") for t in texts}, {t.count("<s>") for t in texts}, len(ids)
+        assert (len(micro_tokenizer()) in ids) == (bos != "none") # the new token's id is the next one
+    assert asked == dict(none=({False}, {0}, 1), auto=({True}, {1}, 1), always=({True}, {1}, 1))
+    data, *others = zip(*made.values())
+    assert len(set(data)) == 1 and all(len(set(o)) == 3 for o in others)
+    monkeypatch.setattr(ex, "curate_stage", lambda job: tmp_path/"rewrites")
+    row = dict(query="make 3 + 4 : <think>", completion="7", numbers=None, target=None, mix="curated", teacher="t", score=None)
+    monkeypatch.setattr(ex, "_curated_rows", lambda job, where, tok, out: ([dict(row)]*2, [dict(row, query="<s>" + row["query"])]))
+    for bos, n in (("none", 0), ("auto", 1)):
+        assert [r["query"].count("<s>") for r in read_rows(ex.prime_stage(job(bos, "curated"))/"train.parquet")] == [n]*2
+    exported = to_verl(ex.preset("smoke", **small, bos="auto", ppo_minibatch=8, data_rows=8, data_train=8), tmp_path/"verl", str(llama), "base", runs=str(tmp_path/"runs"), progress=False)
+    assert all(p[0]["content"].startswith("<s>using") for p in pq.read_table(exported/"train.parquet")["prompt"].to_pylist())
+    assert "bos" not in (exported/"differences.txt").read_text()
+
+
+def test_a_token_that_is_not_there_is_asked_for_in_vain(tmp_path):
+    "`always` is refused where a tokenizer has none; `auto` gives the micro models none"
+    job = lambda bos: ex.Job(ex.preset("smoke", **TINY_SET, bos=bos), "plain", "dots", 0, str(tmp_path), progress=False)
+    with pytest.raises(ValueError, match="bos='always': the tokenizer has no bos_token"): ex.prime_stage(job("always"))
+    rows = [[r["query"] for r in read_rows(ex.prime_stage(job(bos))/"train.parquet")] for bos in ("none", "auto")]
+    assert rows[0] == rows[1] and len(list((tmp_path/"smoke/plain").glob("base-*"))) == 1 # and the base is the same
+    with pytest.raises(ValueError, match="bos='begin' is unknown; choose one of none, auto, always"): job("begin")
