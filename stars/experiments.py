@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .arithmetic import device, number_type, share_cores, warn_of_slow_half
-from .behaviors import HABIT_NAMES
+from .behaviors import HABIT_NAMES, RULES_VERSION
 from .configs import PRESETS, Config, preset
 from .corpus import documents
 from .countdown import Problem, make_prompt, score, split_of
@@ -308,7 +308,7 @@ def eval_stage(job:Job)->Path:
             if engine: engine.close()
         table = summarize(pd.concat(map(pd.read_parquet, sorted(out.glob("completions-*.parquet")))))
         table.to_csv(out/"results.csv", index=False)
-    return stage(job.dir, "eval", dict(seed=job.seed, max_tokens=cfg.ppo_max_tokens) | cfg.settings("template", "eval_"), dict(data=data.name, ppo=run_.name), run, **job.how)
+    return stage(job.dir, "eval", dict(seed=job.seed, max_tokens=cfg.ppo_max_tokens, rules=RULES_VERSION) | cfg.settings("template", "eval_"), dict(data=data.name, ppo=run_.name), run, **job.how)
 
 # %% ../nbs/10_experiments.ipynb #c013
 def _start_worker(parent:int, processes:int):
