@@ -10,6 +10,7 @@ __all__ = ['Json', 'STAGES', 'FigureParams', 'GROUPS', 'COMMANDS', 'ABOUT', 'dat
 import json
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -346,7 +347,7 @@ def overview()->str: # what `stars --help` prints
   stars COMMAND ... --debug                         tracebacks of errors (or STARS_DEBUG=1)
 
 Runs go to runs/, pictures to figures/, in the present folder. Interrupt anything; the same command goes on.
-Exit status: 0 done, 1 some runs or figures failed, 2 refused or stopped by an error that is named, 70 a bug, 130 interrupted.
+Exit status: 0 done, 1 some runs or figures failed, 2 refused or stopped by a named error, 70 a bug, 130 interrupted.
 Completion: stars --tyro-print-completion bash (or zsh) prints a script for your shell. Version: stars --version"""])
 
 # %% ../nbs/12_cli.ipynb #c040
@@ -376,17 +377,19 @@ def _arguments(args:list[str])->list[str]:
         if value.strip() or a.startswith("--") and not equals or name in ("--conditions", "--seeds", "--set", "--param", "--text"): continue # a sweep says that its lists are empty
         raise ValueError(f"there is nothing behind {name}: is a variable of your shell empty?")
     if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-        raise ValueError(f"{args[0]!r} is no command{did_you_mean(args[0], COMMANDS)}; `stars --help` names all of them")
+        raise ValueError(f"{args[0]!r} is no command; `stars --help` names all of them{did_you_mean(args[0], COMMANDS)}")
     return _gathered(args)
 
 # %% ../nbs/12_cli.ipynb #c042
 def _nobody_reads()->bool:
     "Has the reader of our output gone, as `head` does?"
-    try: sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or the interpreter complains at its end
-        return True
-    return False
+    try: out = sys.stdout.fileno()
+    except (OSError, ValueError): return False # no file: a notebook's, or a test's
+    poll = select.poll()
+    poll.register(out, 0)
+    if not any(what & select.POLLERR for _, what in poll.poll(0)): return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out) # or the interpreter complains at its end
+    return True
 
 def _tell(
     e:BaseException,  # what ended the command

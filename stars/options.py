@@ -111,6 +111,9 @@ _READERS = {"datasets", "fsspec", "gguf", "huggingface_hub", "json", "nbclient",
 _NETWORK = {"aiohttp", "anthropic", "httpcore", "httpx", "httpx2", "openai", "requests", "ssl", "urllib3"}
 _HERE, _LIBRARIES = Path(str(files("stars"))).resolve(), [Path(p).resolve() for k, p in get_paths().items() if "lib" in k]
 
+_MACHINE = re.compile(r"out of memory|can't allocate memory|CUDA driver|CUDA initialization|No CUDA GPUs") # in a RuntimeError of PyTorch
+_MACHINES = ("OutOfMemoryError", "DistBackendError", "DistNetworkError", "DistStoreError")
+
 class Bug(Exception): "Something that went wrong in a notebook, and is nobody's mistake but ours"
 
 def debug()->bool: # show tracebacks?
@@ -136,11 +139,12 @@ def expected(
 )->bool: # False: it is a bug
     "Is an error about what was asked for, or about this machine and its network?"
     root, frames = type(e).__module__.split(".")[0], _frames(e)
-    if isinstance(e, (OSError, MemoryError, UnicodeError, KeyboardInterrupt)) or type(e).__name__ == "OutOfMemoryError" or root in _NETWORK: return True
+    if isinstance(e, (OSError, MemoryError, UnicodeError, KeyboardInterrupt)) or type(e).__name__ in _MACHINES or root in _NETWORK: return True
     if isinstance(e, ImportError): return not (e.name or "").startswith("stars")
     if isinstance(e, _SLIPS): return False
     if root in _READERS: return True
-    if not isinstance(e, (ValueError, RuntimeError, LookupError)): return False
+    if not isinstance(e, (ValueError, RuntimeError, LookupError)) or not str(e).strip(): return False
+    if isinstance(e, RuntimeError) and _MACHINE.search(str(e)): return True
     file, _, _, code = frames[-1] if frames else ("", 0, "", "")
     return _package(file) in _READERS or _package(file) in ("stars", "") and (not code or bool(re.search(r"\braise\b", code)))
 
@@ -157,5 +161,6 @@ def said(e:BaseException)->str: # one line, as far as its words are
     "What is printed of an error"
     name, text, where = type(e).__name__, str(e).strip(), place(e)
     if isinstance(e, Bug): return text
-    if expected(e) and text and (ours(e) or isinstance(e, OSError)): return text
+    if isinstance(e, MemoryError): text = text or "there is not enough memory"
+    elif expected(e) and text and (isinstance(e, OSError) or ours(e) and not isinstance(e, UnicodeError)): return text
     return f"{name}{': ' * bool(text)}{text}{f' ({where})' * bool(where)}"
