@@ -30,7 +30,7 @@ class Later:
     def __getattr__(self, attr): return getattr(import_module(self._name), attr)
 
 # %% ../nbs/12_options.ipynb #c00ex
-ex = Later("stars.experiments")
+ex, stages = Later("stars.experiments"), Later("stars.stages")
 
 # %% ../nbs/12_options.ipynb #c007
 Set = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE ...", help="fields to change, e.g. max_number=50 n_numbers=3,4")]
@@ -57,7 +57,9 @@ def job_of(preset:str, model:str|None, condition:str, seed:int, runs:Path, set_:
     check_path(runs, "--runs", write=False)
     ex.quiet()
     cfg = ex.preset(preset, **overrides(set_))
-    return ex.Job(cfg, cfg.models[0] if model is None else model, condition, seed, str(runs))
+    job = ex.Job(cfg, cfg.models[0] if model is None else model, condition, seed, str(runs))
+    stages.check_model(job.model, holds=True)
+    return job
 
 # %% ../nbs/12_options.ipynb #c010
 def _ints(text:str)->tuple[int, ...]: return tuple(map(int, listed(text)))
@@ -101,8 +103,8 @@ def check_path(
     where = Path(os.path.abspath(path))
     if any(len(os.fsencode(p)) > 230 for p in where.parts) or len(os.fsencode(where)) > 3_500: raise ValueError(f"{option} {str(path)[:40]!r}… is too long for a name; choose a shorter one")
     if where.exists() and where.is_dir() != folder: raise ValueError(f"{option} {str(path)!r} is a {'file' if folder else 'folder'}; name a {'folder' if folder else 'file'}")
-    there = next(p for p in (where, *where.parents) if p.exists())
-    if there != where and not there.is_dir(): raise ValueError(f"{option} {str(path)!r}: {there} is a file, so nothing can lie in it")
+    there = next((p for p in (path, *path.parents) if p.exists()), where.parent)
+    if there != path and not there.is_dir(): raise ValueError(f"{option} {str(path)!r}: {there} is a file, so nothing can lie in it")
     if write and not os.access(there, os.W_OK): raise ValueError(f"{option} {str(path)!r}: {there} may not be written to")
 
 # %% ../nbs/12_options.ipynb #c016

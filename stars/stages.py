@@ -98,7 +98,8 @@ def store_name(
     return (os.path.abspath(path) if path.startswith(".") else path).strip("/").replace("/", "--")
 
 def check_model(
-    model:str, # that somebody named
+    model:str,        # that somebody named
+    holds:bool=False, # must a folder hold a checkpoint by now?
 ):
     "Raise ValueError for what is no model, or cannot name a folder"
     known = (*BASES, "smollm2")
@@ -108,7 +109,7 @@ def check_model(
     except OSError: folder = False
     if not folder and not _HUB_ID.fullmatch(model):
         raise ValueError(f"model={model!r} is neither one of {', '.join(BASES)}, smollm2, nor a folder, nor a hub id like organisation/name{did_you_mean(model, known)}")
-    if folder and not any((Path(model)/f).is_file() for f in ("config.json", "adapter_config.json")): raise ValueError(f"model={model!r} is a folder without a checkpoint: it holds no config.json")
+    if folder and (holds or os.path.normpath(model).startswith(".")) and not any((Path(model)/f).is_file() for f in ("config.json", "adapter_config.json")): raise ValueError(f"model={model!r} is a folder without a checkpoint: it holds no config.json")
     if why := _unfit(name := store_name(model)): raise ValueError(f"model={model!r}: its runs cannot lie in a folder named {name[:60]!r}, {why}; rename it, or give it by a link with another name")
 
 def _unfit(name:str)->str: # why; "" if it is fit

@@ -252,6 +252,14 @@ def test_folders_of_checkpoints_lie_in_the_store_or_are_refused(monkeypatch, tmp
     assert where.parent == Path("runs/smoke") and not where.name.startswith(".") and os.path.realpath(where).startswith(os.path.realpath(cwd/"runs"/"smoke") + os.sep)
     assert Job(preset("smoke"), "own/", "base").model_dir.name == "own" if name == "own/" else True
 
+@pytest.mark.parametrize("command", ["base", "prime", "sft", "ppo", "eval"])
+def test_a_folder_without_a_checkpoint_is_refused_before_anything_is_written(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    Path("hollow").mkdir()
+    for model in ("hollow", str(tmp_path/"hollow"), ".", ".."):
+        code, _, err = run(capsys, command, "--model", model, "--preset", "smoke")
+        assert code == 2 and "is a folder without a checkpoint: it holds no config.json" in err and os.listdir() == ["hollow"] and not os.listdir("hollow")
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("./\\a-_ :*\0~\né"), max_size=12))
 def test_no_name_leads_out_of_the_store(model):
