@@ -8,6 +8,7 @@ __all__ = ['AskingArgs', 'ServingArgs', 'Asking', 'paid_by', 'prime', 'judge', '
 # %% ../nbs/12a_asking.ipynb #c003
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ import tyro
 
 from .countdown import split_of
 from .datasets import from_parquet
-from .options import Later, Set, ex, job_of, overrides, space_of
+from .ledger import SERVICES
+from .notebooks import did_you_mean
+from .options import Later, Set, check_numbers, check_path, ex, job_of, overrides, space_of
 from .priming import METHODS, MIXES, write_rows
 from .problems import sample_problems, whole
 
@@ -33,7 +36,7 @@ pretraining, labellers, rewriting, curation, models = (Later(f"stars.{m}") for m
 def _object(name:str, text:str)->dict:
     "An argument that is a JSON object"
     try: x = json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f"{name} {text!r} is not JSON: {e}") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{name} {text!r} is not JSON: {e}") from None
     if not isinstance(x, dict): raise ValueError(f"{name} {text!r} must be a JSON object")
     return x
 
@@ -54,11 +57,19 @@ class Asking:
     prices:Path|None=None    # price table, JSON: {"date": "2026-01-01", "models": {"openai:my-model": {"input": 1.0, "output": 4.0}}}, dollars per million tokens (default: the one that comes with the package)
     ledger:Path=Path("runs/ledger.db") # where replies are kept; an exported .parquet is replayed
 
+    def check(self):
+        "Raise ValueError for an option that cannot be, whether or not anything is asked"
+        check_numbers(0, max_cost=self.max_cost, poll=self.poll, temperature=self.temperature)
+        check_numbers(1, concurrency=self.concurrency, rpm=self.rpm, tpm=self.tpm, max_tokens=self.max_tokens)
+        check_path(self.ledger, "--ledger", folder=False, write=False)
+
     def open(self, name:str)->"tuple[llm.Model, dict]": # the model, and arguments of `ask`
         "A model by name, with the address and fields given; `local:` and a folder is a checkpoint on this machine"
+        self.check()
         extra = _object("--extra", self.extra)
         how = {n: getattr(self, n) for n in ("batch", "max_cost", "concurrency", "rpm", "tpm", "poll", "prices")}
-        model = llm.Model.parse(name, self.base_url, extra)
+        try: model = llm.Model.parse(name, self.base_url, extra)
+        except ValueError as e: raise ValueError(f"{e}{did_you_mean(name.partition(':')[0], SERVICES)}") from None
         if model.service != "local" or self.ledger.suffix == ".parquet": return model, how # a recorded checkpoint is named as the ledger names it
         if "/" not in model.name and model.name not in models.BASES and not Path(model.name).is_dir():
             raise ValueError(f"{model} is no folder with a checkpoint; a recorded model needs --ledger RECORDING.parquet")
@@ -100,13 +111,17 @@ def prime(out:tyro.conf.Positional[Path|None]=None, condition:Annotated[str, tyr
     if (out is None) != (teacher is None): raise ValueError("give both OUT and --teacher for data by a language model, or neither for that of a preset")
     if stray := [f"--{k.replace('_', '-')}" for k, v in kinds["preset" if teacher else "teacher"].items() if v is not None]:
         raise ValueError(f"{', '.join(stray)} {'belongs to data of a preset; leave out OUT and --teacher' if teacher else 'goes with OUT and --teacher'}")
+    asking.check()
     if teacher: return _teach(out, teacher, condition, seed, set_, asking, **{k: v for k, v in kinds["teacher"].items() if v is not None})
     print(ex.prime_stage(job_of(preset or "cpu", model, condition, seed, runs or Path("runs"), set_)))
 
 def _teach(out:Path, teacher:str, condition:str, seed:int, set_:tuple[str, ...], asking:Asking, n:int=1_200, problems:Path|None=None, over:float=1.2, any_habits:bool=False):
     "Have a language model write priming data"
     if out.exists(): raise ValueError(f"{out} exists; remove it or choose another file")
-    if condition not in MIXES and condition != "incorrect_only": raise ValueError(f"--mix {condition}: a language model writes {', '.join(MIXES)} or incorrect_only; other controls are made from those")
+    check_path(out, "OUT", folder=False)
+    check_numbers(0, seed=seed)
+    check_numbers(0, 1e6, True, over=over)
+    if condition not in MIXES and condition != "incorrect_only": raise ValueError(f"--mix {condition}: a language model writes {', '.join(MIXES)} or incorrect_only; other controls are made from those{did_you_mean(condition, MIXES)}")
     if problems and set_: raise ValueError("--set draws problems and --problems brings its own; leave one out")
     whole(n, "--n", 1)
     mix = ex.Config("cpu").prime_mix if condition == "incorrect_only" else condition
@@ -137,6 +152,8 @@ def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(
         repeat: 1, 2, ...: ask again, as another rater
         out: folder for ratings, results and upstream-shaped files (default: judge-HASH in or beside the source)
     """
+    check_numbers(0, n=n, seed=seed, repeat=repeat)
+    if out: check_path(out, "--out")
     (who, how), texts = asking.open(judge), viewer.read_completions(source)
     settings = dict(task=task, format=format, n=n or None, seed=seed, repeat=repeat, max_tokens=asking.max_tokens, temperature=asking.temperature)
     decides = judges.judge_settings(texts, who, **settings, prices=asking.prices)
@@ -172,6 +189,7 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
     if (load or forget) and path.suffix == ".parquet": raise ValueError(f"{path} is a recorded ledger and does not change; --load and --forget need an SQLite file")
     if not path.exists() and not load: raise ValueError(f"{path} does not exist; the first request makes it, or --load")
     if to and to.suffix != ".parquet": raise ValueError(f"--to {to}: name it .parquet, by which a recorded ledger is known")
+    if to: check_path(to, "--to", folder=False)
     with llm.Ledger(path) as book:
         if load: print(f"{load}: {book.load(load):,} rows taken over")
         for b, n in book.under_way():
@@ -195,6 +213,20 @@ class Serving:
     gpu_memory:float=.9      # vllm: share of a GPU that an engine takes
     cpu_cache:float=1.       # vllm: GiB of keys and values, without a GPU
     chat:str="{}"            # vllm: further arguments of the chat template, as JSON, e.g. '{"enable_thinking": false}'
+
+    def check(self):
+        "Raise ValueError for an option that cannot be"
+        check_numbers(1, context=self.context, engines=self.engines, tensor_parallel=self.tensor_parallel)
+        check_numbers(0, 1, max_bad=self.max_bad)
+        check_numbers(0, 1, True, gpu_memory=self.gpu_memory)
+        check_numbers(0, 1e6, True, cpu_cache=self.cpu_cache)
+
+    def check_reader(self, option:str, name:str, here:str, asking:Asking):
+        "Raise ValueError for one that cannot read a corpus; `here` is the one that is no language model"
+        self.check()
+        asking.check()
+        if ":" in name or name == here: return
+        raise ValueError(f"{option} {name!r} is unknown; give {here}, vllm:FOLDER, or service:name with service one of {', '.join(SERVICES)}{did_you_mean(name, (here, 'vllm:', *SERVICES))}")
 
     @contextmanager
     def open(self, name:str, asking:Asking, asks:Callable, shards:Callable)->"Iterator[labellers.LLMRows|None]": # None: it was a dry run
@@ -240,10 +272,15 @@ def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], colu
         hub_split: split of a data set on the Hub
         skip_corrupt: leave out files and rows that cannot be read, and say so, instead of stopping
     """
-    if max_examples is not None: end = min(filter(None, (end, start + whole(max_examples, "--max-examples", 1))))
+    serving.check_reader("--labeller", labeller, "rules", asking)
+    check_path(out, "OUT")
+    check_numbers(0, start=start)
+    check_numbers(1, end=end, max_examples=max_examples, save_every=save_every, workers=workers)
+    if max_examples is not None: end = min(filter(None, (end, start + max_examples)))
     if (by_rules := labeller == "rules") and asking.dry_run: raise ValueError("--dry-run says what a hosted model would cost; the rules cost nothing")
     where = dict(column=column, start=start, end=end, hub_split=hub_split, skip_corrupt=skip_corrupt)
     every = save_every if save_every is not None else 20_000 if by_rules else 10_000 if asking.batch else 500
+    if line := pretraining.passed_over_line(source): print(f"stars: {line}", file=sys.stderr) # before hours of work, or money
     if by_rules: report = pretraining.label_corpus(source, out, pretraining.rule_labeller(workers), save_every=every, **where)
     else:
         asks = partial(labellers.Labelling, serving.format, max_tokens=asking.max_tokens, temperature=asking.temperature)
@@ -251,7 +288,7 @@ def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], colu
             if reader is None: return
             report = pretraining.label_corpus(source, out, reader, dict(labeller=labeller) | serving.decides(labeller, asking, labellers.label_instructions(serving.format)), save_every=every, **where)
     missing = "".join(f", {n:,} {why}" for why, n in report["missing"].items())
-    print(f"{out}: {report['labelled']:,} of {report['rows']:,} texts labelled{missing}" + "".join(f"\nskipped: {s}" for s in report["skipped_files"]))
+    print(f"{out}: {report['labelled']:,} of {report['rows']:,} texts labelled{missing}" + "".join(f"\nskipped: {s}" for s in report["skipped_files"]) + f"\n{line}" * bool(line))
     table = pretraining.read_statistics(out)
     print(pretraining.show_statistics(table).to_string())
     habits = table[(table.by == "all") & (table.n >= 50) & table.label.isin(pretraining.HABIT_NAMES)]
@@ -282,8 +319,13 @@ def curate(labels:tyro.conf.Positional[Path], out:tyro.conf.Positional[Path], me
         rewriter_seed: another one, other texts (of a language model: with --temperature)
         workers: processes of the embedded rewriter (default: one per core)
     """
-    how, tok = curation.Trimming(budget, length, test=test, acts=acts, seed=seed), models.load_tokenizer(tokenizer)
+    serving.check_reader("--rewriter", rewriter, "embedded", asking)
+    check_path(out, "OUT")
+    check_numbers(0, seed=seed, rewriter_seed=rewriter_seed)
+    check_numbers(1, workers=workers)
+    how = curation.Trimming(budget, length, test=test, acts=acts, seed=seed)
     how.validate()
+    tok = models.load_tokenizer(tokenizer)
     if rewriter == "embedded" and asking.dry_run: raise ValueError("--dry-run says what a hosted model would cost; the embedded rewriter costs nothing")
     for m in METHODS if method == "both" else (method,):
         if rewriter == "embedded": curation.rewrite_corpus(labels, out/"rewrites", m, curation.embedded_rewriter(labels, m, rewriter_seed, workers=workers), dict(rewriter=rewriter, seed=rewriter_seed))

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from .arithmetic import device, number_type, share_cores, warn_of_slow_half
 from .behaviors import HABIT_NAMES, RULES_VERSION
-from .configs import PRESETS, Config, preset
+from .configs import PRESETS, Config, check_list, preset
 from .corpus import documents
 from .countdown import Problem, make_prompt, score, split_of
 from .curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
@@ -358,6 +358,8 @@ def progress_of(
     ordered = sorted(dict.fromkeys(jobs), key=weight, reverse=True)
     return Progress(ordered, [j for j in ordered if not there[j.cfg, j.model]])
 
+_SLIPS = (KeyError, IndexError, TypeError, AttributeError, NameError, AssertionError) # whose words alone say nothing
+
 def run_jobs(
     jobs:Sequence[Job],           # what to build
     workers:int|None=None,        # processes (default: one per job, at most one per core; one if there is a GPU)
@@ -371,7 +373,7 @@ def run_jobs(
     failed = {j: f.exception() for j, f in done.items() if f.exception()}
     died = [j for j, e in failed.items() if isinstance(e, BrokenProcessPool)]
     for j, e in failed.items():
-        if j not in died: print(f"{j.name} failed: {e}", file=sys.stderr)
+        if j not in died: print(f"{j.name} failed: {type(e).__name__ + ': ' if isinstance(e, _SLIPS) else ''}{e}", file=sys.stderr)
     if died: raise RuntimeError("a worker process died: killed for want of memory (then close something, or give it fewer cores, as in `taskset -c 0 stars …`), or by what it wrote above; what is complete is kept, and the same command goes on")
     return {j: done[j].result() for j in jobs} # raises the first failure, after all the others have finished
 
@@ -425,9 +427,7 @@ def grid(
     runs:str|Path="runs",      # folder of the run store
 )->list[Job]: # one per combination
     "The jobs of an experiment; ValueError for a list that is none, or empty"
-    for what, given in dict(models=models, conditions=conditions, seeds=seeds).items():
-        if isinstance(given, (str, int)): raise ValueError(f"{what}={given!r} must be a list, e.g. {what}={json.dumps(str(given).split(',') if what != 'seeds' else [0, 1])}")
-        if not given: raise ValueError(f"{what} is empty; name at least one")
+    for what, given in dict(models=models, conditions=conditions, seeds=seeds).items(): check_list(what, given, twice=True) # a sweep refuses it by the name of the job
     return [Job(cfg, m, c, s, str(runs)) for m, c, s in product(models, conditions, seeds)]
 
 def results(

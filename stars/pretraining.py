@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CUES', 'DOMAINS', 'LABELS', 'SCHEMA', 'Labeller', 'NONE', 'LENGTHS', 'FLOOR', 'RULES_LABELLER', 'Text', 'Shard',
-           'read_shard', 'plan_shards', 'rule_labels', 'spread', 'rule_labeller', 'label_files', 'statistics',
-           'read_statistics', 'show_statistics', 'corpus_files', 'labels_file', 'label_corpus', 'write_labels',
-           'read_labels', 'count_missing']
+           'read_shard', 'plan_shards', 'passed_over', 'passed_over_line', 'rule_labels', 'spread', 'rule_labeller',
+           'label_files', 'statistics', 'read_statistics', 'show_statistics', 'hub_revision', 'pinned_rows',
+           'corpus_files', 'changed_file', 'labels_file', 'label_corpus', 'write_labels', 'read_labels',
+           'count_missing']
 
 # %% ../nbs/09_pretraining.ipynb #c002
 import hashlib
@@ -15,7 +16,7 @@ import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .behaviors import HABIT_NAMES, RULES_VERSION, count_behaviors, false_positives, wilson
-from .files import check_settings, data_files, held, hub_rows, replacing, write_json, write_table
+from .files import SUFFIXES, check_settings, data_files, held, hub_rows, replacing, write_json, write_table
 from .phrases import RULES, Rule
 from .workers import cores, processes
 
@@ -144,6 +145,11 @@ def _window(pieces:Iterable[tuple[str, int, int, tuple|None]], column:str, start
             index += 1
         if end is not None and row >= end: return
 
+def _files(source:str|Path)->list[Path]:
+    "The files of a corpus; where there are none, the error says what is there instead"
+    try: return data_files(source)
+    except ValueError as e: raise ValueError(f"{e}{f'; {line}' if (line := passed_over_line(source)) else ''}") from None
+
 def plan_shards(
     source:str,             # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name`
     column:str="text",      # with the text
@@ -153,25 +159,53 @@ def plan_shards(
     hub_split:str="train",  # split of a data set on the Hub
     skip_corrupt:bool=False,# leave out files that cannot be opened
     skipped:list|None=None, # where to note them
+    revision:str="",        # of a data set on the Hub, from `hub_revision`; "": the newest
 )->Iterator[Shard]:
     "The pieces of a corpus in order; ValueError or LookupError name what is wrong with a file"
     if every < 1: raise ValueError(f"save_every={every} must be at least 1")
     if start < 0 or end is not None and end <= start: raise ValueError(f"start={start}, end={end}: give 0 <= start < end")
-    if source.startswith("hub:"): return _window(_hub_pieces(source, column, every, hub_split), column, start, end, skip_corrupt)
+    if source.startswith("hub:"): return _window(_hub_pieces(source, column, every, hub_split, revision), column, start, end, skip_corrupt)
     def pieces():
-        for f in data_files(source):
+        for f in _files(source):
             try: yield from ((str(f), n, begin, None) for n, begin in _rows_of(f, column, every))
             except ValueError as e:
                 if not skip_corrupt: raise
                 if skipped is not None: skipped.append(str(e))
     return _window(pieces(), column, start, end, skip_corrupt)
 
-def _hub_pieces(source:str, column:str, every:int, split:str)->Iterator[tuple[str, int, int, tuple]]:
+def _hub_pieces(source:str, column:str, every:int, split:str, revision:str)->Iterator[tuple[str, int, int, tuple]]:
     "A data set on the Hub, streamed"
-    rows = iter(hub_rows(source, split))
+    rows = iter(pinned_rows(source, split, revision) if revision else hub_rows(source, split))
     while piece := list(islice(rows, every)):
         if column not in piece[0]: raise LookupError(f"{source} has no column {column!r}; choose one of {', '.join(piece[0])} (--column)")
         yield source, len(piece), 0, tuple(r.get(column) for r in piece)
+
+# %% ../nbs/09_pretraining.ipynb #c031
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+
+def passed_over(
+    source:str|Path, # a corpus
+)->dict[str, list[str]]: # kind → names, as {".jsonl.gz": ["a.jsonl.gz"]}
+    "The files of a folder that are not read, hidden ones left out unless they look like data"
+    folder = Path(source)
+    if str(source).startswith("hub:") or not folder.is_dir(): return {}
+    out = {}
+    for f in sorted(folder.rglob("*")):
+        name, suffix = f.relative_to(folder), f.suffix if f.suffix not in _PACKED else "".join(f.suffixes[-2:])
+        hidden, link = any(p.startswith(".") for p in name.parts), f.is_symlink() and not f.is_file()
+        if f.is_dir() and not link or not hidden and not link and f.suffix in SUFFIXES: continue
+        if hidden and not suffix.lower().startswith((*SUFFIXES, ".json")): continue
+        kind = "linked folder" if link and f.is_dir() else "broken link" if link else f"hidden {suffix}" if hidden else suffix or "file without a suffix"
+        out.setdefault(kind, []).append(str(name))
+    return out
+
+def passed_over_line(
+    source:str|Path, # a corpus
+)->str: # "": nothing was
+    "The same in words"
+    there = passed_over(source)
+    kinds = [f"{len(names):,} {kind} ({', '.join(names[:3])}{', …' * (len(names) > 3)})" for kind, names in there.items()]
+    return f"passed over in {source}: {', '.join(kinds)}. Read are {', '.join(SUFFIXES)}: unpack or convert what belongs to the corpus" if kinds else ""
 
 # %% ../nbs/09_pretraining.ipynb #c011
 _LINE = r"(?<![a-z0-9,;'] )(?<![a-z0-9'])" # where a sentence or a line begins
@@ -319,14 +353,55 @@ def show_statistics(
     said = [f"{r.share:.1%} ({r.share_lo:.1%}–{r.share_hi:.1%})" if r.share == r.share else "–" for r in rows.itertuples()]
     return rows.assign(said=said).pivot(index=["group", "n"], columns="label", values="said")[list(dict.fromkeys(rows.label))].rename_axis(columns=None)
 
+# %% ../nbs/09_pretraining.ipynb #c033
+def hub_revision(
+    source:str, # `hub:organisation/name`
+)->str: # commit of a data set on the Hub; of a folder of that name, which is read instead, what its content is
+    "What a data set is at this moment; raises ValueError where nobody can say"
+    name = source.removeprefix("hub:")
+    if Path(name).is_dir():
+        files = sorted(f for f in Path(name).rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(name).parts))
+        return "content:" + hashlib.sha256(json.dumps([[str(f.relative_to(name)), *_file(f)[1:]] for f in files]).encode()).hexdigest()
+    try:
+        from huggingface_hub import HfApi
+        if revision := HfApi().dataset_info(name).sha: return revision
+        raise ValueError("it has none")
+    except Exception as e: # of several kinds, in several versions
+        raise ValueError(f"{source}: the Hub does not say which revision it has ({type(e).__name__}: {' '.join(str(e).split()):.200})") from e
+
+def pinned_rows(
+    source:str,   # `hub:organisation/name`
+    split:str,    # of the data set
+    revision:str, # from `hub_revision`
+)->Iterable[dict]: # streamed
+    "The rows of one revision of a data set; raises ValueError where it cannot be had"
+    if revision.startswith("content:"):
+        if hub_revision(source) != revision: raise ValueError(f"{source}: the folder {source.removeprefix('hub:')} has changed since it was labelled; label it again")
+        return hub_rows(source, split)
+    try: from datasets import load_dataset
+    except ImportError as e: raise ValueError(f"{source} needs the package datasets: pip install 'stars[hub]'") from e
+    try: return load_dataset(source.removeprefix("hub:"), split=split, streaming=True, revision=revision)
+    except Exception as e: raise ValueError(f"{source}, revision {revision:.10}, split {split!r}: {type(e).__name__}: {e}") from e
+
 # %% ../nbs/09_pretraining.ipynb #c016
 RULES_LABELLER = dict(labeller="rules", version=hashlib.sha256(repr((RULES_VERSION, _RULES)).encode()).hexdigest()[:10]) # what decides the rules' labels
 
 def corpus_files(
     source:str|Path, # a file, or a folder of them
-)->list[list]: # [name, bytes] of each, in order
+)->list[list]: # [name, bytes, SHA-256] of each, in order
     "What tells whether a corpus is still the same"
-    return [[str(f), f.stat().st_size] for f in data_files(source)]
+    with ThreadPoolExecutor(cores()) as pool: return list(pool.map(_file, _files(source)))
+
+def _file(path:Path)->list:
+    with open(path, "rb") as f: return [str(path), path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+
+def changed_file(
+    was:list[list], # from `corpus_files`
+    now:list[list], # the same, later
+)->str: # "": none
+    "The first file that was added, removed or changed; where no content was noted, name and size decide"
+    now = [n[:len(was[0])] for n in now] if was else now
+    return next((f[0] for f in (*was, *now) if (f in was) != (f in now)), "")
 
 def labels_file(
     folder:str|Path, # of `label_corpus`
@@ -349,12 +424,15 @@ def label_corpus(
     progress:bool=True,      # show a progress bar
 )->dict: # rows, missing by reason, skipped files
     "Label every text of a corpus; goes on where an earlier call was stopped. Besides the labels it writes report.json and statistics.parquet"
-    out, skipped, hub = Path(out), [], source.startswith("hub:")
+    out, skipped, hub, over = Path(out), [], source.startswith("hub:"), passed_over(source)
     if not hub: source = str(Path(source).resolve()) # so that `curate` finds it from anywhere
-    plan = plan_shards(source, column, save_every, start, end, hub_split, skip_corrupt, skipped)
+    noted = json.loads((out/"labels.json").read_text()) if (out/"labels.json").exists() else {}
+    pinned = dict(revision=noted.get("source") == source and noted.get("revision") or hub_revision(source)) if hub else {}
+    plan = plan_shards(source, column, save_every, start, end, hub_split, skip_corrupt, skipped, **pinned)
     if not hub and not (plan := list(plan)): raise ValueError(f"{source} has no rows between start={start} and end={end}" + "".join(f"; skipped: {s}" for s in skipped))
     settings = dict(source=source, files=hub_split if hub else corpus_files(source), skipped=skipped, column=column,
-                    save_every=save_every, start=start, end=end, skip_corrupt=skip_corrupt, **decides)
+                    save_every=save_every, start=start, end=end, skip_corrupt=skip_corrupt, **pinned, **decides)
+    if not hub and noted.get("source") == source: _check_files(out, noted["files"], settings)
     out.mkdir(parents=True, exist_ok=True)
     with held(out):
         check_settings(out/"labels.json", settings, "labels")
@@ -369,10 +447,17 @@ def label_corpus(
                 bar.set_postfix_str(f"{characters / 1e6 / (time.time() - began):.3g} MB/s", refresh=False)
                 bar.update(len(rows))
         if not next(out.glob("labels-*"), None): raise ValueError(f"{source} has no rows between start={start} and end={end}")
-        report = count_missing(out) | dict(skipped_files=skipped)
+        report = count_missing(out) | dict(skipped_files=skipped, passed_over=over)
         with replacing(out/"statistics.parquet") as tmp: statistics(out).to_parquet(tmp, index=False)
         write_json(out/"report.json", report)
     return report
+
+def _check_files(out:Path, was:list[list], settings:dict):
+    "Name the file that is another one than when labelling began; entries without content stay as they were noted"
+    if odd := changed_file(was, settings["files"]):
+        entry = lambda files: next((f for f in files if f[0] == odd), "not there")
+        raise ValueError(f"{out} holds labels made with other settings (files was {entry(was)}, now {entry(settings['files'])}); choose another folder, or remove this one")
+    settings["files"] = was
 
 def write_labels(
     rows:list[dict], # as a labeller yields them
