@@ -214,7 +214,7 @@ def _dots(ax:Axes, series:dict[str, pd.DataFrame], text:Callable[[float], str], 
     for y, h in zip(rows, HABITS):
         if ticks: ax.plot([ticks[h.name]] * 2, [y - .36, y + .36], color="#222222", linewidth=1)
         if floor: ax.barh(y, floor[h.name], height=.84, color="#dddddd", zorder=0)
-    most = max(np.nanmax(s[["value", "hi"]].to_numpy(float)) for s in series.values())
+    most = max(np.nanmax(s.reindex([h.name for h in HABITS])[["value", "hi"]].to_numpy(float)) for s in series.values())
     ax.set_yticks(rows, [h.name for h in HABITS])
     ax.set_ylim(-.6, len(HABITS) - .4)
     ax.set_xlim(0, 1.16 * max(most, max([*(ticks or {}).values(), *(floor or {}).values()], default=0), 1e-4))
@@ -263,7 +263,7 @@ def pretraining(
     texts = "; ".join(f"{n}: {int(w.n.iloc[0]):,} texts, {w.missing[HABITS[0].name]:.1%} without labels" for n, w in whole.items())
     floor = next((t[t.by == "floor"].set_index("label").share_hi * 100 for t in tables.values() if (t.by == "floor").any()), None)
     floor = None if floor is None else floor.to_dict()
-    said = " ".join(filter(None, [f"Preset {preset}." if preset else "", f"{'Corpora' if len(whole) > 1 else 'Corpus'}: {texts}.", "Bars: 95 % Wilson intervals over texts.", "Ticks: the rates the corpus was made with." if rates else "",
+    said = " ".join(filter(None, [f"Preset {preset}." if preset else "", f"{'Corpora' if len(whole) > 1 else 'Corpus'}: {texts}.", "Bars: 95 % Wilson intervals over texts.", "Ticks: the rates the corpus was made with, also in texts without mathematics, where the rules count nothing." if rates else "",
         "Grey: what the rules find in texts without mathematics (upper end of its 95 % interval); they read English." if floor else "", note]))
     with styled(**{"axes.grid.axis": "x"}):
         fig, axes = page([title], said, (.34 * len(HABITS) * max(1., .55 * len(tables)) + .3,), 5.5, 0, right=.62 if len(tables) == 1 else 1.35)
