@@ -108,7 +108,7 @@ def check_path(
     if write and not os.access(there, os.W_OK): raise ValueError(f"{option} {str(path)!r}: {there} may not be written to")
 
 # %% ../nbs/12_options.ipynb #c016
-_SLIPS = (KeyError, IndexError, TypeError, AttributeError, NameError, AssertionError, ArithmeticError, NotImplementedError, RecursionError) # of whoever wrote the program
+_SLIPS = (KeyError, IndexError, TypeError, AttributeError, NameError, AssertionError, ZeroDivisionError, OverflowError, NotImplementedError, RecursionError) # of whoever wrote the program
 _READERS = {"datasets", "fsspec", "gguf", "huggingface_hub", "json", "nbclient", "nbformat", "papermill", "pyarrow", "ray", "safetensors", "sqlite3", "tokenizers", "transformers", "vllm"}
 _NETWORK = {"aiohttp", "anthropic", "httpcore", "httpx", "httpx2", "openai", "requests", "ssl", "urllib3"}
 _HERE, _LIBRARIES = Path(str(files("stars"))).resolve(), [Path(p).resolve() for k, p in get_paths().items() if "lib" in k]
@@ -145,7 +145,7 @@ def expected(
     if isinstance(e, ImportError): return not (e.name or "").startswith("stars")
     if isinstance(e, _SLIPS): return False
     if root in _READERS: return True
-    if not isinstance(e, (ValueError, RuntimeError, LookupError)) or not str(e).strip(): return False
+    if not isinstance(e, (ValueError, RuntimeError, LookupError, FloatingPointError)) or not str(e).strip(): return False
     if isinstance(e, RuntimeError) and _MACHINE.search(str(e)): return True
     file, _, _, code = frames[-1] if frames else ("", 0, "", "")
     return _package(file) in _READERS or _package(file) in ("stars", "") and (not code or bool(re.search(r"\braise\b", code)))

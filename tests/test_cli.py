@@ -102,6 +102,7 @@ def test_a_bug_says_that_it_is_one(monkeypatch, capsys, tmp_path, slip, said):
     assert code == 70 and not out and err.startswith(f"stars: {said}") and re.search(r"\(stars/viewer.py, line \d+, in \w+\)\nthis is a bug in stars; run again with --debug", err) and "Traceback" not in err
 
 def ours(): raise ValueError("steps=0 must be at least 1")
+def nan(): raise FloatingPointError("step 3: loss is nan")
 def offline():
     import httpx
     httpx.get("http://127.0.0.1:9")
@@ -110,7 +111,7 @@ def in_another_process(f):
 
 @pytest.mark.parametrize("fails,said", [
     (ours, "stars: steps=0 must be at least 1\n"), (lambda: options.overrides(("x",)), "stars: --set 'x' is not of the form"), (lambda: open("nowhere"), "No such file or directory: 'nowhere'"), (lambda: os.mkdir("/proc/x"), "/proc/x"),
-    (offline, "ConnectError"), (lambda: __import__("nobody_has_this"), "No module named 'nobody_has_this'"), (lambda: in_another_process(ours), "stars: steps=0 must be at least 1\n")])
+    (nan, "stars: step 3: loss is nan\n"), (offline, "ConnectError"), (lambda: __import__("nobody_has_this"), "No module named 'nobody_has_this'"), (lambda: in_another_process(ours), "stars: steps=0 must be at least 1\n")])
 def test_what_is_no_bug_is_one_line(monkeypatch, capsys, fails, said):
     raising(monkeypatch, fails)
     code, _, err = run(capsys, "watch")
