@@ -265,7 +265,7 @@ def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], colu
     Example: stars label corpus/ labels --column text
 
     Args:
-        source: a .parquet or .jsonl file, a folder of them, or hub:organisation/name
+        source: a .parquet or .jsonl file, a folder of them, or hub:organisation/name[@REVISION]
         out: folder to write to
         column: with the text
         labeller: rules, vllm:FOLDER (or a hub id; for corpora), or a hosted model, service:name

@@ -47,8 +47,9 @@ def labelled_shards(
     if not hub and (odd := changed_file(s["files"], now)):
         raise ValueError(f"{odd} was added, was removed or was changed since {labels} was made of {s['source']}; label it again")
     skipped = []
-    shards = plan_shards(s["source"], s["column"], s["save_every"], s["start"], s["end"],
-                         s["files"] if hub else "train", s["skip_corrupt"], skipped, s.get("revision", ""))
+    where, split = (s["revision"], s["files"]) if hub else (s["source"], "train")
+    shards = plan_shards(where, s["column"], s["save_every"], s["start"], s["end"], split, s["skip_corrupt"],
+                         skipped)
     if hub: return shards
     shards = list(shards)
     if skipped != s["skipped"]: raise ValueError(f"{labels}: other files can be read than when it was made ({'; '.join(skipped) or 'all of them now'}); label it again")

@@ -152,7 +152,8 @@ def _files(source:str|Path)->list[Path]:
         raise ValueError(f"{e}{f'; {line}' if (line := passed_over_line(source)) else ''}") from None
 
 def plan_shards(
-    source:str,             # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name`
+    # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name[@REVISION]`
+    source:str,
     column:str="text",      # with the text
     every:int=20_000,       # rows of a shard, at most
     start:int=0,            # first row wanted
@@ -160,14 +161,11 @@ def plan_shards(
     hub_split:str="train",  # split of a data set on the Hub
     skip_corrupt:bool=False,# leave out files that cannot be opened
     skipped:list|None=None, # where to note them
-    revision:str="",        # of a data set on the Hub, from `hub_revision`; "": the newest
 )->Iterator[Shard]:
     "The pieces of a corpus in order; ValueError or LookupError name what is wrong with a file"
     if every < 1: raise ValueError(f"save_every={every} must be at least 1")
     if start < 0 or end is not None and end <= start: raise ValueError(f"start={start}, end={end}: give 0 <= start < end")
-    if source.startswith("hub:"):
-        return _window(_hub_pieces(source, column, every, hub_split, revision), column, start, end,
-                       skip_corrupt)
+    if source.startswith("hub:"): return _window(_hub_pieces(source, column, every, hub_split), column, start, end, skip_corrupt)
     def pieces():
         for f in _files(source):
             try: yield from ((str(f), n, begin, None) for n, begin in _rows_of(f, column, every))
@@ -176,10 +174,9 @@ def plan_shards(
                 if skipped is not None: skipped.append(str(e))
     return _window(pieces(), column, start, end, skip_corrupt)
 
-def _hub_pieces(source:str, column:str, every:int, split:str,
-                revision:str)->Iterator[tuple[str, int, int, tuple]]:
+def _hub_pieces(source:str, column:str, every:int, split:str)->Iterator[tuple[str, int, int, tuple]]:
     "A data set on the Hub, streamed"
-    rows = iter(pinned_rows(source, split, revision) if revision else hub_rows(source, split))
+    rows = iter(pinned_rows(source, split) if "@" in source else hub_rows(source, split))
     while piece := list(islice(rows, every)):
         if column not in piece[0]: raise LookupError(f"{source} has no column {column!r}; choose one of {', '.join(piece[0])} (--column)")
         yield source, len(piece), 0, tuple(r.get(column) for r in piece)
@@ -212,7 +209,8 @@ def passed_over_line(
     if not (there := passed_over(source)): return ""
     first = lambda names: ", ".join(names[:3]) + ", …" * (len(names) > 3)
     kinds = ", ".join(f"{len(names):,} {kind} ({first(names)})" for kind, names in there.items())
-    return f"passed over in {source}: {kinds}. Read are {', '.join(SUFFIXES)}: unpack or convert what is wanted"
+    wanted = f"Read are {', '.join(SUFFIXES)}: unpack or convert what is wanted"
+    return f"passed over in {source}: {kinds}. {wanted}"
 
 # %% ../nbs/09_pretraining.ipynb #c011
 _LINE = r"(?<![a-z0-9,;'] )(?<![a-z0-9'])" # where a sentence or a line begins
@@ -346,42 +344,38 @@ def show_statistics(
 
 # %% ../nbs/09_pretraining.ipynb #c033
 def hub_revision(
-    source:str, # `hub:organisation/name`
-)->str: # its commit; where a folder of that name lies here, which is read instead, a digest of its content
-    "What a data set is at this moment; raises ValueError where nobody can say"
-    name = source.removeprefix("hub:")
+    source:str, # `hub:organisation/name`, with @REVISION or without
+)->str: # the same with its commit, or a digest of the folder of that name that lies here and is read instead
+    "A data set as it is at this moment; raises ValueError where nobody can say"
+    name, _, wanted = source.removeprefix("hub:").partition("@")
     if Path(name).is_dir():
         inside = lambda f: f.relative_to(name)
         shown = (f for f in sorted(Path(name).rglob("*"))
                  if not any(p.startswith(".") for p in inside(f).parts))
         files = [[str(inside(f)), *_file(f)[1:]] for f in shown if f.is_file()]
-        return "content:" + hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        return f"hub:{name}@content:{hashlib.sha256(json.dumps(files).encode()).hexdigest()}"
     try:
         from huggingface_hub import HfApi
-        if revision := HfApi().dataset_info(name).sha: return revision
+        if commit := HfApi().dataset_info(name, revision=wanted or None).sha: return f"hub:{name}@{commit}"
         raise ValueError("it has none")
     except Exception as e: # of several kinds, in several versions
         raise ValueError(f"{source}: the Hub does not say which revision it has ({type(e).__name__}: "
                          f"{' '.join(str(e).split()):.200})") from e
 
 def pinned_rows(
-    source:str,   # `hub:organisation/name`
-    split:str,    # of the data set
-    revision:str, # from `hub_revision`
+    source:str, # `hub:organisation/name@REVISION`, as from `hub_revision`
+    split:str,  # of the data set
 )->Iterable[dict]: # streamed
     "The rows of one revision of a data set; raises ValueError where it cannot be had"
+    name, _, revision = source.removeprefix("hub:").partition("@")
     if revision.startswith("content:"):
-        if hub_revision(source) != revision:
-            raise ValueError(f"{source}: the folder {source.removeprefix('hub:')} has changed since it was "
-                             f"labelled; label it again")
-        return hub_rows(source, split)
+        if hub_revision(source) == source: return hub_rows(f"hub:{name}", split)
+        raise ValueError(f"hub:{name}: the folder {name} has changed since it was labelled; label it again")
     try: from datasets import load_dataset
     except ImportError as e:
         raise ValueError(f"{source} needs the package datasets: pip install 'stars[hub]'") from e
-    try: return load_dataset(source.removeprefix("hub:"), split=split, streaming=True, revision=revision)
-    except Exception as e:
-        where = f"{source}, revision {revision:.10}, split {split!r}"
-        raise ValueError(f"{where}: {type(e).__name__}: {e}") from e
+    try: return load_dataset(name, split=split, streaming=True, revision=revision)
+    except Exception as e: raise ValueError(f"{source}, split {split!r}: {type(e).__name__}: {e}") from e
 
 # %% ../nbs/09_pretraining.ipynb #c016
 RULES_LABELLER = dict(labeller="rules", version=hashlib.sha256(repr(_RULES).encode()).hexdigest()[:10]) # what decides the rules' labels
@@ -412,7 +406,8 @@ def labels_file(
     return Path(folder)/f"labels-{shard.index:06d}.parquet"
 
 def label_corpus(
-    source:str,              # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name`
+    # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name[@REVISION]`
+    source:str,
     out:str|Path,            # folder for the labels
     labeller:Labeller|None=None, # default: the rules, one process per core
     decides:dict=RULES_LABELLER, # what decides a labeller's labels
@@ -428,9 +423,10 @@ def label_corpus(
     out, skipped, hub, over = Path(out), [], source.startswith("hub:"), passed_over(source)
     if not hub: source = str(Path(source).resolve()) # so that `curate` finds it from anywhere
     noted = json.loads((out/"labels.json").read_text()) if (out/"labels.json").exists() else {}
-    pinned = dict(revision=noted.get("source") == source and noted.get("revision")
-                  or hub_revision(source)) if hub else {}
-    plan = plan_shards(source, column, save_every, start, end, hub_split, skip_corrupt, skipped, **pinned)
+    known = noted.get("revision") if noted.get("source") == source else None # it goes on with what it began
+    pinned = dict(revision=known or hub_revision(source)) if hub else {}
+    plan = plan_shards(pinned.get("revision", source), column, save_every, start, end, hub_split,
+                       skip_corrupt, skipped)
     if not hub and not (plan := list(plan)): raise ValueError(f"{source} has no rows between start={start} and end={end}" + "".join(f"; skipped: {s}" for s in skipped))
     settings = dict(source=source, files=hub_split if hub else corpus_files(source), skipped=skipped, column=column,
                     save_every=save_every, start=start, end=end, skip_corrupt=skip_corrupt, **pinned,

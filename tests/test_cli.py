@@ -227,7 +227,8 @@ def test_lists_may_have_blanks_and_a_last_comma(monkeypatch, capsys, tmp_path):
         with pytest.raises(ValueError, match=next(iter(bad))): preset("cpu", **bad)
 
 def test_settings_add_up(capsys):
-    for given, meant in (("ppo --set a=1 --seed 1 --set b=2 c=3 --set=d=4", "ppo --set a=1 b=2 c=3 d=4 --seed 1"),
+    for given, meant in (("ppo --set a=1 --seed 1 --set b=2 c=3 --set=d=4",
+                          "ppo --set a=1 b=2 c=3 d=4 --seed 1"),
                          ("figure x -p a=1 --param b=2 --runs r", "figure x -p a=1 b=2 --runs r")):
         assert cli._arguments(given.split()) == meant.split()
     code, _, err = run(capsys, "ppo", "--set", "ppo_step=5", "--set", "ppo_lr=1e-4") # the first is not lost
@@ -242,29 +243,39 @@ def test_settings_add_up(capsys):
 
 HOSTED = ["prime", "x.parquet", "--teacher", "anthropic:claude-haiku-4-5", "--dry-run"]
 JUDGE = ["judge", str(DATA/"completions.parquet"), "--judge", "openai:gpt-5.4-mini", "--dry-run"]
-LABEL, CURATE, SWEEP = ["label", str(DATA), "labels"], ["curate", "labels", "sets"], ["sweep", "--conditions", "base"]
+LABEL, CURATE, SWEEP = ["label", str(DATA), "labels"], ["curate", "labels", "sets"], ["sweep", "--conditions",
+    "base"]
 
 def each(command, options): # "--a 1, --b 2"
     return [[*command, *option.split()] for option in options.split(", ")]
 
 @pytest.mark.parametrize("args", [
-    *each(HOSTED, "--max-cost -1, --max-cost -.01, --max-cost nan, --max-cost inf, --max-cost -inf, --seed -1"),
-    *each(HOSTED, "--concurrency 0, --rpm 0, --tpm 0, --max-tokens 0, --n 0, --over 0, --over nan, --over inf"),
-    *each(HOSTED, "--over -1, --poll nan, --poll inf, --poll -1, --temperature nan, --temperature inf, --temperature -1"),
+    *each(HOSTED, "--max-cost -1, --max-cost -.01, --max-cost nan, --max-cost inf, --max-cost -inf, --seed "
+                  "-1"),
+    *each(HOSTED, "--concurrency 0, --rpm 0, --tpm 0, --max-tokens 0, --n 0, --over 0, --over nan, --over "
+                  "inf"),
+    *each(HOSTED, "--over -1, --poll nan, --poll inf, --poll -1, --temperature nan, --temperature inf, "
+                  "--temperature -1"),
     *each(JUDGE, "--n -1, --repeat -1, --seed -1, --max-cost -1"),
-    *each([*LABEL, "--labeller", "openai:x", "--dry-run"], "--max-cost -1, --max-examples 0, --save-every 0, --end 0"),
+    *each([*LABEL, "--labeller", "openai:x", "--dry-run"],
+          "--max-cost -1, --max-examples 0, --save-every 0, --end 0"),
     *each([*LABEL, "--labeller", "openai:x", "--dry-run"], "--start -1, --max-bad nan, --max-bad 1.5"),
-    *each(LABEL, "--workers 0, --max-cost nan, --gpu-memory 0, --gpu-memory nan, --cpu-cache inf, --engines 0, --context 0"),
-    *each(CURATE, "--budget 0, --length -1, --test nan, --acts 0, --seed -1, --rewriter-seed -1, --workers -2, --max-cost -1"),
+    *each(LABEL, "--workers 0, --max-cost nan, --gpu-memory 0, --gpu-memory nan, --cpu-cache inf, --engines "
+                 "0, --context 0"),
+    *each(CURATE, "--budget 0, --length -1, --test nan, --acts 0, --seed -1, --rewriter-seed -1, --workers "
+                  "-2, --max-cost -1"),
     *each(["data", "problems"], "--train -1, --eval -1, --seed -1, --workers 0"),
     *each(["plan"], "--gpus 0, --gpus -1, --memory nan, --memory 0, --prompt 0"),
     *each(["verl", "out"], "--gpus 0, --nodes 0, --tensor-parallel 0"),
     *each(SWEEP, "--gpus-per-run nan, --cpus-per-run nan, --cpus-per-run inf, --retries -1, --seeds 0,-1"),
     *each(["inspect", JUDGE[1]], "--n -1, --sample-seed -1"),
     *each(["watch", "."], "--every 0, --every -1, --every nan, --every inf"),
-    *(case for c in ("base", "prime", "sft", "ppo", "eval") for case in each([c], f"--seed -1, --seed {2**63}")),
-    *each(["ppo", "--set"], "ppo_steps=0, ppo_steps=-1, eval_samples=0, seeds=-1, ppo_entropy_coef=nan, data_seed=-1"),
-    *each(["ppo", "--set"], "eval_temperature=inf, base_heads=0, base_layers=-1, lora_alpha=nan, prime_budget=0"),
+    *(case for c in ("base", "prime", "sft", "ppo", "eval") for case in each([c],
+        f"--seed -1, --seed {2**63}")),
+    *each(["ppo", "--set"], "ppo_steps=0, ppo_steps=-1, eval_samples=0, seeds=-1, ppo_entropy_coef=nan, "
+                            "data_seed=-1"),
+    *each(["ppo", "--set"], "eval_temperature=inf, base_heads=0, base_layers=-1, lora_alpha=nan, "
+                            "prime_budget=0"),
     *each(["ppo", "--set"], "ppo_max_grad_norm=inf, ppo_kl_coef=inf")], ids=" ".join)
 def test_numbers_that_cannot_be_are_refused_before_anything(monkeypatch, capsys, tmp_path, args):
     monkeypatch.chdir(tmp_path)

@@ -136,7 +136,8 @@ def test_what_is_passed_over_is_said(tmp_path, texts, monkeypatch, capsys):
     main(["label", str(tmp_path/"c"), str(tmp_path/"out"), "--labeller", "openai:gpt-5.4-mini", "--dry-run"])
     assert "2 .jsonl.gz" in capsys.readouterr().err
     (tmp_path/"c"/"a.jsonl").unlink()
-    with pytest.raises(ValueError, match="holds no .parquet, .jsonl or .ndjson file; passed over in .*1 .JSONL"):
+    with pytest.raises(ValueError, match="holds no .parquet, .jsonl or .ndjson file; passed over in .*1 "
+                                         ".JSONL"):
         label_corpus(str(tmp_path/"c"), tmp_path/"none", ONE, progress=False)
     assert not (tmp_path/"none").exists()
     assert passed_over(parquet(tmp_path/"one.parquet", texts)) == {} == passed_over("hub:a/b")
@@ -191,7 +192,7 @@ class Hub:
             self.asked.append(revision)
             return [dict(text=t) for t in self.rows[revision or self.sha]]
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        now = lambda _, name, **how: SimpleNamespace(sha=self.sha)
+        now = lambda _, name, revision=None: SimpleNamespace(sha=revision or self.sha)
         monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", now)
 
     def change(self): self.sha, self.rows["two"] = "two", ["x", "y", "z"]
@@ -207,11 +208,14 @@ def test_a_data_set_on_the_hub_stays_the_one_that_was_labelled(tmp_path, monkeyp
     # goes on with what it began
     label_corpus("hub:some/set", tmp_path/"out", ONE, save_every=2, progress=False)
     noted = lambda: json.loads((tmp_path/"out"/"labels.json").read_text())
-    assert noted()["revision"] == "one" and set(hub.asked) == {"one"}
-    texts = lambda folder: [t.text for s in labelled_shards(tmp_path/folder) for t in read_shard(s)] # for `curate`
+    assert noted()["revision"] == "hub:some/set@one" and set(hub.asked) == {"one"}
+    # for `curate`
+    texts = lambda folder: [t.text for s in labelled_shards(tmp_path/folder) for t in read_shard(s)]
     assert texts("out") == ["a", "b", "c"] and hub.asked[-1] == "one"
     label_corpus("hub:some/set", tmp_path/"new", ONE, save_every=2, progress=False)
     assert texts("new") == ["x", "y", "z"] and hub.asked[-1] == "two"
+    label_corpus("hub:some/set@one", tmp_path/"older", ONE, save_every=2, progress=False) # by name
+    assert texts("older") == ["a", "b", "c"] and hub.asked[-1] == "one"
     without = {k: v for k, v in noted().items() if k != "revision"}
     (tmp_path/"out"/"labels.json").write_text(json.dumps(without))
     with pytest.raises(ValueError, match="does not say which revision of hub:some/set"):
