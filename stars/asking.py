@@ -69,7 +69,8 @@ class Asking:
         extra = _object("--extra", self.extra)
         how = {n: getattr(self, n) for n in ("batch", "max_cost", "concurrency", "rpm", "tpm", "poll", "prices")}
         try: model = llm.Model.parse(name, self.base_url, extra)
-        except ValueError as e: raise ValueError(f"{e}{did_you_mean(name.partition(':')[0], SERVICES)}") from None
+        except ValueError as e:
+            raise ValueError(f"{e}{did_you_mean(name.partition(':')[0], SERVICES)}") from None
         if model.service != "local" or self.ledger.suffix == ".parquet": return model, how # a recorded checkpoint is named as the ledger names it
         if "/" not in model.name and model.name not in models.BASES and not Path(model.name).is_dir():
             raise ValueError(f"{model} is no folder with a checkpoint; a recorded model needs --ledger RECORDING.parquet")
@@ -121,7 +122,9 @@ def _teach(out:Path, teacher:str, condition:str, seed:int, set_:tuple[str, ...],
     check_path(out, "OUT", folder=False)
     check_numbers(0, seed=seed)
     check_numbers(0, 1e6, True, over=over)
-    if condition not in MIXES and condition != "incorrect_only": raise ValueError(f"--mix {condition}: a language model writes {', '.join(MIXES)} or incorrect_only; other controls are made from those{did_you_mean(condition, MIXES)}")
+    if condition not in MIXES and condition != "incorrect_only":
+        raise ValueError(f"--mix {condition}: a language model writes {', '.join(MIXES)} or incorrect_only; "
+                         f"other controls are made from those{did_you_mean(condition, MIXES)}")
     if problems and set_: raise ValueError("--set draws problems and --problems brings its own; leave one out")
     whole(n, "--n", 1)
     mix = ex.Config("cpu").prime_mix if condition == "incorrect_only" else condition
@@ -226,7 +229,9 @@ class Serving:
         self.check()
         asking.check()
         if ":" in name or name == here: return
-        raise ValueError(f"{option} {name!r} is unknown; give {here}, vllm:FOLDER, or service:name with service one of {', '.join(SERVICES)}{did_you_mean(name, (here, 'vllm:', *SERVICES))}")
+        raise ValueError(f"{option} {name!r} is unknown; give {here}, vllm:FOLDER, or service:name with "
+                         f"service one of "
+                         f"{', '.join(SERVICES)}{did_you_mean(name, (here, 'vllm:', *SERVICES))}")
 
     @contextmanager
     def open(self, name:str, asking:Asking, asks:Callable, shards:Callable)->"Iterator[labellers.LLMRows|None]": # None: it was a dry run
@@ -260,7 +265,7 @@ def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], colu
     Example: stars label corpus/ labels --column text
 
     Args:
-        source: a .parquet or .jsonl file, a folder of them, or hub:organisation/name
+        source: a .parquet or .jsonl file, a folder of them, or hub:organisation/name[@REVISION]
         out: folder to write to
         column: with the text
         labeller: rules, vllm:FOLDER (or a hub id; for corpora), or a hosted model, service:name
@@ -280,7 +285,8 @@ def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], colu
     if (by_rules := labeller == "rules") and asking.dry_run: raise ValueError("--dry-run says what a hosted model would cost; the rules cost nothing")
     where = dict(column=column, start=start, end=end, hub_split=hub_split, skip_corrupt=skip_corrupt)
     every = save_every if save_every is not None else 20_000 if by_rules else 10_000 if asking.batch else 500
-    if line := pretraining.passed_over_line(source): print(f"stars: {line}", file=sys.stderr) # before hours of work, or money
+    # before hours of work, or money
+    if line := pretraining.passed_over_line(source): print(f"stars: {line}", file=sys.stderr)
     if by_rules: report = pretraining.label_corpus(source, out, pretraining.rule_labeller(workers), save_every=every, **where)
     else:
         asks = partial(labellers.Labelling, serving.format, max_tokens=asking.max_tokens, temperature=asking.temperature)
@@ -288,7 +294,8 @@ def label(source:tyro.conf.Positional[str], out:tyro.conf.Positional[Path], colu
             if reader is None: return
             report = pretraining.label_corpus(source, out, reader, dict(labeller=labeller) | serving.decides(labeller, asking, labellers.label_instructions(serving.format)), save_every=every, **where)
     missing = "".join(f", {n:,} {why}" for why, n in report["missing"].items())
-    print(f"{out}: {report['labelled']:,} of {report['rows']:,} texts labelled{missing}" + "".join(f"\nskipped: {s}" for s in report["skipped_files"]) + f"\n{line}" * bool(line))
+    print(f"{out}: {report['labelled']:,} of {report['rows']:,} texts labelled{missing}")
+    for s in (*(f"skipped: {f}" for f in report["skipped_files"]), *filter(None, [line])): print(s)
     table = pretraining.read_statistics(out)
     print(pretraining.show_statistics(table).to_string())
     habits = table[(table.by == "all") & (table.n >= 50) & table.label.isin(pretraining.HABIT_NAMES)]

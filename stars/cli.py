@@ -29,7 +29,9 @@ from .countdown import split_of
 from .datasets import read_problems, to_parquet, write_problems
 from .files import write_json
 from .notebooks import BUGS, did_you_mean
-from .options import Bug, Later, Set, check_numbers, check_path, debug, ex, expected, job_of, listed, overrides, said, space_of
+from .options import (Bug, Later, Set, check_numbers, check_path, debug, ex, expected, job_of, listed,
+                           overrides,
+                           said, space_of)
 from .priming import CONDITIONS, METHODS
 from .problems import whole
 
@@ -201,13 +203,16 @@ def sweep(conditions:str, models:str="", seeds:str="", preset:str="cpu", gpus_pe
         runs: folder of the run store, on storage that all machines share
     """
     check_path(runs, "--runs")
-    check_numbers(-1e9, gpus_per_run=gpus_per_run, cpus_per_run=cpus_per_run) # what is out of range, a sweep says
+    # what is out of range, a sweep says
+    check_numbers(-1e9, gpus_per_run=gpus_per_run, cpus_per_run=cpus_per_run)
     try: numbers = [int(x) for x in listed(seeds)]
-    except ValueError: raise ValueError(f"--seeds {seeds!r} is not a list of whole numbers such as 0,1,2") from None
+    except ValueError:
+        raise ValueError(f"--seeds {seeds!r} is not a list of whole numbers such as 0,1,2") from None
     try: sweeps.ray
     except ModuleNotFoundError as e: raise ValueError(f"stars sweep needs Ray ({e}): pip install 'stars[ray]'") from None
     cfg = ex.preset(preset, **overrides(set_))
-    jobs = ex.grid(cfg, listed(models) if models else cfg.models, listed(conditions), numbers if seeds else cfg.seeds, runs)
+    jobs = ex.grid(cfg, listed(models) if models else cfg.models, listed(conditions),
+                   numbers if seeds else cfg.seeds, runs)
     result = sweeps.sweep(jobs, gpus_per_run, cpus_per_run, retries)
     failed = int((result.state == "failed").sum())
     if not sys.stdout.isatty(): print(result.drop(columns="folder").to_string(index=False))
@@ -226,7 +231,9 @@ def _parameters(p:tuple[str, ...])->dict: # name → value
     "Parameters of a notebook, but for those that are options of the command"
     given = {k: _parameter(v) for k, v in overrides(p, "-p").items()}
     for k in given:
-        if k in ("preset", "runs", "figures", "overrides"): raise ValueError(f"-p {k}: that is an option of the command; write --{'set FIELD=VALUE' if k == 'overrides' else f'{k} …'}")
+        if k in ("preset", "runs", "figures", "overrides"):
+            raise ValueError(f"-p {k}: that is an option of the command; write "
+                             f"--{'set FIELD=VALUE' if k == 'overrides' else f'{k} …'}")
     return given
 
 def _check_places(runs:Path, figures:Path):
@@ -253,7 +260,8 @@ def figure(name:tyro.conf.Positional[str], preset:str="cpu", runs:Path=Path("run
     except Exception as e:
         if not hasattr(e, "ename"): raise
         kind = Bug if e.ename in BUGS else RuntimeError
-        raise kind(f"{name} failed: {drawing.failure(e, drawing.executed(name, params))}") from None # papermill's message is a traceback
+        # papermill's message is a traceback
+        raise kind(f"{name} failed: {drawing.failure(e, drawing.executed(name, params))}") from None
     print(f"{figures/drawing.place_of(params)/name}.png\nall figures on one page: {gallery_.gallery(figures).resolve().as_uri()}")
 
 def reproduce(preset:str="cpu", only:str="", runs:Path=Path("runs"), figures:Path=Path("figures"), p:FigureParams=(), set_:Set=()):
@@ -270,7 +278,9 @@ def reproduce(preset:str="cpu", only:str="", runs:Path=Path("runs"), figures:Pat
         figures: folder for the pictures
     """
     _check_places(runs, figures)
-    if only and not listed(only): raise ValueError(f"--only {only!r} names no figure; give a list such as fig_gap,fig_dose, or leave it out for all")
+    if only and not listed(only):
+        raise ValueError(f"--only {only!r} names no figure; give a list such as fig_gap,fig_dose, or leave "
+                         f"it out for all")
     names = tuple(dict.fromkeys(listed(only))) if only else ex.preset(preset, **overrides(set_)).figures
     if drawing.draw_all(names, preset, runs, figures, overrides(set_), **_parameters(p)): sys.exit(1)
 
@@ -351,7 +361,8 @@ Exit status: 0 done, 1 some runs or figures failed, 2 refused or stopped by a na
 Completion: stars --tyro-print-completion bash (or zsh) prints a script for your shell. Version: stars --version"""])
 
 # %% ../nbs/12_cli.ipynb #c040
-_MANY = {"--set": "--set", "-p": "-p", "--param": "-p"} # options that take several values, by their first name
+_MANY = {"--set": "--set", "-p": "-p", "--param": "-p"} # they take several values; by their first names
+_MAY_BE_EMPTY = ("--conditions", "--seeds", "--set", "--param", "--text") # or what is wrong is said later
 
 def _gathered(args:list[str])->list[str]:
     "The command line with the values of an option that stands there several times behind its first place"
@@ -374,10 +385,11 @@ def _arguments(args:list[str])->list[str]:
     for before, a in zip(["stars", *args], args):
         if "\0" in a: raise ValueError(f"{a!r} holds a zero byte, which no name has")
         name, equals, value = a.partition("=") if a.startswith("--") else (before, "", a)
-        if value.strip() or a.startswith("--") and not equals or name in ("--conditions", "--seeds", "--set", "--param", "--text"): continue # a sweep says that its lists are empty
+        if value.strip() or a.startswith("--") and not equals or name in _MAY_BE_EMPTY: continue
         raise ValueError(f"there is nothing behind {name}: is a variable of your shell empty?")
     if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-        raise ValueError(f"{args[0]!r} is no command; `stars --help` names all of them{did_you_mean(args[0], COMMANDS)}")
+        raise ValueError(f"{args[0]!r} is no command; `stars --help` names all of "
+                         f"them{did_you_mean(args[0], COMMANDS)}")
     return _gathered(args)
 
 # %% ../nbs/12_cli.ipynb #c042
@@ -401,16 +413,20 @@ def _tell(
     for bar in list(tqdm._instances): bar.close() # or the message stands behind it
     if show:
         seen, cause = [], e
-        while cause and cause not in seen: # `raise … from None` spares the reader of one line; now all is wanted
+        # `raise … from None` spares the reader of one line; now all is wanted
+        while cause and cause not in seen:
             cause.__suppress_context__ = False
             seen, cause = [*seen, cause], cause.__cause__ or cause.__context__
         traceback.print_exception(e)
     if isinstance(e, KeyboardInterrupt):
-        print("stars: interrupted; the same command goes on from here" + " (a batch that was handed in goes on at its service)" * ("--batch" in args), file=sys.stderr)
+        batch = " (a batch that was handed in goes on at its service)" if "--batch" in args else ""
+        print(f"stars: interrupted; the same command goes on from here{batch}", file=sys.stderr)
         return 130
     print(f"stars: {said(e)}", file=sys.stderr)
     if expected(e): return 2
-    print("this is a bug in stars" + ("; please report it with what stands above" if show else "; run again with --debug, which shows where, and please report it"), file=sys.stderr)
+    again = "please report it with what stands above"
+    how = again if show else "run again with --debug, which shows where, and please report it"
+    print(f"this is a bug in stars; {how}", file=sys.stderr)
     return 70
 
 # %% ../nbs/12_cli.ipynb #c043
@@ -424,6 +440,8 @@ def main(
     try:
         if given in ([], ["-h"], ["--help"]): print(overview())
         elif given == ["--version"]: print(f"stars {__version__}")
-        else: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="stars", description=ABOUT, args=_arguments(given))
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="stars", description=ABOUT,
+                                                 args=_arguments(given))
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as e: sys.exit(_tell(e, show, given))

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from math import ceil, isfinite
+from pathlib import Path
 
 from .countdown import TEMPLATES, Problem, messages
 from .models import BOS, file_digest
@@ -245,13 +246,15 @@ class Config:
         return self
 
 def _check_numbers(cfg:Config):
-    "Raise ValueError for a number that no trainer looks at, and that cannot be; and for lists that name something twice, or nothing"
+    "Raise ValueError for a number that no trainer looks at, and for lists with nothing, or something twice"
     for f in fields(cfg):
         v = getattr(cfg, f.name)
-        if any(isinstance(x, float) and not isfinite(x) for x in (v if isinstance(v, tuple) else [v])): raise ValueError(f"{f.name}={v} must be finite")
+        if any(isinstance(x, float) and not isfinite(x) for x in (v if isinstance(v, tuple) else [v])):
+            raise ValueError(f"{f.name}={v} must be finite")
     for f in ("base_hidden", "base_layers", "base_heads", "base_ffn", "prime_budget"):
         if getattr(cfg, f) < 1: raise ValueError(f"{f}={getattr(cfg, f)} must be at least 1")
-    for f in ("base_val", "data_seed", "base_seed", "corpus_seed", "curate_seed", "eval_seed", "ppo_entropy_coef"):
+    for f in ("base_val", "data_seed", "base_seed", "corpus_seed", "curate_seed", "eval_seed",
+              "ppo_entropy_coef"):
         if getattr(cfg, f) < 0: raise ValueError(f"{f}={getattr(cfg, f)} must be at least 0")
     if cfg.lora_alpha <= 0: raise ValueError(f"lora_alpha={cfg.lora_alpha} must be above 0")
     for f in ("models", "seeds", "figures"): check_list(f, getattr(cfg, f))
@@ -265,9 +268,11 @@ def check_list(
 ):
     "Raise ValueError for a list that is none, is empty, or names something twice"
     if not isinstance(given, (list, tuple, range)):
-        raise ValueError(f"{name}={given!r} must be a list, e.g. {name}={json.dumps(str(given).split(',') if name != 'seeds' else [0, 1])}")
+        raise ValueError(f"{name}={given!r} must be a list, e.g. "
+                         f"{name}={json.dumps(str(given).split(',') if name != 'seeds' else [0, 1])}")
     if not given and not empty: raise ValueError(f"{name} is empty; name at least one")
-    if again := [x for i, x in enumerate(given) if not twice and x in given[:i]]: raise ValueError(f"{name}: {again[0]!r} is there twice; list each once")
+    if again := [x for i, x in enumerate(given) if not twice and x in given[:i]]:
+        raise ValueError(f"{name}: {again[0]!r} is there twice; list each once")
 
 ELSEWHERE = dict(base_batch_size="base_batch", base_max_length="base_context", cpt_micro_tokens="sft_micro_tokens") # fields that are not prefix_name
 
@@ -302,7 +307,9 @@ def preset(
     **overrides,  # fields of `Config`; strings are converted to the field's type
 )->Config: # validated
     "A named configuration, with some fields changed"
-    if name not in PRESETS: raise ValueError(f"preset={name!r} is unknown; choose one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is unknown; choose one of "
+                         f"{', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     base = PRESETS[name]
     for k in overrides:
         if k not in {f.name for f in fields(Config)} - {"preset"}:
@@ -321,7 +328,8 @@ def _as(value, like, name:str):
         if isinstance(like, tuple):
             items = [x.strip() for x in value.split(",") if x.strip()] if isinstance(value, str) else value
             return tuple(_as(x, like[0], name) for x in items)
-        if isinstance(value, bool) or isinstance(like, str) and (value is None or isinstance(value, (int, float, list, dict))): raise ValueError
+        if isinstance(value, bool) or isinstance(like, str) and not isinstance(value, (str, Path)):
+            raise ValueError
         if isinstance(like, int) and float(value) != int(float(value)): raise ValueError
         return type(like)(float(value)) if isinstance(like, int) else type(like)(value)
     except (KeyError, ValueError, TypeError, OverflowError): raise ValueError(f"{name}={value!r} is no {_KINDS.get(type(like), 'text')}") from None

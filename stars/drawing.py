@@ -23,7 +23,8 @@ from .experiments import progress_of, run_jobs
 from .files import replacing
 from .gallery import gallery
 from .models import BASES
-from .notebooks import BUGS, check_parameters, did_you_mean, figure_notebook, notebook_defaults, run_notebook
+from .notebooks import (BUGS, check_parameters, did_you_mean, figure_notebook, notebook_defaults,
+                             run_notebook)
 from .progress import Progress
 from .sources import Study
 from .stages import Job
@@ -145,7 +146,10 @@ def draw_all(
 )->dict[str, str]: # "PLACE/NAME" → error, of those that failed
     "Draw figures one after the other, whatever becomes of one, and write the page of all figures"
     known = {name: notebook_defaults(figure_notebook(name)) for name in names} # a wrong name or parameter is told before hours of work
-    if strange := [k for k in given if not any(k in v for v in known.values())]: raise ValueError(f"none of these figures has a parameter {strange[0]!r}; they know {', '.join(every := dict.fromkeys(k for v in known.values() for k in v))}{did_you_mean(strange[0], every)}")
+    every = dict.fromkeys(k for v in known.values() for k in v)
+    if strange := [k for k in given if k not in every]:
+        raise ValueError(f"none of these figures has a parameter {strange[0]!r}; they know {', '.join(every)}"
+                         f"{did_you_mean(strange[0], every)}")
     start, failed, rows = time.time(), {}, [("figure", "minutes", "result")]
     mine = {name: {k: v for k, v in given.items() if k in known[name]} for name in names if given.get("source", "own") == "own" or "source" in known[name]}
     progress = progress_of(jobs_of(mine, preset, runs, figures, overrides))

@@ -358,7 +358,8 @@ def progress_of(
     ordered = sorted(dict.fromkeys(jobs), key=weight, reverse=True)
     return Progress(ordered, [j for j in ordered if not there[j.cfg, j.model]])
 
-_SLIPS = (KeyError, IndexError, TypeError, AttributeError, NameError, AssertionError) # whose words alone say nothing
+# whose words alone say nothing
+_SLIPS = (KeyError, IndexError, TypeError, AttributeError, NameError, AssertionError)
 
 def run_jobs(
     jobs:Sequence[Job],           # what to build
@@ -373,7 +374,9 @@ def run_jobs(
     failed = {j: f.exception() for j, f in done.items() if f.exception()}
     died = [j for j, e in failed.items() if isinstance(e, BrokenProcessPool)]
     for j, e in failed.items():
-        if j not in died: print(f"{j.name} failed: {type(e).__name__ + ': ' if isinstance(e, _SLIPS) else ''}{e}", file=sys.stderr)
+        if j not in died:
+            print(f"{j.name} failed: {type(e).__name__ + ': ' if isinstance(e, _SLIPS) else ''}{e}",
+                  file=sys.stderr)
     if died: raise RuntimeError("a worker process died: killed for want of memory (then close something, or give it fewer cores, as in `taskset -c 0 stars …`), or by what it wrote above; what is complete is kept, and the same command goes on")
     return {j: done[j].result() for j in jobs} # raises the first failure, after all the others have finished
 
@@ -427,7 +430,9 @@ def grid(
     runs:str|Path="runs",      # folder of the run store
 )->list[Job]: # one per combination
     "The jobs of an experiment; ValueError for a list that is none, or empty"
-    for what, given in dict(models=models, conditions=conditions, seeds=seeds).items(): check_list(what, given, twice=True) # a sweep refuses it by the name of the job
+    # a sweep refuses it by the name of the job
+    for what, given in dict(models=models, conditions=conditions, seeds=seeds).items():
+        check_list(what, given, twice=True)
     return [Job(cfg, m, c, s, str(runs)) for m, c, s in product(models, conditions, seeds)]
 
 def results(

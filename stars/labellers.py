@@ -201,8 +201,10 @@ class Labelling:
     def __post_init__(self):
         empty = self.request("")
         if self.most < 1: raise ValueError(f"most={self.most}: a labeller has to see at least 1 token of a text")
-        if self.context is not None and self.context < 1: raise ValueError(f"context={self.context} must be at least 1 token, or left out")
-        if self.temperature is not None and not 0 <= self.temperature < inf: raise ValueError(f"temperature={self.temperature} must be at least 0, and finite")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"context={self.context} must be at least 1 token, or left out")
+        if self.temperature is not None and not 0 <= self.temperature < inf:
+            raise ValueError(f"temperature={self.temperature} must be at least 0, and finite")
         if self.tokenizer and self.context: object.__setattr__(self, "most", min(self.most, text_room(chat_tokenizer(self.tokenizer), empty, self.context)))
 
     def request(self, text:str)->Request: return label_request(text, self.format, self.max_tokens, self.temperature, self.sample)
@@ -253,7 +255,8 @@ def model_context(
     "How many tokens fit into a model; raises ValueError if more are wanted"
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     has = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and context < 1: raise ValueError(f"context={context} must be at least 1 token, or left out")
+    if context is not None and context < 1:
+        raise ValueError(f"context={context} must be at least 1 token, or left out")
     if not (context or has): raise ValueError(f"{model} does not say how long its context is; give context=…")
     if has and context and context > has: raise ValueError(f"context={context:,}: {model} has room for {has:,} tokens; lower it")
     return context or has
@@ -415,7 +418,9 @@ def offline_replies(
     model = str(model)
     for name, x in dict(engines=engines, tensor_parallel=tensor_parallel, batch=batch, under_way=under_way).items():
         if x < 1: raise ValueError(f"{name}={x} must be at least 1")
-    if not 0 < memory <= 1: raise ValueError(f"memory={memory} is the share of a GPU that an engine takes; choose one above 0 and up to 1")
+    if not 0 < memory <= 1:
+        raise ValueError(f"memory={memory} is the share of a GPU that an engine takes; choose one above 0 "
+                         f"and up to 1")
     if not 0 < cache < 1e6: raise ValueError(f"cache={cache} is in GiB; choose a number above 0")
     tok, rows = chat_tokenizer(model), _Rows(requests_of, model, model_context(model, context), chat or {})
     if not (ends := _ends(model, tok)): raise ValueError(f"the tokenizer of {model} has no eos_token, so no reply would ever end; set one in its tokenizer_config.json")

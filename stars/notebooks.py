@@ -26,7 +26,9 @@ class _Aloud:
     def flush(self): sys.stderr.flush()
 
 # %% ../nbs/10a_notebooks.ipynb #c003
-BUGS = ("KeyError", "IndexError", "TypeError", "AttributeError", "NameError", "UnboundLocalError", "AssertionError", "ZeroDivisionError", "OverflowError", "NotImplementedError", "RecursionError") # by which a kernel tells that nobody foresaw something
+# by which a kernel tells that nobody foresaw something
+BUGS = ("KeyError", "IndexError", "TypeError", "AttributeError", "NameError", "UnboundLocalError",
+        "AssertionError", "ZeroDivisionError", "OverflowError", "NotImplementedError", "RecursionError")
 
 def did_you_mean(
     name:str,            # that nobody knows
@@ -44,7 +46,9 @@ def figure_notebook(
     "A figure notebook that travels with the package"
     root = Path(str(files("stars")))
     found = {p.stem: p for folder in (root/"figures", root.parent/"nbs"/"figures") for p in sorted(folder.glob("fig_*.ipynb"))}
-    if name not in found: raise ValueError(f"figure={name!r} is unknown; choose one of {', '.join(found) or '(none found)'}{did_you_mean(name, found)}")
+    if name not in found:
+        raise ValueError(f"figure={name!r} is unknown; choose one of "
+                         f"{', '.join(found) or '(none found)'}{did_you_mean(name, found)}")
     return found[name]
 
 def go_home()->Path: # the current folder, from now on
@@ -60,16 +64,22 @@ def _parameter_cell(
     "Raises ValueError where there is none, or no notebook"
     import nbformat
     try: nb = nbformat.read(str(notebook), as_version=4)
-    except (ValueError, nbformat.ValidationError) as e: raise ValueError(f"{notebook} is no notebook: {' '.join(str(e).split()):.200}") from None
-    except (KeyError, AttributeError, TypeError): raise ValueError(f"{notebook} is no notebook: its JSON has another form") from None
+    except (ValueError, nbformat.ValidationError) as e:
+        raise ValueError(f"{notebook} is no notebook: {' '.join(str(e).split()):.200}") from None
+    except (KeyError, AttributeError, TypeError):
+        raise ValueError(f"{notebook} is no notebook: its JSON has another form") from None
     named = [nb.metadata.get(k) or {} for k in ("language_info", "kernelspec")]
     language = named[0].get("name") or named[1].get("language") or "python"
     if language.lower() not in ("python", "ipython"):
-        raise ValueError(f"{notebook} is written in {language}; only Python notebooks are run with parameters")
+        raise ValueError(f"{notebook} is written in {language}; only Python notebooks are run with "
+                         f"parameters")
     tagged = [c for c in nb.cells if "parameters" in (c.metadata.get("tags") or ())]
-    if not tagged: raise ValueError(f"{notebook} has no cell tagged `parameters`; papermill would ignore every parameter")
+    if not tagged:
+        raise ValueError(f"{notebook} has no cell tagged `parameters`; papermill would ignore every "
+                         f"parameter")
     if tagged[0].cell_type != "code":
-        raise ValueError(f"{notebook}: the cell tagged `parameters` is a {tagged[0].cell_type} cell; tag the code cell that sets them")
+        raise ValueError(f"{notebook}: the cell tagged `parameters` is a {tagged[0].cell_type} cell; tag "
+                         f"the code cell that sets them")
     return tagged[0].source
 
 def _parsed(source:str)->list[ast.stmt]:
@@ -78,7 +88,8 @@ def _parsed(source:str)->list[ast.stmt]:
     except SyntaxError: from IPython.core.inputtransformer2 import TransformerManager
     return ast.parse(TransformerManager().transform_cell(re.sub(r"\A\s*%%.*\n?", "", source))).body
 
-def _set_by(statements:Iterable, sure:bool=True)->Iterator[tuple[str, ast.expr|None]]: # name, and its value; None: it depends
+# name, and its value; None: it depends
+def _set_by(statements:Iterable, sure:bool=True)->Iterator[tuple[str, ast.expr|None]]:
     "The names that statements set, in order; what functions and classes keep to themselves is left out"
     for s in statements:
         if isinstance(s, ast.Assign):
@@ -86,7 +97,8 @@ def _set_by(statements:Iterable, sure:bool=True)->Iterator[tuple[str, ast.expr|N
         elif isinstance(s, ast.AnnAssign) and s.value: yield from _bound(s.target, s.value if sure else None)
         elif isinstance(s, ast.AugAssign): yield from _bound(s.target, None)
         elif not isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            inside = (c for c in ast.iter_child_nodes(s) if isinstance(c, (ast.stmt, ast.ExceptHandler, ast.match_case)))
+            inside = (c for c in ast.iter_child_nodes(s)
+                      if isinstance(c, (ast.stmt, ast.ExceptHandler, ast.match_case)))
             yield from _set_by(inside, isinstance(s, (ast.With, ast.AsyncWith)) and sure)
 
 def _bound(target:ast.expr, value:ast.expr|None)->Iterator[tuple[str, ast.expr|None]]:
@@ -95,7 +107,8 @@ def _bound(target:ast.expr, value:ast.expr|None)->Iterator[tuple[str, ast.expr|N
     if not isinstance(target, (ast.Tuple, ast.List)): return
     each = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
     each = each and not any(isinstance(x, ast.Starred) for x in (*target.elts, *value.elts))
-    for i, t in enumerate(target.elts): yield from _bound(getattr(t, "value", t), value.elts[i] if each else None)
+    for i, t in enumerate(target.elts):
+        yield from _bound(getattr(t, "value", t), value.elts[i] if each else None)
 
 # %% ../nbs/10a_notebooks.ipynb #c022
 def _parameters(
@@ -105,7 +118,7 @@ def _parameters(
     try: return dict(_set_by(_parsed(_parameter_cell(notebook))))
     except (SyntaxError, RecursionError, MemoryError) as e:
         why = f"line {e.lineno or 1}: {e.msg}" if isinstance(e, SyntaxError) else "it is nested too deeply"
-        raise ValueError(f"{notebook}: the cell tagged `parameters` cannot be read as Python ({why})") from None
+        raise ValueError(f"{notebook}: its parameters cannot be read as Python ({why})") from None
 
 def notebook_defaults(
     notebook:str|Path, # with one cell tagged `parameters`
@@ -120,9 +133,11 @@ def _literal(notebook:str|Path, name:str, value:ast.expr|None):
     "A value that stands in the notebook as it is"
     try:
         if value is not None: return ast.literal_eval(value)
-    except (ValueError, TypeError, RecursionError, MemoryError): pass # no literal: what it is, only the kernel can say
+    # no literal: what it is, only the kernel can say
+    except (ValueError, TypeError, RecursionError, MemoryError): pass
     what = f"`{ast.unparse(value):.80}`" if value is not None else "set by several lines, or only sometimes"
-    raise ValueError(f"{Path(notebook).name}: the default of {name!r} is {what}, which is known only when the notebook runs; write it as a plain value")
+    raise ValueError(f"{Path(notebook).name}: the default of {name!r} is {what}, which is known only when "
+                     f"the notebook runs; write it as a plain value")
 
 def _check_names(
     notebook:str|Path,   # for the message
@@ -131,7 +146,9 @@ def _check_names(
 ):
     "Raise ValueError on a parameter that is not there"
     for k in given:
-        if k not in known: raise ValueError(f"{Path(notebook).name} has no parameter {k!r}; it knows {', '.join(known) or 'none'}{did_you_mean(k, known)}")
+        if k not in known:
+            raise ValueError(f"{Path(notebook).name} has no parameter {k!r}; it knows "
+                             f"{', '.join(known) or 'none'}{did_you_mean(k, known)}")
 
 def check_parameters(
     notebook:str|Path,  # with one cell tagged `parameters`
@@ -141,7 +158,8 @@ def check_parameters(
     _check_names(notebook, parameters, _parameters(notebook))
 
 # %% ../nbs/10a_notebooks.ipynb #c024
-def _no_false_alarm(record:logging.LogRecord)->bool: return not record.getMessage().startswith(("Passed unknown parameter", "Unable to parse line"))
+def _no_false_alarm(record:logging.LogRecord)->bool:
+    return not record.getMessage().startswith(("Passed unknown parameter", "Unable to parse line"))
 
 def run_notebook(
     notebook:str|Path,   # with one cell tagged `parameters`
@@ -151,7 +169,8 @@ def run_notebook(
 )->Path: # `out`
     "Execute a parameterized notebook in the current folder; unknown parameters are errors"
     check_parameters(notebook, parameters)
-    if Path(out).exists() and Path(out).samefile(notebook): raise ValueError(f"{out} is the notebook itself; give the executed one another name")
+    if Path(out).exists() and Path(out).samefile(notebook):
+        raise ValueError(f"{out} is the notebook itself; give the executed one another name")
     import papermill as pm
     from jupyter_client.kernelspec import NoSuchKernel
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +179,9 @@ def run_notebook(
     plain = (str(p).replace("{", "{{").replace("}", "}}") for p in (notebook, out))
     try: pm.execute_notebook(*plain, parameters, kernel_name="python3", language="python", cwd=os.getcwd(),
                              stderr_file=_Aloud(), progress_bar=sys.stderr.isatty(),
-                             extra_arguments=["--IPKernelApp.log_level=ERROR"]) # it warns of connections that are not encrypted, and they are to this machine
-    except NoSuchKernel: raise RuntimeError(f"{Path(notebook).name} needs the Jupyter kernel python3, which is not installed here: python -m ipykernel install --sys-prefix") from None
+                             # it warns of connections that are not encrypted, and they are to this machine
+                             extra_arguments=["--IPKernelApp.log_level=ERROR"])
+    except NoSuchKernel:
+        raise RuntimeError(f"{Path(notebook).name} needs the Jupyter kernel python3, which is not installed "
+                           f"here: python -m ipykernel install --sys-prefix") from None
     return Path(out)

@@ -13,7 +13,7 @@ import traceback
 from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from sysconfig import get_paths
 from typing import Annotated
@@ -44,7 +44,8 @@ def overrides(
     for i in items:
         name, equals, value = i.partition("=")
         if not equals or not name.strip(): raise ValueError(f"{option} {i!r} is not of the form field=value")
-        if out.setdefault(name := name.strip(), value) != value: raise ValueError(f"{option} gives {name} twice, as {out[name]} and as {value}; leave one out")
+        if out.setdefault(name := name.strip(), value) != value:
+            raise ValueError(f"{option} gives {name} twice, as {out[name]} and as {value}; leave one out")
     return out
 
 def listed(
@@ -71,7 +72,9 @@ _SPACE = dict(n_numbers=_ints, weights=_floats, min_number=int, max_number=int, 
 def space_of(name:str, changes:dict[str, str], exclude:Path|None)->Space:
     "A named space with some fields changed"
     for k, v in changes.items():
-        if k not in _SPACE: raise ValueError(f"--set {k}={v}: problems have no field {k!r}; choose from {', '.join(_SPACE)}{did_you_mean(k, _SPACE)}")
+        if k not in _SPACE:
+            raise ValueError(f"--set {k}={v}: problems have no field {k!r}; choose from "
+                             f"{', '.join(_SPACE)}{did_you_mean(k, _SPACE)}")
         try: changes = changes | {k: _SPACE[k](v)}
         except ValueError: raise ValueError(f"--set {k}={v}: {v!r} is not a number, or a list of numbers such as 3,4") from None
     if "n_numbers" in changes: changes = dict(weights=None) | changes
@@ -89,8 +92,11 @@ def check_numbers(
 ):
     "Raise ValueError for a number that is out of range, infinite or none"
     for name, v in values.items():
-        if v is None or (isinstance(v, int) or isfinite(v)) and (least < v if above else least <= v) and v <= most: continue
-        wanted = "that is finite" if v in (inf, -inf) or v != v else f"{'above' if above else 'of at least'} {least:g}" + (f" and at most {most:g}" if most != _MOST or v > most else "")
+        if v is None: continue
+        finite = isinstance(v, int) or isfinite(v)
+        if finite and (least < v if above else least <= v) and v <= most: continue
+        wanted = f"{'above' if above else 'of at least'} {least:g}" if finite else "that is finite"
+        if finite and (most != _MOST or v > most): wanted += f" and at most {most:g}"
         raise ValueError(f"--{name.strip('_').replace('_', '-')} {v}: give a number {wanted}")
 
 def check_path(
@@ -101,19 +107,29 @@ def check_path(
 ):
     "Raise ValueError where no such folder or file can be"
     where = Path(os.path.abspath(path))
-    if any(len(os.fsencode(p)) > 230 for p in where.parts) or len(os.fsencode(where)) > 3_500: raise ValueError(f"{option} {str(path)[:40]!r}… is too long for a name; choose a shorter one")
-    if where.exists() and where.is_dir() != folder: raise ValueError(f"{option} {str(path)!r} is a {'file' if folder else 'folder'}; name a {'folder' if folder else 'file'}")
+    if any(len(os.fsencode(p)) > 230 for p in where.parts) or len(os.fsencode(where)) > 3_500:
+        raise ValueError(f"{option} {str(path)[:40]!r}… is too long for a name; choose a shorter one")
+    if where.exists() and where.is_dir() != folder:
+        raise ValueError(f"{option} {str(path)!r} is a {'file' if folder else 'folder'}; name a "
+                         f"{'folder' if folder else 'file'}")
     there = next((p for p in (path, *path.parents) if p.exists()), where.parent)
-    if there != path and not there.is_dir(): raise ValueError(f"{option} {str(path)!r}: {there} is a file, so nothing can lie in it")
-    if write and not os.access(there, os.W_OK): raise ValueError(f"{option} {str(path)!r}: {there} may not be written to")
+    if there != path and not there.is_dir():
+        raise ValueError(f"{option} {str(path)!r}: {there} is a file, so nothing can lie in it")
+    if write and not os.access(there, os.W_OK):
+        raise ValueError(f"{option} {str(path)!r}: {there} may not be written to")
 
 # %% ../nbs/12_options.ipynb #c016
-_SLIPS = (KeyError, IndexError, TypeError, AttributeError, NameError, AssertionError, ArithmeticError, NotImplementedError, RecursionError) # of whoever wrote the program
-_READERS = {"datasets", "fsspec", "gguf", "huggingface_hub", "json", "nbclient", "nbformat", "papermill", "pyarrow", "ray", "safetensors", "sqlite3", "tokenizers", "transformers", "vllm"}
+# of whoever wrote the program
+_SLIPS = (KeyError, IndexError, TypeError, AttributeError, NameError, AssertionError, ZeroDivisionError,
+          OverflowError, NotImplementedError, RecursionError)
+_SURROUNDINGS = (OSError, MemoryError, UnicodeError, KeyboardInterrupt)
+_READERS = {"datasets", "fsspec", "gguf", "huggingface_hub", "json", "nbclient", "nbformat", "papermill",
+            "pyarrow", "ray", "safetensors", "sqlite3", "tokenizers", "transformers", "vllm"}
 _NETWORK = {"aiohttp", "anthropic", "httpcore", "httpx", "httpx2", "openai", "requests", "ssl", "urllib3"}
-_HERE, _LIBRARIES = Path(str(files("stars"))).resolve(), [Path(p).resolve() for k, p in get_paths().items() if "lib" in k]
-
-_MACHINE = re.compile(r"out of memory|can't allocate memory|CUDA driver|CUDA initialization|No CUDA GPUs") # in a RuntimeError of PyTorch
+_HERE = Path(str(files("stars"))).resolve()
+_LIBRARIES = [Path(p).resolve() for kind, p in get_paths().items() if "lib" in kind]
+# in a RuntimeError of PyTorch
+_MACHINE = re.compile(r"out of memory|can't allocate memory|CUDA driver|CUDA initialization|No CUDA GPUs")
 _MACHINES = ("OutOfMemoryError", "DistBackendError", "DistNetworkError", "DistStoreError")
 
 class Bug(Exception): "Something that went wrong in a notebook, and is nobody's mistake but ours"
@@ -125,11 +141,13 @@ def debug()->bool: # show tracebacks?
 def _frames(e:BaseException)->list[tuple[str, int, str, str]]: # file, line, function, code
     "Where an exception went through, the place that raised it last; also in another process"
     if text := getattr(e.__cause__, "tb", ""): # of a process pool
-        return [(f, int(n), fn, code) for f, n, fn, code in re.findall(r'  File "(.+)", line (\d+), in (.+)\n +(.*)', text)]
+        found = re.findall(r'  File "(.+)", line (\d+), in (.+)\n +(.*)', text)
+        return [(file, int(line), name, code) for file, line, name, code in found]
     return [(f.filename, f.lineno or 0, f.name, f.line or "") for f in traceback.extract_tb(e.__traceback__)]
 
 def _package(file:str)->str: # "stars", "numpy" …; "" for a file of the user's own
     "Whose code a file is"
+    if "/" in file and not os.path.isabs(file): return file.split("/")[0] # compiled, as pyarrow/error.pxi
     path = Path(file).resolve()
     if path.is_relative_to(_HERE): return "stars"
     inside = [path.relative_to(p).parts for p in _LIBRARIES if path.is_relative_to(p)]
@@ -140,15 +158,17 @@ def expected(
     e:BaseException,
 )->bool: # False: it is a bug
     "Is an error about what was asked for, or about this machine and its network?"
-    root, frames = type(e).__module__.split(".")[0], _frames(e)
-    if isinstance(e, (OSError, MemoryError, UnicodeError, KeyboardInterrupt)) or type(e).__name__ in _MACHINES or root in _NETWORK: return True
+    root, frames, words = type(e).__module__.split(".")[0], _frames(e), str(e).strip()
+    if isinstance(e, _SURROUNDINGS) or type(e).__name__ in _MACHINES: return True
     if isinstance(e, ImportError): return not (e.name or "").startswith("stars")
     if isinstance(e, _SLIPS): return False
-    if root in _READERS: return True
-    if not isinstance(e, (ValueError, RuntimeError, LookupError)) or not str(e).strip(): return False
-    if isinstance(e, RuntimeError) and _MACHINE.search(str(e)): return True
+    if root in _READERS | _NETWORK: return True
+    if not words or not isinstance(e, (ValueError, RuntimeError, LookupError, FloatingPointError)):
+        return False
+    if isinstance(e, RuntimeError) and _MACHINE.search(words): return True
     file, _, _, code = frames[-1] if frames else ("", 0, "", "")
-    return _package(file) in _READERS or _package(file) in ("stars", "") and (not code or bool(re.search(r"\braise\b", code)))
+    raised = not code or re.search(r"\braise\b", code) is not None
+    return _package(file) in _READERS or raised and _package(file) in ("stars", "")
 
 def ours(e:BaseException)->bool: # or a library's
     "Are an error's words our own?"
@@ -157,12 +177,15 @@ def ours(e:BaseException)->bool: # or a library's
 def place(e:BaseException)->str: # "stars/evals.py, line 12, in summarize"; "" where no code of ours took part
     "Where in our code an error arose"
     mine = [f for f in _frames(e) if _package(f[0]) == "stars"]
-    return f"stars/{Path(mine[-1][0]).resolve().relative_to(_HERE)}, line {mine[-1][1]}, in {mine[-1][2]}" if mine else ""
+    if not mine: return ""
+    file, line, name, _ = mine[-1]
+    return f"stars/{Path(file).resolve().relative_to(_HERE)}, line {line}, in {name}"
 
 def said(e:BaseException)->str: # one line, as far as its words are
     "What is printed of an error"
     name, text, where = type(e).__name__, str(e).strip(), place(e)
     if isinstance(e, Bug): return text
     if isinstance(e, MemoryError): text = text or "there is not enough memory"
-    elif expected(e) and text and (isinstance(e, OSError) or ours(e) and not isinstance(e, UnicodeError)): return text
+    elif expected(e) and text and not isinstance(e, UnicodeError) and (isinstance(e, OSError) or ours(e)):
+        return text
     return f"{name}{': ' * bool(text)}{text}{f' ({where})' * bool(where)}"

@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .behaviors import HABIT_NAMES, RULES_VERSION, count_behaviors, false_positives, wilson
-from .files import SUFFIXES, check_settings, data_files, held, hub_rows, replacing, write_json, write_table
+from .files import (SUFFIXES, check_settings, data_files, held, hub_rows, replacing, write_json,
+                         write_table)
 from .phrases import RULES, Rule
 from .workers import cores, processes
 
@@ -148,10 +149,12 @@ def _window(pieces:Iterable[tuple[str, int, int, tuple|None]], column:str, start
 def _files(source:str|Path)->list[Path]:
     "The files of a corpus; where there are none, the error says what is there instead"
     try: return data_files(source)
-    except ValueError as e: raise ValueError(f"{e}{f'; {line}' if (line := passed_over_line(source)) else ''}") from None
+    except ValueError as e:
+        raise ValueError(f"{e}{f'; {line}' if (line := passed_over_line(source)) else ''}") from None
 
 def plan_shards(
-    source:str,             # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name`
+    # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name[@REVISION]`
+    source:str,
     column:str="text",      # with the text
     every:int=20_000,       # rows of a shard, at most
     start:int=0,            # first row wanted
@@ -159,12 +162,11 @@ def plan_shards(
     hub_split:str="train",  # split of a data set on the Hub
     skip_corrupt:bool=False,# leave out files that cannot be opened
     skipped:list|None=None, # where to note them
-    revision:str="",        # of a data set on the Hub, from `hub_revision`; "": the newest
 )->Iterator[Shard]:
     "The pieces of a corpus in order; ValueError or LookupError name what is wrong with a file"
     if every < 1: raise ValueError(f"save_every={every} must be at least 1")
     if start < 0 or end is not None and end <= start: raise ValueError(f"start={start}, end={end}: give 0 <= start < end")
-    if source.startswith("hub:"): return _window(_hub_pieces(source, column, every, hub_split, revision), column, start, end, skip_corrupt)
+    if source.startswith("hub:"): return _window(_hub_pieces(source, column, every, hub_split), column, start, end, skip_corrupt)
     def pieces():
         for f in _files(source):
             try: yield from ((str(f), n, begin, None) for n, begin in _rows_of(f, column, every))
@@ -173,9 +175,9 @@ def plan_shards(
                 if skipped is not None: skipped.append(str(e))
     return _window(pieces(), column, start, end, skip_corrupt)
 
-def _hub_pieces(source:str, column:str, every:int, split:str, revision:str)->Iterator[tuple[str, int, int, tuple]]:
+def _hub_pieces(source:str, column:str, every:int, split:str)->Iterator[tuple[str, int, int, tuple]]:
     "A data set on the Hub, streamed"
-    rows = iter(pinned_rows(source, split, revision) if revision else hub_rows(source, split))
+    rows = iter(pinned_rows(source, split) if "@" in source else hub_rows(source, split))
     while piece := list(islice(rows, every)):
         if column not in piece[0]: raise LookupError(f"{source} has no column {column!r}; choose one of {', '.join(piece[0])} (--column)")
         yield source, len(piece), 0, tuple(r.get(column) for r in piece)
@@ -191,11 +193,13 @@ def passed_over(
     if str(source).startswith("hub:") or not folder.is_dir(): return {}
     out = {}
     for f in sorted(folder.rglob("*")):
-        name, suffix = f.relative_to(folder), f.suffix if f.suffix not in _PACKED else "".join(f.suffixes[-2:])
+        name, suffix = f.relative_to(folder), f.suffix
+        if suffix in _PACKED: suffix = "".join(f.suffixes[-2:])
         hidden, link = any(p.startswith(".") for p in name.parts), f.is_symlink() and not f.is_file()
         if f.is_dir() and not link or not hidden and not link and f.suffix in SUFFIXES: continue
         if hidden and not suffix.lower().startswith((*SUFFIXES, ".json")): continue
-        kind = "linked folder" if link and f.is_dir() else "broken link" if link else f"hidden {suffix}" if hidden else suffix or "file without a suffix"
+        kind = f"hidden {suffix}" if hidden else suffix or "file without a suffix"
+        if link: kind = "linked folder" if f.is_dir() else "broken link"
         out.setdefault(kind, []).append(str(name))
     return out
 
@@ -203,9 +207,11 @@ def passed_over_line(
     source:str|Path, # a corpus
 )->str: # "": nothing was
     "The same in words"
-    there = passed_over(source)
-    kinds = [f"{len(names):,} {kind} ({', '.join(names[:3])}{', …' * (len(names) > 3)})" for kind, names in there.items()]
-    return f"passed over in {source}: {', '.join(kinds)}. Read are {', '.join(SUFFIXES)}: unpack or convert what belongs to the corpus" if kinds else ""
+    if not (there := passed_over(source)): return ""
+    first = lambda names: ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    kinds = ", ".join(f"{len(names):,} {kind} ({first(names)})" for kind, names in there.items())
+    wanted = f"Read are {', '.join(SUFFIXES)}: unpack or convert what is wanted"
+    return f"passed over in {source}: {kinds}. {wanted}"
 
 # %% ../nbs/09_pretraining.ipynb #c011
 _LINE = r"(?<![a-z0-9,;'] )(?<![a-z0-9'])" # where a sentence or a line begins
@@ -355,33 +361,38 @@ def show_statistics(
 
 # %% ../nbs/09_pretraining.ipynb #c033
 def hub_revision(
-    source:str, # `hub:organisation/name`
-)->str: # commit of a data set on the Hub; of a folder of that name, which is read instead, what its content is
-    "What a data set is at this moment; raises ValueError where nobody can say"
-    name = source.removeprefix("hub:")
+    source:str, # `hub:organisation/name`, with @REVISION or without
+)->str: # the same with its commit, or a digest of the folder of that name that lies here and is read instead
+    "A data set as it is at this moment; raises ValueError where nobody can say"
+    name, _, wanted = source.removeprefix("hub:").partition("@")
     if Path(name).is_dir():
-        files = sorted(f for f in Path(name).rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(name).parts))
-        return "content:" + hashlib.sha256(json.dumps([[str(f.relative_to(name)), *_file(f)[1:]] for f in files]).encode()).hexdigest()
+        inside = lambda f: f.relative_to(name)
+        shown = (f for f in sorted(Path(name).rglob("*"))
+                 if not any(p.startswith(".") for p in inside(f).parts))
+        files = [[str(inside(f)), *_file(f)[1:]] for f in shown if f.is_file()]
+        return f"hub:{name}@content:{hashlib.sha256(json.dumps(files).encode()).hexdigest()}"
     try:
         from huggingface_hub import HfApi
-        if revision := HfApi().dataset_info(name).sha: return revision
+        if commit := HfApi().dataset_info(name, revision=wanted or None).sha: return f"hub:{name}@{commit}"
         raise ValueError("it has none")
     except Exception as e: # of several kinds, in several versions
-        raise ValueError(f"{source}: the Hub does not say which revision it has ({type(e).__name__}: {' '.join(str(e).split()):.200})") from e
+        raise ValueError(f"{source}: the Hub does not say which revision it has ({type(e).__name__}: "
+                         f"{' '.join(str(e).split()):.200})") from e
 
 def pinned_rows(
-    source:str,   # `hub:organisation/name`
-    split:str,    # of the data set
-    revision:str, # from `hub_revision`
+    source:str, # `hub:organisation/name@REVISION`, as from `hub_revision`
+    split:str,  # of the data set
 )->Iterable[dict]: # streamed
     "The rows of one revision of a data set; raises ValueError where it cannot be had"
+    name, _, revision = source.removeprefix("hub:").partition("@")
     if revision.startswith("content:"):
-        if hub_revision(source) != revision: raise ValueError(f"{source}: the folder {source.removeprefix('hub:')} has changed since it was labelled; label it again")
-        return hub_rows(source, split)
+        if hub_revision(source) == source: return hub_rows(f"hub:{name}", split)
+        raise ValueError(f"hub:{name}: the folder {name} has changed since it was labelled; label it again")
     try: from datasets import load_dataset
-    except ImportError as e: raise ValueError(f"{source} needs the package datasets: pip install 'stars[hub]'") from e
-    try: return load_dataset(source.removeprefix("hub:"), split=split, streaming=True, revision=revision)
-    except Exception as e: raise ValueError(f"{source}, revision {revision:.10}, split {split!r}: {type(e).__name__}: {e}") from e
+    except ImportError as e:
+        raise ValueError(f"{source} needs the package datasets: pip install 'stars[hub]'") from e
+    try: return load_dataset(name, split=split, streaming=True, revision=revision)
+    except Exception as e: raise ValueError(f"{source}, split {split!r}: {type(e).__name__}: {e}") from e
 
 # %% ../nbs/09_pretraining.ipynb #c016
 RULES_LABELLER = dict(labeller="rules", version=hashlib.sha256(repr((RULES_VERSION, _RULES)).encode()).hexdigest()[:10]) # what decides the rules' labels
@@ -393,7 +404,8 @@ def corpus_files(
     with ThreadPoolExecutor(cores()) as pool: return list(pool.map(_file, _files(source)))
 
 def _file(path:Path)->list:
-    with open(path, "rb") as f: return [str(path), path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+    with open(path, "rb") as f:
+        return [str(path), path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
 
 def changed_file(
     was:list[list], # from `corpus_files`
@@ -411,7 +423,8 @@ def labels_file(
     return Path(folder)/f"labels-{shard.index:06d}.parquet"
 
 def label_corpus(
-    source:str,              # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name`
+    # a .parquet or .jsonl file, a folder of them, or `hub:organisation/name[@REVISION]`
+    source:str,
     out:str|Path,            # folder for the labels
     labeller:Labeller|None=None, # default: the rules, one process per core
     decides:dict=RULES_LABELLER, # what decides a labeller's labels
@@ -427,11 +440,14 @@ def label_corpus(
     out, skipped, hub, over = Path(out), [], source.startswith("hub:"), passed_over(source)
     if not hub: source = str(Path(source).resolve()) # so that `curate` finds it from anywhere
     noted = json.loads((out/"labels.json").read_text()) if (out/"labels.json").exists() else {}
-    pinned = dict(revision=noted.get("source") == source and noted.get("revision") or hub_revision(source)) if hub else {}
-    plan = plan_shards(source, column, save_every, start, end, hub_split, skip_corrupt, skipped, **pinned)
+    known = noted.get("revision") if noted.get("source") == source else None # it goes on with what it began
+    pinned = dict(revision=known or hub_revision(source)) if hub else {}
+    plan = plan_shards(pinned.get("revision", source), column, save_every, start, end, hub_split,
+                       skip_corrupt, skipped)
     if not hub and not (plan := list(plan)): raise ValueError(f"{source} has no rows between start={start} and end={end}" + "".join(f"; skipped: {s}" for s in skipped))
     settings = dict(source=source, files=hub_split if hub else corpus_files(source), skipped=skipped, column=column,
-                    save_every=save_every, start=start, end=end, skip_corrupt=skip_corrupt, **pinned, **decides)
+                    save_every=save_every, start=start, end=end, skip_corrupt=skip_corrupt, **pinned,
+                    **decides)
     if not hub and noted.get("source") == source: _check_files(out, noted["files"], settings)
     out.mkdir(parents=True, exist_ok=True)
     with held(out):
@@ -453,10 +469,11 @@ def label_corpus(
     return report
 
 def _check_files(out:Path, was:list[list], settings:dict):
-    "Name the file that is another one than when labelling began; entries without content stay as they were noted"
+    "Name the file that has changed since labelling began; entries without content stay as they were noted"
     if odd := changed_file(was, settings["files"]):
         entry = lambda files: next((f for f in files if f[0] == odd), "not there")
-        raise ValueError(f"{out} holds labels made with other settings (files was {entry(was)}, now {entry(settings['files'])}); choose another folder, or remove this one")
+        raise ValueError(f"{out} holds labels made with other settings (files was {entry(was)}, now "
+                         f"{entry(settings['files'])}); choose another folder, or remove this one")
     settings["files"] = was
 
 def write_labels(

@@ -87,7 +87,8 @@ def stage(
     return final
 
 # %% ../nbs/10_stages.ipynb #c024
-_RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.I) # names that Windows keeps for devices
+# names that Windows keeps for devices
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.I)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.A)
 
 def store_name(
@@ -104,19 +105,27 @@ def check_model(
     "Raise ValueError for what is no model, or cannot name a folder"
     known = (*BASES, "smollm2")
     if model in known: return
-    if not isinstance(model, str) or not model.strip() or "\0" in model or len(os.fsencode(model)) > 4_000: raise ValueError(f"model={str(model)[:40]!r} is no name of a model")
+    if not isinstance(model, str) or not model.strip() or "\0" in model or len(os.fsencode(model)) > 4_000:
+        raise ValueError(f"model={str(model)[:40]!r} is no name of a model")
     try: folder = os.path.isdir(model)
     except OSError: folder = False
     if not folder and not _HUB_ID.fullmatch(model):
-        raise ValueError(f"model={model!r} is neither one of {', '.join(BASES)}, smollm2, nor a folder, nor a hub id like organisation/name{did_you_mean(model, known)}")
-    if folder and (holds or os.path.normpath(model).startswith(".")) and not any((Path(model)/f).is_file() for f in ("config.json", "adapter_config.json")): raise ValueError(f"model={model!r} is a folder without a checkpoint: it holds no config.json")
-    if why := _unfit(name := store_name(model)): raise ValueError(f"model={model!r}: its runs cannot lie in a folder named {name[:60]!r}, {why}; rename it, or give it by a link with another name")
+        raise ValueError(f"model={model!r} is neither one of {', '.join(BASES)}, smollm2, nor a folder, nor "
+                         f"a hub id like organisation/name{did_you_mean(model, known)}")
+    asked = folder and (holds or os.path.normpath(model).startswith("."))
+    if asked and not any((Path(model)/f).is_file() for f in ("config.json", "adapter_config.json")):
+        raise ValueError(f"model={model!r} is a folder without a checkpoint: it holds no config.json")
+    if why := _unfit(name := store_name(model)):
+        raise ValueError(f"model={model!r}: its runs cannot lie in a folder named {name[:60]!r}, {why}; "
+                         f"rename it, or give it by a link with another name")
 
 def _unfit(name:str)->str: # why; "" if it is fit
     "Why no folder of the run store should have a name"
     if name in ("shared", "notebooks", *BASES, "smollm2"): return "which is taken"
-    if bad := re.findall(r'[\x00-\x1f\x7f<>:"|?*\\]', name): return f"for {bad[0]!r} is not allowed in names everywhere"
-    if not name or name.startswith(".") or name != name.strip() or name.endswith("."): return "which does not begin and end with what names have"
+    if bad := re.findall(r'[\x00-\x1f\x7f<>:"|?*\\]', name):
+        return f"for {bad[0]!r} is not allowed in names everywhere"
+    if not name or name.startswith(".") or name != name.strip() or name.endswith("."):
+        return "which does not begin and end with what names have"
     if _RESERVED.fullmatch(name): return "which Windows keeps for a device"
     return "which is too long" if len(os.fsencode(name)) > 200 else ""
 
@@ -134,8 +143,11 @@ class Job:
     wait:bool=False    # wait for a stage that another process is building, or refuse
 
     def __post_init__(self):
-        if self.condition not in CONDITIONS: raise ValueError(f"condition={self.condition!r} is unknown; choose one of {', '.join(CONDITIONS)}{did_you_mean(self.condition, CONDITIONS)}")
-        if whole(self.seed, "seed", 0) >= 2**63: raise ValueError(f"seed={self.seed} is too large; give one below {2**63}")
+        if self.condition not in CONDITIONS:
+            raise ValueError(f"condition={self.condition!r} is unknown; choose one of "
+                             f"{', '.join(CONDITIONS)}{did_you_mean(self.condition, CONDITIONS)}")
+        if whole(self.seed, "seed", 0) >= 2**63:
+            raise ValueError(f"seed={self.seed} is too large; give one below {2**63}")
         check_model(self.model)
 
     @property

@@ -92,8 +92,14 @@ def test_matched_sets_agree_in_everything_but_habits(sizes, budget, length, seed
     for x, y in zip(a, b): assert max(x["tokens"], y["tokens"]) <= min(length, how.factor * min(x["tokens"], y["tokens"]))
     assert (sets, report) == match_sets({m: rewrites([s[i] for s in sizes], m) for i, m in enumerate(METHODS)}, count, how)
 
-@pytest.mark.parametrize("change,said", [(dict(budget=0), "budget=0"), (dict(factor=.5), "factor=0.5"), (dict(test=1.), "test=1.0"), (dict(budget=float("inf")), "budget=inf"), (dict(length=float("nan")), "length=nan"),
-                                         (dict(factor=float("nan")), "factor=nan"), (dict(factor=float("inf")), "factor=inf"), (dict(slack=float("nan")), "slack=nan"), (dict(test=float("nan")), "test=nan")])
+@pytest.mark.parametrize("change,said", [(dict(budget=0), "budget=0"), (dict(factor=.5), "factor=0.5"),
+                                         (dict(test=1.), "test=1.0"),
+                                         (dict(budget=float("inf")), "budget=inf"),
+                                         (dict(length=float("nan")), "length=nan"),
+                                         (dict(factor=float("nan")), "factor=nan"),
+                                         (dict(factor=float("inf")), "factor=inf"),
+                                         (dict(slack=float("nan")), "slack=nan"),
+                                         (dict(test=float("nan")), "test=nan")])
 def test_trimming_that_cannot_work(change, said):
     with pytest.raises(ValueError, match=said): match_sets({}, len, Trimming(**change))
 
@@ -156,11 +162,18 @@ def test_text_that_changed_is_not_rewritten(tmp_path, capsys):
     source.write_text(source.read_text().replace(" the ", " teh ", 1))
     os.utime(source, ns=(was.st_atime_ns, was.st_mtime_ns))
     assert source.stat().st_size == was.st_size
-    with pytest.raises(SystemExit): main(["curate", str(tmp_path/"labels"), str(tmp_path/"sets"), "--workers", "1"])
-    assert "corpus.jsonl was added, was removed or was changed since" in capsys.readouterr().err and not (tmp_path/"sets"/"rewrites").exists()
+    with pytest.raises(SystemExit):
+        main(["curate", str(tmp_path/"labels"), str(tmp_path/"sets"), "--workers", "1"])
+    assert "corpus.jsonl was added, was removed or was changed since" in capsys.readouterr().err
+    assert not (tmp_path/"sets"/"rewrites").exists()
 
-@pytest.mark.parametrize("world,said", [(dict(max_number=3), "max_number=3 must be at least 4"), (dict(min_target=31), "min_target=31 and max_target=30"), (dict(min_target=90, max_target=90, max_number=4, top=90), "no problem of kind .* is found"),
-                                        (dict(n_numbers=()), "a puzzle has at least 2 numbers"), (dict(n=-1), "n=-1"), (dict(n=1.5), "n=1.5"), (dict(worked=float("nan")), "worked=nan")])
+@pytest.mark.parametrize("world,said", [(dict(max_number=3), "max_number=3 must be at least 4"),
+                                        (dict(min_target=31), "min_target=31 and max_target=30"),
+                                        (dict(min_target=90, max_target=90, max_number=4, top=90),
+                                         "no problem of kind .* is found"),
+                                        (dict(n_numbers=()), "a puzzle has at least 2 numbers"),
+                                        (dict(n=-1), "n=-1"), (dict(n=1.5), "n=1.5"),
+                                        (dict(worked=float("nan")), "worked=nan")])
 def test_worlds_without_problems(world, said):
     with pytest.raises(ValueError, match=said): list(documents(**dict(n=50, seed=0) | world))
 

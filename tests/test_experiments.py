@@ -270,36 +270,58 @@ def test_wrong_input_is_one_line(args, said, tmp_path, monkeypatch, capsys):
 def own_notebook(path, source, kernel=None, tags=("parameters",), kind="code", then="x", **metadata):
     "A notebook with a tagged cell, and one that shows what became of it"
     v4 = nbformat.v4
-    first = (v4.new_code_cell if kind == "code" else v4.new_markdown_cell)(source, metadata=dict(tags=list(tags)))
+    new = v4.new_code_cell if kind == "code" else v4.new_markdown_cell
+    first = new(source, metadata=dict(tags=list(tags)))
     if kernel: metadata |= dict(kernelspec=dict(name="python3", language=kernel, display_name=kernel))
     nbformat.write(v4.new_notebook(cells=[first, v4.new_code_cell(then)], metadata=metadata), path)
     return path
 
 
 @pytest.mark.parametrize("source,defaults", [
-    ('x = "a=b"', dict(x="a=b")), ('x: str = "a=b" # c=d', dict(x="a=b")), ("x = [1,\n     2, # two\n\n     3]", dict(x=[1, 2, 3])), ('x = {"a": 1, # =\n  "b": (None, True)}', dict(x={"a": 1, "b": (None, True)})),
-    ('x = """a\nb = c\n"""', dict(x="a\nb = c\n")), ("x = y = -1.5", dict(x=-1.5, y=-1.5)), ("x, y = 1, 'two'", dict(x=1, y="two")), ("x = 1; y = 2", dict(x=1, y=2)), ("x = 1\nx = 2", dict(x=2)), ('x = ("a"\n     "b")', dict(x="ab")),
-    ("%matplotlib inline\n!true\nx = 1", dict(x=1)), ("%%time\nx = 1", dict(x=1)), ("import os\nx = 1\ndef f(y=2):\n    z = 3", dict(x=1)), ("x: int\ny: int = 3", dict(y=3)), ("x = 'é = ü'", dict(x="é = ü")), ("", {}), ("# x = 1", {})])
+    ('x = "a=b"', dict(x="a=b")), ('x: str = "a=b" # c=d', dict(x="a=b")),
+    ("x = [1,\n     2, # two\n\n     3]", dict(x=[1, 2, 3])),
+    ('x = {"a": 1, # =\n  "b": (None, True)}', dict(x={"a": 1, "b": (None, True)})),
+    ('x = """a\nb = c\n"""', dict(x="a\nb = c\n")), ("x = y = -1.5", dict(x=-1.5, y=-1.5)),
+    ("x, y = 1, 'two'", dict(x=1, y="two")), ("x = 1; y = 2", dict(x=1, y=2)), ("x = 1\nx = 2", dict(x=2)),
+    ('x = ("a"\n     "b")', dict(x="ab")),
+    ("%matplotlib inline\n!true\nx = 1", dict(x=1)), ("%%time\nx = 1", dict(x=1)),
+    ("import os\nx = 1\ndef f(y=2):\n    z = 3", dict(x=1)), ("x: int\ny: int = 3", dict(y=3)),
+    ("x = 'é = ü'", dict(x="é = ü")), ("", {}), ("# x = 1", {})])
 def test_defaults_of_own_notebooks(tmp_path, source, defaults):
     for kernel in (None, "python"): # with and without a kernel's name
         assert notebooks.notebook_defaults(own_notebook(tmp_path/"n.ipynb", source, kernel)) == defaults
 
 
-@pytest.mark.parametrize("source,shown", [("x = 1+1", "`1 + 1`"), ("x = Path('a')", "`Path('a')`"), ("x = f'{y}'", "`f'{y}'`"), ("x = [y, 2]", "`[y, 2]`"), ("x = {[]: 1}", "`{[]: 1}`"), ("x = __import__('os').system('touch ran')", "`__import__("),
-                                          ("if y: x = 1\nelse: x = 2", "only sometimes"), ("x = 1\nx += 1", "several lines"), ("x, *y = 1, 2, 3", "several lines"), ("for i in y:\n    x = 1", "only sometimes")])
+@pytest.mark.parametrize("source,shown", [("x = 1+1", "`1 + 1`"), ("x = Path('a')", "`Path('a')`"),
+                                          ("x = f'{y}'", "`f'{y}'`"), ("x = [y, 2]", "`[y, 2]`"),
+                                          ("x = {[]: 1}", "`{[]: 1}`"),
+                                          ("x = __import__('os').system('touch ran')", "`__import__("),
+                                          ("if y: x = 1\nelse: x = 2", "only sometimes"),
+                                          ("x = 1\nx += 1", "several lines"),
+                                          ("x, *y = 1, 2, 3", "several lines"),
+                                          ("for i in y:\n    x = 1", "only sometimes")])
 def test_computed_defaults_are_called_so_and_never_computed(tmp_path, monkeypatch, source, shown):
     monkeypatch.chdir(tmp_path)
     path = own_notebook(tmp_path/"n.ipynb", source + "\nz = 3")
-    with pytest.raises(ValueError, match=r"n.ipynb: the default of 'x' is .*known only when the notebook runs") as e: notebooks.notebook_defaults(path)
+    known = r"n.ipynb: the default of 'x' is .*known only when the notebook runs"
+    with pytest.raises(ValueError, match=known) as e: notebooks.notebook_defaults(path)
     assert shown in str(e.value) and notebooks.notebook_defaults(path, "z") == dict(z=3)
     notebooks.check_parameters(path, dict(x=5, z=4)) # it has the parameter, whatever its default
     assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("make,said", [
-    (dict(source="x = (1"), "cannot be read as Python (line 1"), (dict(source="x ="), "cannot be read as Python"), (dict(source="x = 1", tags=["parameter"]), "no cell tagged `parameters`"), (dict(source="x = 1", kind="markdown"), "is a markdown cell"),
-    (dict(source="x <- 1", kernel="R"), "written in R"), (dict(source="x = 1", language_info=dict(name="julia")), "written in julia"), (dict(source="y = 1"), "has no parameter 'x'; it knows y"), (dict(source=""), "has no parameter 'x'; it knows none"),
-    (dict(source="xx = 1"), "did you mean xx?"), ("{}", "is no notebook"), ("[]", "is no notebook"), ("x = 1", "is no notebook"), ("", "is no notebook"), ('{"nbformat": 4, "nbformat_minor": 5, "cells": 3, "metadata": {}}', "is no notebook"),
+    (dict(source="x = (1"), "cannot be read as Python (line 1"),
+    (dict(source="x ="), "cannot be read as Python"),
+    (dict(source="x = 1", tags=["parameter"]), "no cell tagged `parameters`"),
+    (dict(source="x = 1", kind="markdown"), "is a markdown cell"),
+    (dict(source="x <- 1", kernel="R"), "written in R"),
+    (dict(source="x = 1", language_info=dict(name="julia")), "written in julia"),
+    (dict(source="y = 1"), "has no parameter 'x'; it knows y"),
+    (dict(source=""), "has no parameter 'x'; it knows none"),
+    (dict(source="xx = 1"), "did you mean xx?"), ("{}", "is no notebook"), ("[]", "is no notebook"),
+    ("x = 1", "is no notebook"), ("", "is no notebook"),
+    ('{"nbformat": 4, "nbformat_minor": 5, "cells": 3, "metadata": {}}', "is no notebook"),
     (b"\xff\xfe", "is no notebook")])
 def test_what_is_wrong_with_a_notebook_is_said(tmp_path, make, said):
     path = tmp_path/"n.ipynb"
@@ -309,16 +331,20 @@ def test_what_is_wrong_with_a_notebook_is_said(tmp_path, make, said):
     assert said in str(e.value) and "n.ipynb" in str(e.value) and not (tmp_path/"out").exists()
 
 
-VALUES = st.one_of(st.integers(), st.booleans(), st.none(), st.text(st.sampled_from("ab c.,()[]{}'é"), max_size=8), st.lists(st.integers(0, 9), max_size=3))
+VALUES = st.one_of(st.integers(), st.booleans(), st.none(),
+                   st.text(st.sampled_from("ab c.,()[]{}'é"), max_size=8),
+                   st.lists(st.integers(0, 9), max_size=3))
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.sampled_from(["a", "b_1", "seeds", "X"]), VALUES, max_size=4), st.data())
 def test_papermill_finds_the_same_parameters_where_it_can(tmp_path_factory, values, data):
     "Its inspection is the oracle, on cells that it can read: one assignment a line, one equals sign"
     line = lambda k, v: data.draw(st.sampled_from([f"{k} = {v!r}", f"{k}={v!r}", f"{k}: object = {v!r}"]))
-    path = own_notebook(tmp_path_factory.mktemp("n")/"n.ipynb", "\n".join(line(k, v) for k, v in values.items()), "python")
+    path = own_notebook(tmp_path_factory.mktemp("n")/"n.ipynb",
+                        "\n".join(line(k, v) for k, v in values.items()), "python")
     found = papermill.inspect_notebook(str(path))
-    assert list(found) == list(notebooks.notebook_defaults(path)) == list(values) and notebooks.notebook_defaults(path) == values
+    ours = notebooks.notebook_defaults(path)
+    assert list(found) == list(ours) == list(values) and ours == values
 
 
 def test_own_notebooks_run(tmp_path, monkeypatch, capsys):
@@ -328,14 +354,16 @@ def test_own_notebooks_run(tmp_path, monkeypatch, capsys):
     path = own_notebook(tmp_path/"my {x} notebook.ipynb", 'x = "a=" + "b"\nout = 1')
     done = notebooks.run_notebook(path, tmp_path/"done {x}.ipynb", x="c=d", out=2)
     [cell] = [c for c in nbformat.read(done, 4).cells if c.source == "x"]
-    assert cell.outputs[0]["data"]["text/plain"] == "'c=d'" and done == tmp_path/"done {x}.ipynb" and "nknown parameter" not in capsys.readouterr().err
+    assert cell.outputs[0]["data"]["text/plain"] == "'c=d'" and done == tmp_path/"done {x}.ipynb"
+    assert "nknown parameter" not in capsys.readouterr().err
     with pytest.raises(ValueError, match="is the notebook itself"): notebooks.run_notebook(path, path, x="c")
 
 
 def test_a_bug_in_a_run_is_told_by_its_kind(tmp_path, monkeypatch, capsys):
     def lost(job): raise KeyError("rows")
     monkeypatch.setattr(ex, "eval_stage", lost)
-    with pytest.raises(KeyError): ex.run_jobs(ex.grid(ex.preset("smoke"), ["plain"], ["base"], [0], tmp_path), workers=1)
+    with pytest.raises(KeyError):
+        ex.run_jobs(ex.grid(ex.preset("smoke"), ["plain"], ["base"], [0], tmp_path), workers=1)
     assert "plain/base/0 failed: KeyError: 'rows'" in capsys.readouterr().err
 
 
