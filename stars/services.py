@@ -101,6 +101,7 @@ class Failure:
     error:str             # what the service says
     permanent:bool=False  # asking again is no use
     blameless:bool=False  # the batch failed as a whole, for now: this was no try
+    lost:bool=False       # there may have been a reply, and it may have been paid for
 
 class Service(Protocol):
     "What `ask` needs"
@@ -132,6 +133,13 @@ def _secret_free(text:str)->str:
 
 class _Unreadable(ValueError): "A reply that was cut or garbled on its way"
 
+_LATE = (504, 524) # a gateway stopped waiting for a server that may have done the work
+
+def _never_left(cause:Exception|None)->bool:
+    "Was there no connection yet, over which a request could have gone?"
+    http = import_module("httpx2")
+    return isinstance(cause, (http.ConnectError, http.ConnectTimeout, http.PoolTimeout, http.ProxyError))
+
 class _Client:
     "An SDK's client, its exceptions turned into ours"
     def __init__(self, sdk, client): self.sdk, self.client, self.once = sdk, client, client.with_options(max_retries=0)
@@ -143,8 +151,12 @@ class _Client:
         try: return call()
         except self.sdk.APIStatusError as e:
             if e.status_code in (401, 402, 403, 404) or getattr(e, "code", None) == "insufficient_quota" or "credit balance" in str(e): raise Unusable(self._said(e)) from None
+            if e.status_code in _LATE: raise Lost(self._said(e)) from None
             if e.status_code in (408, 409, 429) or e.status_code >= 500: raise Busy(self._said(e), _wait(e.response.headers)) from None
             raise Refused(self._said(e)) from None
+        except self.sdk.APIConnectionError as e:
+            if _never_left(e.__cause__): raise Busy(self._said(e)) from None
+            raise Lost(self._said(e)) from None
         except (self.sdk.APIError, import_module("httpx2").HTTPError, ValueError, TypeError, AttributeError) as e: raise Lost(self._said(e)) from None
 
     def free(self, call:Callable, tries:int=3):
@@ -177,7 +189,7 @@ def _checked(reply:Reply)->Reply:
 
 def _item(key:str, read:Callable)->tuple[str, Reply|Failure]:
     try: return key, read()
-    except (ValueError, TypeError, AttributeError) as e: return key, Failure(_secret_free(f"unreadable reply: {e}"))
+    except (ValueError, TypeError, AttributeError) as e: return key, Failure(_secret_free(f"unreadable reply: {e}"), lost=True)
 
 def _lines(response)->list[dict]:
     "A downloaded JSONL file, less the lines that are broken: their requests have no reply, and that is known from the ones that have"

@@ -27,7 +27,7 @@ class Faults:
     slow_s:float=1.          # seconds
     latency_s:float=0.       # seconds that every completion takes
     max_faults_per_request:int=3 # of the probabilities above, per fingerprint (or method, path and body)
-    script:list=field(default_factory=list) # names without "p_" for the first authorised requests; also "ok", "quota" (429 for good), "502", "html", "hollow"
+    script:list=field(default_factory=list) # names without "p_" for the first authorised requests; also "ok", "quota" (429 for good), "502", "504" (billed), "html", "hollow"
     rpm:float=0.             # requests a minute, a token bucket; 0: no limit
     tpm:float=0.             # tokens a minute (estimated input + max_tokens); 0: no limit
     window_s:float=60.       # seconds of allowance that the buckets hold
@@ -59,7 +59,7 @@ ERRORS = { # status → Anthropic's type, OpenAI's type
     400:("invalid_request_error", "invalid_request_error"), 401:("authentication_error", "invalid_request_error"),
     404:("not_found_error", "invalid_request_error"),
     413:("request_too_large", "invalid_request_error"), 429:("rate_limit_error", "requests"), 500:("api_error", "server_error"),
-    502:("api_error", "server_error"), 503:("overloaded_error", "service_unavailable_error"), 529:("overloaded_error", "service_unavailable_error")}
+    502:("api_error", "server_error"), 504:("api_error", "server_error"), 503:("overloaded_error", "service_unavailable_error"), 529:("overloaded_error", "service_unavailable_error")}
 ID = r"[a-zA-Z0-9_-]{1,64}"
 EXPIRED = dict(code="batch_expired", message="This request could not be executed before the completion window expired.")
 CANCELLED = dict(code="batch_cancelled", message="This request was not executed because the batch was cancelled.")
@@ -572,6 +572,7 @@ class LLMServer:
                 if fault=="slow": time.sleep(self.faults.slow_s)
                 if fault=="drop_after": reply.fault, reply.cut = fault, 0
                 if fault=="truncated_body": reply.fault, reply.cut = fault, 2*len(reply.body)//3
+                if fault=="504": reply.fault, reply.status, reply.body = fault, 504, dumps(ApiError(504, "Gateway timeout").body(c.api, rid))
                 if fault in NONSENSE: reply.fault, (reply.body, reply.type) = fault, NONSENSE[fault]
                 if fault=="malformed": reply.fault, reply.body, reply.cut = fault, reply.body[:2*len(reply.body)//3]+b'{"', None
         except Exception as e:

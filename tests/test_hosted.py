@@ -18,6 +18,7 @@ from stars.cli import main
 from stars.corpus import documents, embedded_rewrite
 from stars.countdown import Problem, make_prompt, score, split_of
 from stars.experiments import Job, preset, prime_stage
+from stars.ledger import losses
 from stars.llm import Ledger
 from stars.pretraining import LABELS, read_labels, rule_labels
 from stars.priming import MIXES, priming_rows, read_rows, write_rows, write_trace
@@ -99,6 +100,20 @@ def test_budgets_from_the_command_line(capsys):
         assert 0 < cost <= .02 and "max_cost=0.02" in capsys.readouterr().err
         run(*command, "--max-cost", 1)
         assert len(read_rows("bv.parquet")) == 10 and set(s.served.values()) == {1}
+
+def test_what_was_paid_includes_what_was_lost(capsys):
+    Path("prices.json").write_text(json.dumps(dict(date="2026-01-01", models={"openai:m": dict(input=1., output=10.)})))
+    with LLMServer(answer=teach, key=KEY, faults=Faults(script=["ok", "drop_after"]*3, honour_idempotency=False)) as s:
+        command = ["prime", "bv.parquet", "--teacher", "openai:m", "--n", 10, "--over", 3, "--base-url", s.openai_url, "--prices", "prices.json"]
+        with pytest.warns(UserWarning, match="3 of 30 requests"): run(*command)
+        with Ledger("runs/ledger.db") as book: (n, lost), [(*_, cost)] = losses(book), book.totals()
+        assert n == 3 and f"paid now ${cost + lost:.4f} at most, ${lost:.4f} of it for replies that were lost" in capsys.readouterr().out
+        run("ledger", "runs/ledger.db")
+        assert f"lost: 3 replies that may have been paid for, at most ${lost:.4f}" in capsys.readouterr().out
+        Path("bv.parquet").unlink()
+        s.script, before = ["drop_after"]*2, s.received
+        run(*command, "--blind-retries", 2)                                     # asks for the three again
+        assert "paid now" in capsys.readouterr().out and s.received > before + 3 and set(s.served.values()) <= {1, 2, 3}
 
 def test_a_hosted_judge(capsys):
     texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet"))

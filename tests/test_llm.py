@@ -13,6 +13,7 @@ import pytest
 from llm_server import Faults, LLMServer
 
 from stars import llm
+from stars.ledger import losses
 from stars.llm import Ledger, Model, OverBudget, Reply, Request, Unusable, ask, estimate
 from stars.services import Lost, Rejected, _checked, cost_ceiling, price_of, read_prices
 
@@ -53,7 +54,7 @@ def test_every_reply_arrives_once_whatever_the_server_does(service, batch, book)
     todo = questions(120)
     with serve(Faults(**BAD_LUCK)) as s, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        while None in (replies := quick(model_at(s, service), todo, book, batch=batch, tries=8)): pass # three losses of one request end its turn
+        while None in (replies := quick(model_at(s, service), todo, book, batch=batch, tries=8)): pass # a lost reply ends its request's turn
         assert right(replies, todo)
         assert len(s.served) == len(todo) and set(s.served.values()) == {1}     # each was billed once
         before = s.received
@@ -260,7 +261,7 @@ def test_what_is_no_ledger_is_refused(tmp_path, content):
 @BOTH
 def test_replies_that_are_none(service, book):
     with serve(Faults(script=["hollow", "html"])) as s: # each looks like success to an SDK
-        assert right(quick(model_at(s, service), questions(1), book), questions(1))
+        assert right(quick(model_at(s, service), questions(1), book, blind_retries=2), questions(1))
 
 def test_an_endless_wait_can_be_interrupted(book):
     with serve(Faults(script=["429"]*8, retry_after=10**6)) as s:
@@ -364,11 +365,86 @@ def test_lost_replies_count_against_the_budget(book, tmp_path):
             for _ in range(5): quick(model_at(s, "openai", "own"), questions(30), book, max_cost=.1, prices=table)
         assert sum(s.served.values()) * (20*10 + 50*100) / 1e6 <= .1 < 30 * (20*10 + 50*100) / 1e6
 
+# what was lost, and perhaps paid for
+
+@pytest.fixture
+def table(tmp_path):
+    "A price table for the model `own` of both services"
+    path = tmp_path/"prices.json"
+    path.write_text(json.dumps(dict(date="2026-01-01", models={f"{s}:own": dict(input=10., output=100., batch=.5) for s in ("anthropic", "openai")})))
+    return path
+
+def truth(s): return sum(s.served.values()) * (20*10 + 25*100) / 1e6
+def twenty_five(q): return dict(text=q["prompt"][::-1], input_tokens=20, output_tokens=25)
+
+@BOTH
+@pytest.mark.parametrize("fault", ["drop_after", "truncated_body", "malformed", "504", "html"])
+@pytest.mark.parametrize("max_cost", [None, 1.])
+def test_a_lost_reply_is_asked_for_once_and_booked_at_its_ceiling(service, fault, max_cost, book, table):
+    todo, script = questions(40), [fault if i % 4 == 0 else "ok" for i in range(40)]
+    with serve(Faults(script=script, honour_idempotency=False), answer=twenty_five) as s:
+        m = model_at(s, service, "own")
+        with pytest.warns(UserWarning, match="10 of 40 requests .* have no reply"): replies = quick(m, todo, book, prices=table, max_cost=max_cost)
+        keys = book.note(m, todo)
+        assert sum(s.served.values()) == len(s.served) == 40 and replies.count(None) == 10    # nothing was asked twice
+        count, most = losses(book)
+        assert count == 10 and most == pytest.approx(book.lost(keys)) == pytest.approx(10*cost_ceiling(read_prices(table)[0][str(m)], todo[0], "concurrent"), rel=.01)
+        assert truth(s) <= book.cost(keys) + most                                             # the ledger knows of every dollar
+        assert right(quick(m, todo, book, prices=table, max_cost=max_cost), todo) and sum(s.served.values()) == 50
+        with Ledger(book.export(table.with_name("study.parquet"))) as replay: assert losses(replay)[1] == pytest.approx(most) # and so does a recording
+
+@BOTH
+def test_blind_retries_are_a_setting(service, book):
+    for honour, billed in ((True, 1), (False, 3)):
+        with serve(Faults(script=["drop_after", "drop_after"], honour_idempotency=honour)) as s:
+            todo = [Request(f"honoured: {honour}")]
+            assert right(quick(model_at(s, service), todo, book, blind_retries=2), todo) and list(s.served.values()) == [billed]
+    with serve(Faults(script=["drop_after"]*2)) as s, pytest.warns(UserWarning, match="1 of 1"):
+        assert quick(model_at(s, service), questions(1), book, blind_retries=1) == [None] and s.received == 2
+
+@BOTH
+def test_what_never_left_is_not_lost(service, book, table, monkeypatch):
+    with serve() as s: m, back, lock = model_at(s, service, "own"), [], threading.Lock()
+    def comes_back(seconds):
+        with lock:
+            if not back: back.append(serve(port=s.port))
+    monkeypatch.setattr(llm, "sleep_using_event", lambda stop: comes_back)          # it was away for a moment
+    assert right(quick(m, questions(8), book, prices=table), questions(8)) and losses(book) == (0, 0.)
+    back[0].close()
+
+@BOTH
+@pytest.mark.parametrize("blind", [0, 3])
+def test_lines_of_a_batch_that_are_lost_are_booked(service, blind, book, table):
+    with serve(Faults(p_batch_malformed_line=.3), answer=twenty_five) as s, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        m = model_at(s, service, "own")
+        replies = quick(m, questions(40), book, batch=True, prices=table, blind_retries=blind)
+        lost = sum(s.spoiled.values())
+        assert sum(s.served.values()) == (40 + lost if blind else 40) and replies.count(None) == (0 if blind else lost) and losses(book)[0] == lost > 0
+        assert truth(s)/2 <= book.cost(book.note(m, questions(40))) + losses(book)[1]
+
+KILLED = CLIENT.replace('"m", url', '"own", url').replace("batch=batch ==", "prices=batch, batch=False and")
+@BOTH
+def test_what_a_killed_process_had_in_the_air_is_booked(service, tmp_path, table):
+    with serve(Faults(latency_s=.3, honour_idempotency=False), answer=twenty_five) as s:
+        m = model_at(s, service, "own")
+        p = subprocess.Popen([sys.executable, "-c", KILLED, service, m.base_url, tmp_path/"ledger.db", "60", table], env=os.environ | dict(OMP_NUM_THREADS="1"))
+        while s.received < 30 and p.poll() is None: time.sleep(.001)
+        p.kill()
+        p.wait()
+        time.sleep(.5)                                                              # what it had asked is still answered, and billed
+        with Ledger(tmp_path/"ledger.db") as book:
+            keys = book.note(m, questions(60))
+            answered, (lost, most) = len(book.answered(keys)), losses(book)
+            assert 0 < lost <= 8 and answered + lost >= sum(s.served.values()) and truth(s) <= book.cost(keys) + most
+            with pytest.raises(OverBudget): quick(m, questions(60), book, prices=table, max_cost=book.cost(keys) + most) # a kill makes no budget larger
+            assert losses(book) == (lost, most)
+
 @pytest.mark.parametrize("extra", [dict(model="x"), dict(stream=True), dict(api_key="k"), dict(max_tokens=3), dict(n=2)], ids=str)
 def test_what_extra_may_not_say(extra):
     with pytest.raises(ValueError, match="cannot be set there"): Model.parse("openai:m", extra=extra)
 
-@pytest.mark.parametrize("kw", [dict(max_cost=float("nan")), dict(max_cost=-1), dict(poll=-1), dict(concurrency=0), dict(rpm=0)], ids=str)
+@pytest.mark.parametrize("kw", [dict(max_cost=float("nan")), dict(max_cost=-1), dict(blind_retries=-1), dict(poll=-1), dict(concurrency=0), dict(rpm=0)], ids=str)
 def test_impossible_settings(kw, book):
     with pytest.raises(ValueError, match="must be at least"): quick("openai:gpt-4o-mini", questions(1), book, **kw)
 
