@@ -40,7 +40,7 @@ def _object(name:str, text:str)->dict:
 @dataclass(frozen=True)
 class Asking:
     "How a hosted model is asked"
-    base_url:str|None=None   # address of another server that speaks the same API: for openai: it ends in /v1, for anthropic: it does not
+    base_url:str|None=None   # address of another server that speaks the same API: for openai: it ends in /v1, for anthropic: it does not (default: OPENAI_BASE_URL or ANTHROPIC_BASE_URL, if set)
     batch:bool=False         # in batches: half the price, within a day
     dry_run:bool=False       # only say what it would cost
     max_cost:float|None=None # dollars for these requests, earlier attempts included
@@ -189,8 +189,9 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
         asked, errors = book.noted()
         print(f"{asked:,} requests noted, {errors:,} failures")
         if forget: print(f"{forget}: {book.forget(forget):,} requests can be sent again")
+        at = {m: f" at {' and '.join(a)}" for m, a in ledger_.addresses(book).items()}
         for model, mode, replies, tokens_in, tokens_out, cost in book.totals():
-            print(f"{model}, {mode}: {replies:,} replies, {tokens_in:,} tokens in, {tokens_out:,} out" + ("" if cost is None else f", ${cost:,.4f}"))
+            print(f"{model}{at.get(model, '')}, {mode}: {replies:,} replies, {tokens_in:,} tokens in, {tokens_out:,} out" + ("" if cost is None else f", ${cost:,.4f}"))
         lost, most = ledger_.losses(book)
         if lost: print(f"lost: {lost:,} replies that may have been paid for, at most ${most:,.4f}")
         if to: print(book.export(to))
@@ -225,7 +226,7 @@ class Serving:
 
     def decides(self, name:str, asking:Asking, *prompts:str)->dict: # what decides the replies
         known, folder = dict(format=self.format, max_tokens=asking.max_tokens, temperature=asking.temperature, prompts=models.digest(prompts)), Path(name.removeprefix("vllm:"))
-        if not name.startswith("vllm:"): return known | dict(base_url=asking.base_url, extra=asking.extra)
+        if not name.startswith("vllm:"): return known | dict(base_url=asking.base_url or llm.Model.parse(name).base_url, extra=asking.extra)
         return known | dict(context=self.context, chat=self.chat, weights=[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob("*.safetensors"))])
 
 ServingArgs = tyro.conf.OmitArgPrefixes[Serving]

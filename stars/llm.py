@@ -22,7 +22,7 @@ from pathlib import Path
 from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, stop_any, wait_exponential_jitter
 from tqdm.auto import tqdm
 
-from .ledger import Batch, Ledger, Model, Reply, Request, land, noted_requests, request_key, take_off
+from .ledger import Batch, Ledger, Model, Reply, Request, addresses, land, noted_requests, recorded_keys, request_key, take_off
 from .services import Busy, Failure, Gone, Lost, Price, Refused, Rejected, Service, Unusable, connect, cost_ceiling, input_ceiling, price_of, read_prices
 
 # %% ../nbs/02b_llm.ipynb #c018
@@ -60,7 +60,7 @@ def estimate(
     prices:str|Path|None=None,  # price table (default: the package's)
 )->Estimate: # nothing is sent
     "Requests, tokens and cost, before anything is sent"
-    unique = {request_key(model, r): r for r in requests}
+    unique = dict(zip(recorded_keys(ledger, model, requests), requests))
     known = ledger.answered(unique)
     inside = {k for keys in ledger.open_batches(model, unique).values() for k in keys} & unique.keys() - known
     todo = [r for k, r in unique.items() if k not in known | inside]
@@ -360,7 +360,8 @@ def ask(
     open_ = todo.keys() - ledger.answered(todo)
     if ledger.replay: # what failed when it was recorded fails again
         if unknown := open_ - ledger.errors(open_).keys():
-            known = ", ".join(dict.fromkeys(m for m, *_ in ledger.totals())) or "nobody"
+            at = {m: f"{m} at {' and '.join(a)}" for m, a in addresses(ledger).items()}
+            known = ", ".join(dict.fromkeys(at.get(m, m) for m, *_ in ledger.totals())) or "nobody"
             raise LookupError(f"{ledger.path} has no reply to {len(unknown):,} of {len(todo):,} requests to {model}; it was recorded with other settings, or not to the end, "
                               f"and holds replies of {known}")
     elif open_:
@@ -371,6 +372,8 @@ def ask(
             elif batch: _batches(run, poll, tries, blind_retries)
             else: _concurrent(run, concurrency, rpm, tpm, retries, blind_retries)
     replies = ledger.replies(todo)
+    if old := sum(k != request_key(model, r) for k, r in zip(keys, requests)) if model.base_url else 0:
+        warnings.warn(f"{old:,} of {len(keys):,} replies of {model} were recorded before ledgers noted addresses: they are taken for those of {model.base_url}")
     if lost := [k for k in todo if k not in replies]:
         last = ledger.errors(lost).get(lost[-1], "?")
         warnings.warn(f"{len(lost):,} of {len(todo):,} requests to {model} have no reply (the last: {last:.300}); the same call asks them again")

@@ -18,7 +18,7 @@ from math import inf
 from pathlib import Path
 from typing import Protocol
 
-from .ledger import Batch, Model, Reply, Request
+from .ledger import OFFICIAL, Batch, Model, Reply, Request
 
 # %% ../nbs/02a_services.ipynb #c005
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Anthropic(_Client):
         timeout:float=1_800., # seconds for one reply
     ):
         sdk = _sdk("anthropic", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-        super().__init__(sdk, sdk.Anthropic(base_url=model.base_url, max_retries=8, timeout=timeout))
+        super().__init__(sdk, sdk.Anthropic(base_url=model.base_url or OFFICIAL["anthropic"], max_retries=8, timeout=timeout))
         self.model, self.batches = model, self.client.messages.batches
 
     def _body(self, r:Request)->dict:
@@ -273,7 +273,7 @@ class OpenAI(_Client):
         timeout:float=1_800., # seconds for one reply
     ):
         sdk = _sdk("openai", "OPENAI_API_KEY", needed=not model.base_url)
-        super().__init__(sdk, sdk.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=model.base_url, max_retries=8, timeout=timeout))
+        super().__init__(sdk, sdk.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=model.base_url or OFFICIAL["openai"], max_retries=8, timeout=timeout))
         self.model = model
 
     def _body(self, r:Request)->dict:

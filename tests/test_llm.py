@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 from llm_server import Faults, LLMServer
@@ -201,7 +202,7 @@ def test_killed_again_and_again(service, batch, tmp_path):
             p.wait()
         p = client(s, service, tmp_path/"ledger.db", n, batch)
         assert p.wait(600) == 0
-        with Ledger(tmp_path/"ledger.db") as book: assert right([book.get(Model(service, "m"), q) for q in questions(n)], questions(n))
+        with Ledger(tmp_path/"ledger.db") as book: assert right([book.get(model_at(s, service), q) for q in questions(n)], questions(n))
         assert len(s.served) == n and set(s.served.values()) == {1}
     assert [f.name for f in tmp_path.iterdir() if f.suffix == ".lock"] == []
 
@@ -219,7 +220,7 @@ def test_interrupted_clients_keep_what_is_in_the_air(tmp_path):
         p.send_signal(signal.SIGINT)
         assert p.wait(600) != 0
         with Ledger(tmp_path/"ledger.db") as book:
-            assert len(book.answered(book.note(Model("openai", "m"), questions(200)))) == sum(s.served.values()) < 200
+            assert len(book.answered(book.note(model_at(s, "openai"), questions(200)))) == sum(s.served.values()) < 200
 
 # secrets, replay
 
@@ -238,8 +239,9 @@ def test_keys_reach_no_file(service, batch, tmp_path, monkeypatch, capfd):
     assert KEY not in "".join(capfd.readouterr())
 
 def test_a_recording_answers_without_keys_or_network(tmp_path, book, monkeypatch):
-    with serve() as s: first = quick(model_at(s, "openai"), questions(30), book)
-    with serve() as s, pytest.warns(UserWarning): quick(model_at(s, "openai"), [Request("<<invalid>>")], book)
+    with serve() as s:
+        first = quick(m := model_at(s, "openai"), questions(30), book)
+        with pytest.warns(UserWarning): quick(m, [Request("<<invalid>>")], book)
     recorded = book.export(tmp_path/"study.parquet")
     monkeypatch.delenv("OPENAI_API_KEY")
     with Ledger(recorded) as replay:
@@ -247,7 +249,7 @@ def test_a_recording_answers_without_keys_or_network(tmp_path, book, monkeypatch
         with pytest.warns(UserWarning, match="refused"): assert quick("openai:m", [Request("<<invalid>>")], replay) == [None] # failed then, fails now
         with pytest.raises(LookupError, match="no reply to 1 of 31 requests"): quick("openai:m", questions(31), replay)
     with Ledger(tmp_path/"other.db") as other:
-        assert other.load(recorded) == 31 and quick("openai:m", questions(30), other) == first
+        assert other.load(recorded) == 31 and quick(m, questions(30), other) == first
 
 @pytest.mark.parametrize("content", [b"not a database at all, just text", b""], ids=["text", "empty"])
 def test_what_is_no_ledger_is_refused(tmp_path, content):
@@ -440,6 +442,65 @@ def test_what_a_killed_process_had_in_the_air_is_booked(service, tmp_path, table
             with pytest.raises(OverBudget): quick(m, questions(60), book, prices=table, max_cost=book.cost(keys) + most) # a kill makes no budget larger
             assert losses(book) == (lost, most)
 
+# whose reply it is
+
+@BOTH
+@MODES
+def test_two_servers_with_one_model_name_have_a_reply_each(service, batch, book, tmp_path, monkeypatch):
+    todo = questions(5)
+    with serve() as s, serve(answer=lambda q: "another model") as other:
+        one, two = model_at(s, service), model_at(other, service)
+        assert right(quick(one, todo, book, batch=batch), todo)
+        assert (estimate(one, todo, book).recorded, estimate(two, todo, book).recorded) == (5, 0)
+        assert {r.text for r in quick(two, todo, book, batch=batch)} == {"another model"}
+        assert right(quick(one, todo, book, batch=batch), todo) and (len(s.served), len(other.served)) == (5, 5)
+        spelled = replace(one, base_url=one.base_url.replace("http", "HTTP") + "/")       # the same server
+        monkeypatch.setenv(f"{service.upper()}_BASE_URL", one.base_url)                  # and once more
+        for same in (spelled, Model(service, "m"), f"{service}:m"): assert right(quick(same, todo, book), todo)
+        assert sum(s.served.values()) == sum(other.served.values()) == 5
+        monkeypatch.delenv(f"{service.upper()}_BASE_URL")
+        both = book.export(tmp_path/"both.parquet")
+    with Ledger(both) as replay, pytest.raises(LookupError, match=f"{one.base_url} and at {two.base_url}|{two.base_url} and at {one.base_url}"): quick(f"{service}:m", todo, replay)
+    with Ledger(both) as replay: assert right(quick(one, todo, replay), todo) and quick(two, todo, replay)[0].text == "another model"
+    with Ledger(tmp_path/"other.db") as loaded:
+        loaded.load(both)
+        assert loaded.get(two, todo[0]).text == "another model" and loaded.get(Model(service, "m"), todo[0]) is None
+
+def without_addresses(book):
+    "As ledgers were: the parameters of a request said nothing about where it was sent"
+    book._db.execute("UPDATE requests SET params = json_remove(params, '$.base_url')")
+
+@BOTH
+def test_ledgers_from_before_addresses_were_noted_are_read(service, book, tmp_path):
+    with serve() as s:
+        official, m = Model(service, "m"), model_at(s, service)
+        for q in questions(5): book.record(official, q, Reply(q.prompt[::-1]))
+        without_addresses(book)
+        old = book.export(tmp_path/"old.parquet")
+        with pytest.warns(UserWarning, match="5 of 8 replies .* before ledgers noted addresses"): assert right(quick(m, questions(8), book), questions(8))
+        assert sum(s.served.values()) == 3 and estimate(m, questions(8), book).recorded == 8
+        for model in (m, official):
+            with Ledger(old) as replay, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert right(quick(model, questions(5), replay), questions(5))
+        with Ledger(tmp_path/"other.db") as loaded, pytest.warns(UserWarning, match="before ledgers"):
+            assert loaded.load(old) == 5 and right(quick(m, questions(5), loaded), questions(5)) and sum(s.served.values()) == 3
+
+def test_batches_from_before_addresses_were_noted_are_collected(book):
+    official, todo = Model("openai", "m"), questions(5)
+    batch = book.open_batch(official, book.claim(book.note(official, todo)))
+    book.mark(batch, "running", "b1")
+    without_addresses(book)
+    s = Scripted()
+    s.submitted.append(dict(zip(book.note(official, todo), todo)))
+    with pytest.warns(UserWarning, match="before ledgers"): assert right(quick(Model("openai", "m", "http://localhost:8000/v1"), todo, book, batch=True, service=s), todo)
+    assert len(s.submitted) == 1
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://localhost", "http://", "http://me:hunter2@localhost/v1", "http://localhost/v1?key=hunter2", "http://localhost/v1#hunter2"])
+def test_what_is_no_address(url):
+    with pytest.raises(ValueError, match="base_url") as e: Model("openai", "m", url)
+    assert "hunter2" not in str(e.value)
+
 @pytest.mark.parametrize("extra", [dict(model="x"), dict(stream=True), dict(api_key="k"), dict(max_tokens=3), dict(n=2)], ids=str)
 def test_what_extra_may_not_say(extra):
     with pytest.raises(ValueError, match="cannot be set there"): Model.parse("openai:m", extra=extra)
@@ -463,8 +524,8 @@ def test_many_open_a_new_ledger_at_once(tmp_path):
 
 def test_estimates_bound_the_cost(book):
     with serve() as s:
-        todo, m = questions(50), Model("openai", "gpt-4o-mini")
+        todo, m = questions(50), model_at(s, "openai", "gpt-4o-mini")
         before = estimate(m, todo, book)
-        quick(model_at(s, "openai", "gpt-4o-mini"), todo, book)
+        quick(m, todo, book)
         assert 0 < book.cost(book.note(m, todo)) <= before.most["concurrent"] == 2*before.most["batch"]
         assert estimate(m, todo, book).most["concurrent"] == 0
