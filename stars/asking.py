@@ -192,6 +192,7 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
         at = {m: f" at {' and '.join(a)}" for m, a in ledger_.addresses(book).items()}
         for model, mode, replies, tokens_in, tokens_out, cost in book.totals():
             print(f"{model}{at.get(model, '')}, {mode}: {replies:,} replies, {tokens_in:,} tokens in, {tokens_out:,} out" + ("" if cost is None else f", ${cost:,.4f}"))
+        if n := ledger_.uncounted(book): print(f"the tokens of {n:,} replies were not counted by their service")
         lost, most = ledger_.losses(book)
         if lost: print(f"lost: {lost:,} replies that may have been paid for, at most ${most:,.4f}")
         if to: print(book.export(to))

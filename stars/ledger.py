@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERVICES', 'OFFICIAL', 'IN_THE_AIR', 'Model', 'Request', 'Reply', 'request_key', 'Batch', 'Ledger', 'recorded_keys',
-           'addresses', 'take_off', 'land', 'losses', 'noted_requests']
+           'addresses', 'take_off', 'land', 'losses', 'uncounted', 'noted_requests']
 
 # %% ../nbs/02_ledger.ipynb #c002
 import hashlib
@@ -90,8 +90,8 @@ class Reply:
     "What came back"
     text:str                     # the answer
     finish:str="stop"            # "stop", "length" (cut at `max_tokens`) or "refusal"
-    input_tokens:int=0           # all of them, cached ones included
-    output_tokens:int=0          # billed ones, hidden reasoning included
+    input_tokens:int|None=0      # all of them, cached ones included; None: the service did not say
+    output_tokens:int|None=0     # billed ones, hidden reasoning included; None: the service did not say
     cache_read:int=0             # input tokens read from the service's prompt cache
     cache_write:int=0            # input tokens written to it
     cost:float|None=None         # dollars; None where no price is known
@@ -256,11 +256,11 @@ class Ledger:
         "Mean input and output tokens of what is recorded for a model under the same instructions"
         with self._lock: row = self._db.execute("SELECT avg(input_tokens), avg(output_tokens) FROM replies JOIN requests USING (key) JOIN systems ON system = systems.id "
                                                 "WHERE model = ? AND systems.text = ?", (str(model), system)).fetchone()
-        return None if row[0] is None else row
+        return None if None in row else row
 
     def totals(self)->list[tuple[str, str, int, int, int, float|None]]: # model, mode, replies, tokens in, tokens out, dollars
-        "What was bought, by model and mode"
-        with self._lock: return self._db.execute("SELECT model, mode, count(*), sum(input_tokens), sum(output_tokens), sum(cost) FROM replies JOIN requests USING (key) "
+        "What was bought, by model and mode, as far as tokens were counted and prices are known"
+        with self._lock: return self._db.execute("SELECT model, mode, count(*), coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), sum(cost) FROM replies JOIN requests USING (key) "
                                                  "GROUP BY model, mode ORDER BY model, mode").fetchall()
 
     def _owner_file(self, owner:str)->Path: return self.path.with_name(f"{self.path.name}.{owner}.lock")
@@ -441,6 +441,12 @@ def losses(
 
 
 # %% ../nbs/02_ledger.ipynb #c009q
+def uncounted(
+    ledger:Ledger, # any
+)->int: # how many
+    "Replies whose tokens the service did not count"
+    with ledger._lock: return ledger._db.execute("SELECT count(*) FROM replies WHERE input_tokens IS NULL OR output_tokens IS NULL").fetchone()[0]
+
 def noted_requests(
     ledger:Ledger,      # that has noted them
     keys:Iterable[str], # of some requests

@@ -124,14 +124,20 @@ class _Run:
         "What a reply costs at most, lost or not"
         return cost_ceiling(self.price, request, mode) if self.price and input_ceiling(request) <= self.price.up_to else 0.
 
+    def bill(self, request:Request, reply:Reply)->float|None: # dollars; None where no price is known
+        "What a reply cost; at its ceiling where the service did not count its tokens"
+        if self.price is None: return reply.cost
+        if reply.input_tokens is None or reply.output_tokens is None: return self.ceiling(request, reply.mode) or None
+        return self.price.cost(reply) if reply.input_tokens <= self.price.up_to else None
+
     def open(self)->list[str]: # keys without a reply
         known = self.ledger.answered(self.todo)
         return [k for k in self.todo if k not in known]
 
     def keep(self, replies:dict[str, Reply])->float: # dollars
         "Write replies down, with what they cost"
-        priced = lambda r: self.price and r.input_tokens <= self.price.up_to
-        billed = {k: replace(r, cost=self.price.cost(r)) if priced(r) else r for k, r in replies.items()}
+        asked = self.todo | noted_requests(self.ledger, replies.keys() - self.todo.keys()) # a batch brings replies of other calls, too
+        billed = {k: replace(r, cost=self.bill(asked[k], r)) for k, r in replies.items()}
         self.ledger.settle(billed.items())
         cost = sum(r.cost or 0. for r in billed.values())
         with self._lock:

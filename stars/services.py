@@ -34,7 +34,7 @@ class Price:
     up_to:float=inf         # input tokens up to which these prices hold
 
     def cost(self,
-        reply:Reply, # with its token counts
+        reply:Reply, # with its token counts, both of them known
     )->float: # dollars
         "What a reply cost"
         read, write = (self.input if p is None else p for p in (self.cache_read, self.cache_write))
@@ -181,10 +181,18 @@ def _wait(headers)->float|None:
         try: return float(headers[name]) * unit
         except (KeyError, ValueError): continue
 
+def _counted(n)->bool: return type(n) is int and 0 <= n < 2**53
+
+def _usage(text:str, input, output, read, write)->dict:
+    "Token counts of a reply as far as they can be true; its text is good without them, and no reason to ask again"
+    parts = [n if _counted(n) else 0 for n in (read, write)]
+    if not _counted(input) or not input or sum(parts) > input: input, parts = None, [0, 0] # no prompt has no tokens
+    return dict(input_tokens=input, output_tokens=output if _counted(output) and (output or not text) else None, cache_read=parts[0], cache_write=parts[1])
+
 def _checked(reply:Reply)->Reply:
     "A reply that fits the ledger and the arithmetic"
-    counts = reply.input_tokens, reply.output_tokens, reply.cache_read, reply.cache_write
-    if not isinstance(reply.text, str) or not all(type(n) is int and 0 <= n < 2**53 for n in counts): raise _Unreadable(f"{reply!r:.200}")
+    counts = [n for n in (reply.input_tokens, reply.output_tokens) if n is not None] + [reply.cache_read, reply.cache_write]
+    if not isinstance(reply.text, str) or not all(_counted(n) for n in counts): raise _Unreadable(f"{reply!r:.200}")
     return replace(reply, text=reply.text.encode(errors="replace").decode()) # half a surrogate pair cannot be kept
 
 def _item(key:str, read:Callable)->tuple[str, Reply|Failure]:
@@ -229,10 +237,11 @@ class Anthropic(_Client):
         return body
 
     def _reply(self, m, mode:str)->Reply:
-        if not getattr(m, "usage", None) or m.content is None: raise _Unreadable(f"no message with content and usage: {m!r:.200}")
-        u, text = m.usage, "".join(b.text for b in m.content if b.type == "text")
-        read, write = u.cache_read_input_tokens or 0, u.cache_creation_input_tokens or 0
-        return _checked(Reply(text, _FINISH.get(m.stop_reason, "stop"), u.input_tokens + read + write, u.output_tokens, read, write, id=m.id, mode=mode))
+        if getattr(m, "content", None) is None: raise _Unreadable(f"no message with content: {m!r:.200}")
+        u, text = getattr(m, "usage", None), "".join(b.text for b in m.content if b.type == "text")
+        fresh, out, read, write = (getattr(u, f"{what}_tokens", None) for what in ("input", "output", "cache_read_input", "cache_creation_input"))
+        total = fresh + (read or 0) + (write or 0) if all(map(_counted, (fresh, read or 0, write or 0))) else None
+        return _checked(Reply(text, _FINISH.get(m.stop_reason, "stop"), **_usage(text, total, out, read, write), id=m.id or "", mode=mode))
 
     def answer(self, request:Request, key:str)->Reply:
         body = self._body(request)
@@ -284,11 +293,12 @@ class OpenAI(_Client):
         return body
 
     def _reply(self, c, mode:str)->Reply:
-        if not getattr(c, "choices", None) or c.usage is None: raise _Unreadable(f"no completion with choices and usage: {c!r:.200}")
-        [choice], u = c.choices, c.usage
-        finish = "refusal" if choice.message.refusal else _FINISH.get(choice.finish_reason, "stop")
-        read, write = (getattr(u.prompt_tokens_details, f"{what}_tokens", None) or 0 for what in ("cached", "cache_write"))
-        return _checked(Reply(choice.message.refusal or choice.message.content or "", finish, u.prompt_tokens, u.completion_tokens, read, write, id=c.id, mode=mode))
+        if not getattr(c, "choices", None): raise _Unreadable(f"no completion with choices: {c!r:.200}")
+        [choice], u = c.choices, getattr(c, "usage", None)
+        finish, text = "refusal" if choice.message.refusal else _FINISH.get(choice.finish_reason, "stop"), choice.message.refusal or choice.message.content or ""
+        counts = [getattr(u, f"{what}_tokens", None) for what in ("prompt", "completion")]
+        parts = [getattr(getattr(u, "prompt_tokens_details", None), f"{what}_tokens", None) for what in ("cached", "cache_write")]
+        return _checked(Reply(text, finish, **_usage(text, *counts, *parts), id=c.id or "", mode=mode))
 
     def answer(self, request:Request, key:str)->Reply:
         body = self._body(request)

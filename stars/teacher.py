@@ -265,7 +265,7 @@ def _report(mix:str, model:Model, outcomes:Sequence[tuple[Reply|None, dict|None,
     return TeacherReport(mix, str(model), len(outcomes), passed, min(n, passed), len(rows), share([r["score"] == 1 for r in rows]),
                          {h: share([c[h] > 0 for c in counts]) for h in HABIT_NAMES},
                          share([any(c[h] for h in HABIT_NAMES if h not in MIXES[mix]) for c in counts]), dict(reasons.most_common()),
-                         sum(r.input_tokens for r in replies), sum(r.output_tokens for r in replies), sum(costs) if costs else None)
+                         sum(r.input_tokens or 0 for r in replies), sum(r.output_tokens or 0 for r in replies), sum(costs) if costs else None)
 
 def report_table(
     reports:Iterable[TeacherReport],

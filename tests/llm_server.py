@@ -157,7 +157,7 @@ class LLMServer:
         self.rng, self.lock, self.cache_min_tokens = random.Random(seed), threading.RLock(), cache_min_tokens
         self.limits = dict(anthropic=(100_000, 256_000_000), openai=(50_000, 200_000_000)) # items and bytes of a batch
         self.script, self.log, self.log_file = list(self.faults.script), [], log and open(log, "a", buffering=1)
-        self.received, self.violations = 0, 0  # violations: refused for rpm or tpm
+        self.received, self.violations, self.uncounted = 0, 0, False # violations: refused for rpm or tpm
         self.status_counts = Counter() # numbers, or the fault's name where no good reply got through
         self._served, self.spoiled = Counter(), Counter() # per fingerprint: billed; billed and then lost or garbled by a fault
         self.batches, self.files, self.errors = {}, {}, [] # errors: what `answer` (or this server) raised
@@ -246,9 +246,16 @@ class LLMServer:
             fingerprint=fingerprint(model, system, prompt, **sampling), marked=marked)
 
     def complete(self, q, batch=False):
-        "Works out one reply, bills it, and gives it in the service's format"
+        "Works out one reply, bills it, and gives it in the service's format; `usage` in an answer takes the place of the service's own, \"absent\" leaves it out"
         a = self.answer(q)
         a = dict(text=a) if isinstance(a, str) else dict(a)
+        reply = self.formatted(q, a, batch)
+        if "usage" in a: self.uncounted = True
+        if a.get("usage")=="absent": del reply["usage"]
+        elif "usage" in a: reply["usage"] = a["usage"]
+        return reply
+
+    def formatted(self, q, a, batch):
         text, limit = a.get("text", ""), q["max_tokens"]
         finish = a.get("finish") or ("length" if limit and n_tokens(text)>limit else "stop")
         if finish=="length" and limit: text = text[:4*limit]
@@ -361,7 +368,7 @@ class LLMServer:
         status = (("failed" if b.errors else "cancelled" if b.cancelled else "expired" if c["expired"] else "completed") if ended else
             "cancelling" if b.cancelled else "validating" if now<starts or b.errors else "in_progress" if now<finalizes else "finalizing")
         done = c["succeeded"] if ended else b.finished(now)
-        usage = [o[3]["usage"] for o in b.outcomes or [] if o[2]=="succeeded" and o[3]]
+        usage = [o[3]["usage"] for o in b.outcomes or [] if o[2]=="succeeded" and o[3] and not self.uncounted]
         i, o = (sum(u[k] for u in usage) for k in ("prompt_tokens", "completion_tokens"))
         cached = sum(u["prompt_tokens_details"]["cached_tokens"] for u in usage)
         begun = status not in ("validating", "failed")

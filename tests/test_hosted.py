@@ -115,6 +115,15 @@ def test_what_was_paid_includes_what_was_lost(capsys):
         run(*command, "--blind-retries", 2)                                     # asks for the three again
         assert "paid now" in capsys.readouterr().out and s.received > before + 3 and set(s.served.values()) <= {1, 2, 3}
 
+def test_teachers_whose_tokens_nobody_counts(capsys):
+    def answer(q):
+        reply = teach(q)
+        return (dict(text=reply) if isinstance(reply, str) else reply) | dict(usage="absent")
+    with LLMServer(answer=answer, key=KEY) as s: run("prime", "bv.parquet", "--teacher", "openai:m", "--n", 10, "--over", 2, "--base-url", s.openai_url)
+    run("ledger", "runs/ledger.db")
+    said = capsys.readouterr().out
+    assert len(read_rows("bv.parquet")) == 10 and set(s.served.values()) == {1} and "the tokens of 20 replies were not counted by their service" in said and "paid now $0.0000" in said
+
 def test_a_hosted_judge(capsys):
     texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet"))
     texts.to_parquet("completions.parquet")

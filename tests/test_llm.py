@@ -14,7 +14,7 @@ import pytest
 from llm_server import Faults, LLMServer
 
 from stars import llm
-from stars.ledger import losses
+from stars.ledger import losses, uncounted
 from stars.llm import Ledger, Model, OverBudget, Reply, Request, Unusable, ask, estimate
 from stars.services import Lost, Rejected, _checked, cost_ceiling, price_of, read_prices
 
@@ -441,6 +441,31 @@ def test_what_a_killed_process_had_in_the_air_is_booked(service, tmp_path, table
             assert 0 < lost <= 8 and answered + lost >= sum(s.served.values()) and truth(s) <= book.cost(keys) + most
             with pytest.raises(OverBudget): quick(m, questions(60), book, prices=table, max_cost=book.cost(keys) + most) # a kill makes no budget larger
             assert losses(book) == (lost, most)
+
+# what nobody counted
+
+ODD = dict(anthropic=["absent", None, {}, "none", dict(input_tokens=0, output_tokens=0), dict(input_tokens=9), dict(input_tokens="many", output_tokens="few"),
+                      dict(input_tokens=9, output_tokens=-5), dict(input_tokens=9, output_tokens=5.5), dict(input_tokens=9, output_tokens=2**60)],
+           openai=["absent", None, {}, [], dict(prompt_tokens=0, completion_tokens=0), dict(completion_tokens=5), dict(prompt_tokens=9), dict(prompt_tokens="many", completion_tokens="few"),
+                   dict(prompt_tokens=9, completion_tokens=-5), dict(prompt_tokens=9, completion_tokens=5, prompt_tokens_details=dict(cached_tokens=90))])
+
+@BOTH
+@MODES
+def test_good_replies_without_counts_are_kept(service, batch, book, table):
+    odd = {q.prompt: u for q, u in zip(questions(10), ODD[service])}
+    with serve(answer=lambda q: dict(text=q["prompt"][::-1], usage=odd[q["prompt"]])) as s:
+        free = quick(model_at(s, service), questions(10), book, batch=batch)            # no price is known
+        assert right(free, questions(10)) and set(s.served.values()) == {1}
+        assert all(r.cost is None and None in (r.input_tokens, r.output_tokens) for r in free) and uncounted(book) == 10
+    for cost in (None, 1.):
+        with serve(answer=lambda q: dict(text=q["prompt"][::-1], usage=odd[q["prompt"]])) as s:
+            m = model_at(s, service, "own")
+            kept = quick(m, questions(10), book, batch=batch, prices=table, max_cost=cost)
+            ceilings = [cost_ceiling(read_prices(table)[0][str(m)], q, "batch" if batch else "concurrent") for q in questions(10)]
+            assert right(kept, questions(10)) and [r.cost for r in kept] == pytest.approx(ceilings) and set(s.served.values()) == {1}
+    assert losses(book) == (0, 0.) and [t[3] >= 0 for t in book.totals()]
+    recorded = book.export(table.with_name("study.parquet"))
+    with Ledger(recorded) as replay: assert quick(m, questions(10), replay) == kept
 
 # whose reply it is
 
