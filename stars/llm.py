@@ -136,8 +136,8 @@ class _Run:
 
     def keep(self, replies:dict[str, Reply])->float: # dollars
         "Write replies down, with what they cost"
-        asked = self.todo | noted_requests(self.ledger, replies.keys() - self.todo.keys()) # a batch brings replies of other calls, too
-        billed = {k: replace(r, cost=self.bill(asked[k], r)) for k, r in replies.items()}
+        others = noted_requests(self.ledger, [k for k in replies if k not in self.todo]) # a batch brings replies of other calls, too
+        billed = {k: replace(r, cost=self.bill(self.todo.get(k) or others[k], r)) for k, r in replies.items()}
         self.ledger.settle(billed.items())
         cost = sum(r.cost or 0. for r in billed.values())
         with self._lock:

@@ -283,11 +283,11 @@ class OpenAI(_Client):
     ):
         sdk = _sdk("openai", "OPENAI_API_KEY", needed=not model.base_url)
         super().__init__(sdk, sdk.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=model.base_url or OFFICIAL["openai"], max_retries=8, timeout=timeout))
-        self.model = model
+        self.model, self.limit = model, "max_tokens" if model.base_url else "max_completion_tokens"
 
     def _body(self, r:Request)->dict:
         system = [dict(role="system", content=r.system)] if r.system else []
-        body = dict(model=self.model.name, messages=[*system, dict(role="user", content=r.prompt)], max_completion_tokens=r.max_tokens, **self.model.extra)
+        body = dict(model=self.model.name, messages=[*system, dict(role="user", content=r.prompt)], **{self.limit: r.max_tokens}, **self.model.extra)
         if r.temperature is not None: body["temperature"] = r.temperature
         if r.schema: body["response_format"] = dict(type="json_schema", json_schema=dict(name="reply", schema=r.schema, strict=True))
         return body
@@ -300,10 +300,19 @@ class OpenAI(_Client):
         parts = [getattr(getattr(u, "prompt_tokens_details", None), f"{what}_tokens", None) for what in ("cached", "cache_write")]
         return _checked(Reply(text, finish, **_usage(text, *counts, *parts), id=c.id or "", mode=mode))
 
+    def _renamed(self, error:str, sent:str)->bool:
+        "Does a refusal ask for the newer name of the limit? From now on it is used"
+        if not {"max_tokens", "max_completion_tokens"} <= set(re.findall(r"\w+", error)): return False
+        self.limit = "max_completion_tokens"
+        return sent != self.limit
+
     def answer(self, request:Request, key:str)->Reply:
-        body = self._body(request)
+        body, limit = self._body(request), self.limit
         known = {k: body.pop(k) for k in ("model", "messages")} # the SDK's own arguments; all others travel as they are
-        return self.paid(lambda: self._reply(self.once.chat.completions.create(**known, extra_body=body, extra_headers={"Idempotency-Key": key}), "concurrent"))
+        try: return self.paid(lambda: self._reply(self.once.chat.completions.create(**known, extra_body=body, extra_headers={"Idempotency-Key": key}), "concurrent"))
+        except Refused as e:
+            if not self._renamed(str(e), limit): raise
+        return self.answer(request, key)
 
     def submit(self, requests:dict[str, Request], name:str)->str:
         lines = (json.dumps(dict(custom_id=k, method="POST", url="/v1/chat/completions", body=self._body(r))) for k, r in requests.items())
@@ -332,7 +341,8 @@ class OpenAI(_Client):
         status, body = response.get("status_code"), response.get("body") or {}
         if status == 200: return self._reply(completion.construct(**body), "batch")
         error = line.get("error") or body.get("error") or {}
-        return Failure(_secret_free(f"{error.get('code') or status}: {error.get('message')}"), status in (400, 404, 413, 422))
+        text = _secret_free(f"{error.get('code') or status}: {error.get('message')}")
+        return Failure(text, status in (400, 404, 413, 422) and not self._renamed(text, "max_tokens" if self.model.base_url else self.limit))
 
 # %% ../nbs/02a_services.ipynb #c016
 def connect(

@@ -152,8 +152,9 @@ class Batch:
 
 class LLMServer:
     "Serves both services at one port, in threads of this process; a context manager"
-    def __init__(self, answer=echo, faults=None, key="test-key", models=None, seed=0, port=0, no_temperature=(), cache_min_tokens=1024, log=None):
+    def __init__(self, answer=echo, faults=None, key="test-key", models=None, seed=0, port=0, no_temperature=(), cache_min_tokens=1024, log=None, only_max_tokens=False):
         self.answer, self.faults, self.key, self.models, self.no_temperature = answer, faults or Faults(), key, models, set(no_temperature)
+        self.only_max_tokens = only_max_tokens # as servers that have not heard of max_completion_tokens, and ignore it
         self.rng, self.lock, self.cache_min_tokens = random.Random(seed), threading.RLock(), cache_min_tokens
         self.limits = dict(anthropic=(100_000, 256_000_000), openai=(50_000, 200_000_000)) # items and bytes of a batch
         self.script, self.log, self.log_file = list(self.faults.script), [], log and open(log, "a", buffering=1)
@@ -202,7 +203,7 @@ class LLMServer:
     def check(self, api, body, model):
         "Refuses the parameters that the service refuses; gives max_tokens, temperature and schema"
         anthropic, old, top = api=="anthropic", model not in self.no_temperature, 1 if api=="anthropic" else 2
-        t, n, schema = body.get("temperature"), body.get("max_completion_tokens", body.get("max_tokens")), None
+        t, n, schema = body.get("temperature"), body.get("max_tokens") if self.only_max_tokens else body.get("max_completion_tokens", body.get("max_tokens")), None
         need(not body.get("stream") and body.get("n") in (None, 1), "stream, n: not imitated here")
         need(n is None or type(n) is int and n>0, "max_tokens: must be a whole number of at least 1", param="max_tokens")
         need(t is None or isinstance(t, (int,float)) and 0<=t<=top, f"temperature: must be in 0..{top}", param="temperature")

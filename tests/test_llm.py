@@ -14,8 +14,9 @@ import pytest
 from llm_server import Faults, LLMServer
 
 from stars import llm
-from stars.ledger import losses, uncounted
+from stars.ledger import OFFICIAL, losses, uncounted
 from stars.llm import Ledger, Model, OverBudget, Reply, Request, Unusable, ask, estimate
+from stars.rollouts import EngineService, Rollout, local_service
 from stars.services import Lost, Rejected, _checked, cost_ceiling, price_of, read_prices
 
 KEY = "test-key-that-nobody-may-see"
@@ -441,6 +442,55 @@ def test_what_a_killed_process_had_in_the_air_is_booked(service, tmp_path, table
             assert 0 < lost <= 8 and answered + lost >= sum(s.served.values()) and truth(s) <= book.cost(keys) + most
             with pytest.raises(OverBudget): quick(m, questions(60), book, prices=table, max_cost=book.cost(keys) + most) # a kill makes no budget larger
             assert losses(book) == (lost, most)
+
+# the limit
+
+@pytest.fixture
+def bodies(monkeypatch):
+    "What servers were sent, one by one and in batches"
+    seen, question = [], LLMServer.question
+    def watched(self, api, body):
+        seen.append(body)
+        return question(self, api, body)
+    monkeypatch.setattr(LLMServer, "question", watched)
+    return seen
+
+@MODES
+@pytest.mark.parametrize("service, elsewhere, name", [("anthropic", False, "max_tokens"), ("anthropic", True, "max_tokens"), ("openai", False, "max_completion_tokens"), ("openai", True, "max_tokens")])
+def test_every_service_is_sent_the_limit(service, elsewhere, name, batch, book, bodies, monkeypatch):
+    with serve(answer=lambda q: "word " * 5_000) as s:
+        m = model_at(s, service)
+        if not elsewhere: # the official address leads here
+            monkeypatch.setitem(OFFICIAL, service, m.base_url)
+            m = Model(service, "m")
+        [r] = quick(m, questions(1), book, batch=batch)
+        assert [{k: v for k, v in b.items() if k.startswith("max_")} for b in bodies] == [{name: 50}]
+        assert len(r.text) == 50*4 and r.output_tokens == 50 and r.finish == "length"
+
+@MODES
+def test_servers_that_know_only_max_tokens_keep_the_limit(batch, book):
+    with serve(answer=lambda q: "word " * 5_000, only_max_tokens=True) as s: [r] = quick(model_at(s, "openai"), questions(1), book, batch=batch)
+    assert r.output_tokens == 50
+
+@MODES
+def test_servers_that_refuse_max_tokens_are_asked_with_the_newer_name(batch, book, bodies):
+    with serve(no_temperature=("m",)) as s:                                         # as a gateway to OpenAI's newer models
+        assert right(quick(model_at(s, "openai"), questions(30), book, batch=batch), questions(30)) and set(s.served.values()) == {1}
+        assert bodies[-1]["max_completion_tokens"] == 50 and "max_tokens" not in bodies[-1]
+        with pytest.warns(UserWarning, match="no_such_field|1 of 1"): quick(model_at(s, "openai", no_such_field=1), questions(1), book, batch=batch) # other refusals stay refusals
+
+def test_models_in_this_process_keep_the_limit(book):
+    m, service = local_service("plain")
+    [one, seven] = quick(m, [Request("3 4 5", max_tokens=1, temperature=1.), Request("3 4 5", max_tokens=7, temperature=1.)], book, service=service)
+    assert one.output_tokens == 1 and 1 < seven.output_tokens <= 7
+    asked = []
+    class Engine:
+        def generate(self, prompts, max_tokens, temperature, seeds):
+            asked.append(max_tokens)
+            return [Rollout(p, [service.tokenizer.eos_token_id], [0.], True) for p in prompts]
+    other = EngineService(Engine(), service.tokenizer, service.rows, service.context)
+    quick(replace(m, name="other"), [Request("3 4 5", max_tokens=n) for n in (3, 50)], book, service=other)
+    assert sorted(asked) == [3, 50]
 
 # what nobody counted
 
