@@ -146,6 +146,10 @@ class _Run:
             self.bar.update(len(billed))
         return cost
 
+    def worked(self):
+        "The service does as it is told: failures before this were not in a row"
+        with self._lock: self.in_a_row = 0
+
     def failed(self, e:Exception):
         "Count a failure of the service; raises ConnectionError when there were too many in a row"
         with self._lock: self.in_a_row += 1
@@ -252,7 +256,9 @@ def _find(run:_Run, batch:Batch, keys:list[str], missed:dict[str, float], grace:
 def _collect(run:_Run, batch:Batch, keys:list[str])->dict[str, Failure]|None:
     "Record the replies of a batch; returns what failed, None while it is under way"
     try:
-        if not run.service.ended(batch.id): return None
+        over = run.service.ended(batch.id)
+        run.worked()
+        if not over: return None
     except Gone as e:
         raise Unusable(f"batch {batch.id} is unknown here ({e}): another key or workspace handed it in. Use that one, or give the batch up: "
                        f"stars ledger {run.ledger.path} --forget {batch.id}") from None
@@ -267,7 +273,7 @@ def _collect(run:_Run, batch:Batch, keys:list[str])->dict[str, Failure]|None:
                 del failed[key]
                 if key in new: replies[key] = result
             if len(replies) == 500: keep()
-    except Rejected as e: failed = dict.fromkeys(failed, Failure(str(e), e.permanent, blameless=not e.permanent))
+    except Rejected as e: failed = dict.fromkeys(failed, Failure(str(e), e.permanent, blameless=not e.permanent, crowded=not e.permanent))
     except Gone: pass # kept for a month: what was not collected by then is asked again
     keep()
     lost = noted_requests(run.ledger, [k for k, f in failed.items() if f.lost]) # of other calls, too
@@ -290,11 +296,13 @@ def _batch_of(run:_Run, keys:Sequence[str], under_way:set[str], most:int)->list[
     return piece
 
 def _submit(run:_Run, keys:list[str]):
-    "Hand in a batch of claimed requests"
+    "Hand in a batch of claimed requests; raises Busy when it is certain that nothing was done"
     batch = run.ledger.open_batch(run.model, keys)
-    try: run.ledger.mark(batch, "running", run.service.submit({k: run.todo[k] for k in keys}, batch.name))
-    except ConnectionError as e: warnings.warn(f"it is not known whether a batch of {len(keys):,} requests arrived ({e}); looking for it")
-    except (Refused, Unusable):
+    try:
+        run.ledger.mark(batch, "running", run.service.submit({k: run.todo[k] for k in keys}, batch.name))
+        run.worked()
+    except Lost as e: warnings.warn(f"it is not known whether a batch of {len(keys):,} requests arrived ({e}); looking for it")
+    except (Busy, Refused, Unusable):
         run.ledger.mark(batch, "lost")
         raise
     finally: run.ledger.handed_in(batch)
@@ -303,7 +311,7 @@ def _batches(run:_Run, poll:float, tries:int, blind:int):
     "Hand in what is open, and wait for it"
     failed, losses, missed, most = Counter(), Counter(), {}, BATCH_REQUESTS
     while True:
-        under_way = set()
+        under_way, pause = set(), poll
         for batch, keys in run.ledger.open_batches(run.model, run.todo).items():
             try: lost = _find(run, batch, keys, missed, 2*poll) if batch.id is None else _collect(run, batch, keys)
             except ConnectionError as e: # silence is no answer: what is under way stays so
@@ -311,23 +319,28 @@ def _batches(run:_Run, poll:float, tries:int, blind:int):
                 lost = run.failed(e)
             if lost is None: under_way.update(keys)
             elif any(f.blameless for f in lost.values()):
-                most = max(1, len(keys) // 2)
+                if any(f.crowded for f in lost.values()): most = max(1, len(keys) // 2)
                 run.failed(ConnectionError(next(f for f in lost.values() if f.blameless).error))
             losses.update(k for k, f in (lost or {}).items() if f.lost)
             failed.update({k: tries if f.permanent or losses[k] > blind else 1 for k, f in (lost or {}).items() if not f.blameless})
         open_ = [k for k in run.open() if k not in under_way and failed[k] < tries]
         crowded = most < BATCH_REQUESTS # then one batch at a time
         while not (crowded and under_way) and (piece := _batch_of(run, open_, under_way & run.todo.keys(), most)):
-            open_ = open_[len(piece):]
+            open_, waits = open_[len(piece):], bool(under_way)
             under_way.update(piece) # handed in now, or in another process's hands
             mine = run.ledger.claim(piece)
             try:
                 if mine: _submit(run, mine)
+            except Busy as e: # the same batch again, later; while others are under way, there is time
+                pause = max(poll, e.wait or 0.)
+                warnings.warn(f"{e}; handing in {len(mine):,} requests again in {pause:g} s")
+                if not waits: run.failed(e)
+                break
             finally: run.ledger.release(mine)
         if not under_way:
             if open_: raise OverBudget(_too_little(run.most, run.spent, cost_ceiling(run.price, run.todo[open_[0]], "batch")))
             return
-        time.sleep(poll)
+        time.sleep(pause)
 
 # %% ../nbs/02b_llm.ipynb #c015
 def ask(

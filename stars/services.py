@@ -101,6 +101,7 @@ class Failure:
     error:str             # what the service says
     permanent:bool=False  # asking again is no use
     blameless:bool=False  # the batch failed as a whole, for now: this was no try
+    crowded:bool=False    # too much was waiting at once: smaller batches may pass
     lost:bool=False       # there may have been a reply, and it may have been paid for
 
 class Service(Protocol):
@@ -108,7 +109,7 @@ class Service(Protocol):
     def answer(self, request:Request, key:str)->Reply:
         "Ask now, once; raises `Busy`, `Lost`, `Refused` or `Unusable`"
     def submit(self, requests:dict[str, Request], name:str)->str:
-        "Hand in a batch, by key, once; returns the service's id of it; raises as `answer`"
+        "Hand in a batch, by key, once; returns the service's id of it; raises as `answer`: `Busy` is a batch that is not there, `Lost` one that may be"
     def find(self, batch:Batch, keys:Sequence[str], known:set[str])->str|bool:
         "A batch whose id was lost: its id, True if it may yet turn up, False if it is not there"
     def ended(self, id:str)->bool:
@@ -189,6 +190,11 @@ def _usage(text:str, input, output, read, write)->dict:
     if not _counted(input) or not input or sum(parts) > input: input, parts = None, [0, 0] # no prompt has no tokens
     return dict(input_tokens=input, output_tokens=output if _counted(output) and (output or not text) else None, cache_read=parts[0], cache_write=parts[1])
 
+def _id(x)->str:
+    "What a service calls a thing it has made"
+    if not isinstance(getattr(x, "id", None), str): raise _Unreadable(f"no id: {x!r:.200}")
+    return x.id
+
 def _checked(reply:Reply)->Reply:
     "A reply that fits the ledger and the arithmetic"
     counts = [n for n in (reply.input_tokens, reply.output_tokens) if n is not None] + [reply.cache_read, reply.cache_write]
@@ -250,7 +256,7 @@ class Anthropic(_Client):
 
     def submit(self, requests:dict[str, Request], name:str)->str:
         items = [dict(custom_id=k, params=self._body(r)) for k, r in requests.items()]
-        return self.paid(lambda: self.once.messages.batches.create(requests=items).id)
+        return self.paid(lambda: _id(self.once.messages.batches.create(requests=items)))
 
     def find(self, batch:Batch, keys:Sequence[str], known:set[str])->str|bool:
         waiting, mine = False, set(keys)
@@ -317,8 +323,10 @@ class OpenAI(_Client):
     def submit(self, requests:dict[str, Request], name:str)->str:
         lines = (json.dumps(dict(custom_id=k, method="POST", url="/v1/chat/completions", body=self._body(r))) for k, r in requests.items())
         content = "\n".join(lines).encode()
-        file = self.free(lambda: self.client.files.create(file=(f"{name}.jsonl", content), purpose="batch").id)
-        return self.paid(lambda: self.once.batches.create(input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h", metadata=dict(stars=name)).id)
+        try: file = self.free(lambda: _id(self.client.files.create(file=(f"{name}.jsonl", content), purpose="batch")))
+        except Gone as e: raise Unusable(f"{self.model} takes no batches; ask without (--no-batch): {e}") from None
+        order = dict(input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h", metadata=dict(stars=name))
+        return self.paid(lambda: _id(self.once.batches.create(**order)))
 
     def find(self, batch:Batch, keys:Sequence[str], known:set[str])->str|bool:
         newest = self.free(lambda: list(_since(self.client.batches.list(limit=100), lambda b: b.created_at, batch.at)))

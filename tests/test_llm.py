@@ -10,14 +10,15 @@ import time
 import warnings
 from dataclasses import replace
 
+import httpx2
 import pytest
-from llm_server import Faults, LLMServer
+from llm_server import ApiError, Faults, LLMServer
 
-from stars import llm
+from stars import llm, services
 from stars.ledger import OFFICIAL, losses, uncounted
 from stars.llm import Ledger, Model, OverBudget, Reply, Request, Unusable, ask, estimate
 from stars.rollouts import EngineService, Rollout, local_service
-from stars.services import Lost, Rejected, _checked, cost_ceiling, price_of, read_prices
+from stars.services import Busy, Lost, Rejected, _checked, cost_ceiling, price_of, read_prices
 
 KEY = "test-key-that-nobody-may-see"
 BOTH = pytest.mark.parametrize("service", ["anthropic", "openai"])
@@ -338,6 +339,70 @@ def test_too_much_at_once_goes_in_piece_by_piece(book):
     s = Scripted(results=crowded)
     assert right(quick("openai:m", questions(50), book, batch=True, service=s, poll=0), questions(50))
     assert max(map(len, s.submitted[3:])) <= 7 and sum(map(len, s.submitted)) < 200
+
+def test_what_never_arrived_goes_in_again_as_it_was(book):
+    def lost_twice(n):
+        if n <= 2: raise Lost("no reply")
+    s = Scripted(submit=lost_twice)
+    with pytest.warns(UserWarning, match="not known whether"): assert right(quick("openai:m", questions(50), book, batch=True, service=s), questions(50))
+    assert list(map(len, s.submitted)) == [50]*3
+
+@BOTH
+@pytest.mark.parametrize("status", [429, 500, 503, 529, "refused"])
+def test_a_busy_service_is_handed_the_same_batch_again(service, status, book, monkeypatch, table):
+    left, submission = [3], LLMServer.submission
+    def busy(self, api, body):
+        if left[0]:
+            left[0] -= 1
+            raise ApiError(529 if status == 503 and api == "anthropic" else status, "not now", **({"retry-after": "0.2"} if status == 429 else {}))
+        return submission(self, api, body)
+    with serve() as s:
+        m = model_at(s, service, "own")
+        if status == "refused":                                                     # nobody listens for a moment
+            never, paid = httpx2.ConnectError("refused"), services._Client.paid
+            def away(self, call):
+                if not left[0]: return paid(self, call)
+                left[0] -= 1
+                def fails(): raise self.sdk.APIConnectionError(request=httpx2.Request("POST", "http://x")) from never
+                return paid(self, fails)
+            monkeypatch.setattr(services._Client, "paid", away)
+        else: monkeypatch.setattr(LLMServer, "submission", busy)
+        with pytest.warns(UserWarning, match="handing in 300 requests again"): assert right(quick(m, questions(300), book, batch=True, prices=table), questions(300))
+        assert [len(b.items) for b in s.batches.values()] == [300] and left == [0] and losses(book) == (0, 0.)
+
+def test_a_service_that_stays_busy_is_given_up_and_gone_on_with_later(book):
+    def busy(n): raise Busy("not now")
+    s = Scripted(submit=busy)
+    with pytest.raises(ConnectionError, match="20 calls in a row failed"), pytest.warns(UserWarning): quick("openai:m", questions(50), book, batch=True, service=s, poll=0)
+    assert set(map(len, s.submitted)) == {50} and right(quick("openai:m", questions(50), book, batch=True, service=Scripted(), poll=0), questions(50))
+
+def test_looks_that_fail_now_and_then_end_no_run(book):
+    looks = iter([x for _ in range(30) for x in (ConnectionError("away"), False)] + [True])
+    def ended(id):
+        if isinstance(x := next(looks), Exception): raise x
+        return x
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert right(quick("openai:m", questions(5), book, batch=True, service=Scripted(ended=ended), poll=0), questions(5))
+
+def test_busy_while_batches_are_under_way_is_waited_out(book, monkeypatch):
+    monkeypatch.setattr(llm, "BATCH_REQUESTS", 30)
+    state = dict(tries=0)
+    def full(n):
+        if n > 1 and state["tries"] < 40:                                           # twice what a run would bear
+            state["tries"] += 1
+            raise Busy("too many batches")
+    s = Scripted(submit=full, ended=lambda id: id != "b1" or state["tries"] == 40)
+    s.results = lambda id: ((k, Reply(r.prompt[::-1])) for b in s.submitted for k, r in b.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert right(quick("openai:m", questions(60), book, batch=True, service=s, poll=0), questions(60))
+    assert set(map(len, s.submitted)) == {30}
+
+def test_servers_without_batches_say_so(book):
+    with serve() as s:
+        m = Model("openai", "m", s.url + "/nowhere")
+        with pytest.raises(Unusable, match="takes no batches; ask without"): quick(m, questions(5), book, batch=True)
 
 def test_batches_are_not_asked_again_one_by_one(book):
     s = Scripted(ended=lambda id: False)
