@@ -165,7 +165,15 @@ def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(
     print(f"rules / {who}, {ratings.row.nunique():,} completions:\n")
     print(agreement.agreement_table(agreement.agreement(judges.rule_ratings(texts.loc[ratings.row.unique()]), ratings)).to_string())
 
-def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=None, load:Path|None=None, forget:str|None=None):
+def _forget(book:"llm.Ledger", id:str, cancel:bool, prices:Path|None)->str:
+    "Give a batch up, and say what became of it"
+    try: done = llm.give_up(book, id, cancel, prices=prices)
+    except (ConnectionError, llm.Unusable) as e: raise type(e)(f"{e}; nothing is changed. --no-cancel forgets {id} here without reaching the service, and it may run on and be billed") from None
+    if not done.cancelled: return f"{id}: not cancelled; it may run on and be billed, at most ${done.lost:,.4f}, which is booked; {done.free:,} requests can be sent again"
+    if not done.free + done.kept: return f"{id}: is being cancelled; the same command looks again, and so does the one that handed it in"
+    return f"{id}: cancelled; {done.kept:,} replies were done and are kept, {done.free:,} requests can be sent again"
+
+def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=None, load:Path|None=None, forget:str|None=None, cancel:bool=True, prices:Path|None=None):
     """What was asked of language models, answered and paid.
 
     Export it for others to replay, or take over what others recorded.
@@ -176,7 +184,9 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
         path: the ledger (an SQLite file, or an exported .parquet)
         to: parquet file to export to
         load: exported ledger to take over
-        forget: id of a batch under way that is given up; its requests will be sent again
+        forget: id of a batch under way that is given up: cancelled at the service; its requests will be sent again
+        cancel: with --forget; --no-cancel forgets it here, and it may run on and be billed
+        prices: with --forget: price table, for what is booked where it may run on (default: the one that comes with the package)
     """
     if load and not load.is_file(): raise ValueError(f"--load {load} does not exist")
     if (load or forget) and path.suffix == ".parquet": raise ValueError(f"{path} is a recorded ledger and does not change; --load and --forget need an SQLite file")
@@ -188,7 +198,7 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
             print(f"under way: batch {b.id or '(id not known yet)'} to {b.model}, {n:,} requests, handed in {time.strftime('%Y-%m-%d %H:%M', time.localtime(b.at))}; the same command with --batch collects it")
         asked, errors = book.noted()
         print(f"{asked:,} requests noted, {errors:,} failures")
-        if forget: print(f"{forget}: {book.forget(forget):,} requests can be sent again")
+        if forget: print(_forget(book, forget, cancel, prices))
         at = {m: f" at {' and '.join(a)}" for m, a in ledger_.addresses(book).items()}
         for model, mode, replies, tokens_in, tokens_out, cost in book.totals():
             print(f"{model}{at.get(model, '')}, {mode}: {replies:,} replies, {tokens_in:,} tokens in, {tokens_out:,} out" + ("" if cost is None else f", ${cost:,.4f}"))

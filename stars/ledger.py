@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERVICES', 'OFFICIAL', 'IN_THE_AIR', 'Model', 'Request', 'Reply', 'request_key', 'Batch', 'Ledger', 'recorded_keys',
-           'addresses', 'take_off', 'land', 'losses', 'uncounted', 'noted_requests']
+           'addresses', 'take_off', 'land', 'losses', 'noted_model', 'uncounted', 'noted_requests']
 
 # %% ../nbs/02_ledger.ipynb #c002
 import hashlib
@@ -337,14 +337,17 @@ class Ledger:
     def open_batches(self, model:Model, keys:Iterable[str])->dict[Batch, list[str]]:
         "Batches under way that hold some of the keys, each with all its keys"
         with self._lock:
-            found = [Batch(*row) for row in self._db.execute("SELECT * FROM under_way WHERE model = ?", (str(model),))]
-            inside = {b: [k for k, in self._db.execute("SELECT key FROM items WHERE batch = ?", (b.name,))] for b in found}
+            inside = {b: self.keys_in(b) for b in [Batch(*row) for row in self._db.execute("SELECT * FROM under_way WHERE model = ?", (str(model),))]}
         wanted = set(keys)
         return {b: ks for b, ks in inside.items() if not wanted.isdisjoint(ks)}
 
     def abandoned(self, batch:Batch)->bool:
         "Has a batch no id, and nobody who is just submitting it?"
         return batch.id is None and batch.name not in self._handing_in and (batch.owner == self.owner or not self._alive(batch.owner))
+
+    def keys_in(self, batch:Batch)->list[str]:
+        "What a batch holds"
+        with self._lock: return [k for k, in self._db.execute("SELECT key FROM items WHERE batch = ?", (batch.name,))]
 
     def batch_ids(self)->set[str]:
         "The services' names of all batches ever submitted"
@@ -441,6 +444,15 @@ def losses(
 
 
 # %% ../nbs/02_ledger.ipynb #c009q
+def noted_model(
+    ledger:Ledger, # that has noted the request
+    key:str,       # of a request
+)->Model: # a ledger from before addresses were noted knows only the official one
+    "Who was asked"
+    [(name, params)] = ledger._in("SELECT model, params FROM requests WHERE key IN", [key])
+    params = json.loads(params)
+    return Model.parse(name, params.get("base_url") or "", params["extra"])
+
 def uncounted(
     ledger:Ledger, # any
 )->int: # how many

@@ -70,8 +70,9 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.kind, self.headers = status, message, code, param, kind, headers
     def body(self, api, request_id):
-        if api=="anthropic": return dict(type="error", error=dict(type=ERRORS[self.status][0], message=self.message), request_id=request_id)
-        return dict(error=dict(message=self.message, type=self.kind or ERRORS[self.status][1], param=self.param, code=self.code))
+        kinds = ERRORS.get(self.status, ERRORS[400])
+        if api=="anthropic": return dict(type="error", error=dict(type=kinds[0], message=self.message), request_id=request_id)
+        return dict(error=dict(message=self.message, type=self.kind or kinds[1], param=self.param, code=self.code))
 
 def need(ok, message, code=None, param=None, status=400):
     "Refuses unless ok"

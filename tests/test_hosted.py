@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,11 +154,15 @@ def test_a_pilot_is_part_of_the_whole(capsys):
         run("prime", "all.parquet", *command, "--n", 40, "--dry-run")
         assert "80 requests, 20 of them answered" in capsys.readouterr().out
 
-def test_batches_under_way_are_seen(capsys):
+def test_batches_under_way_are_seen_and_given_up(capsys, monkeypatch):
     with LLMServer(answer=counted("verification"), key=KEY, faults=Faults(batch_latency_s=3600.)) as s:
         pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet")).head(3).to_parquet("completions.parquet")
         command = ["judge", "completions.parquet", "--judge", "openai:gpt-5.4-mini", "--base-url", s.openai_url, "--batch", "--poll", .1]
-        threading.Timer(2., lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        def interrupt():
+            while not s.batches: time.sleep(.05)
+            time.sleep(.5)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
         was = signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.raises(SystemExit) as e: run(*command)
         signal.signal(signal.SIGINT, was)
@@ -166,8 +171,12 @@ def test_batches_under_way_are_seen(capsys):
         assert "12 in batches under way" in (said := capsys.readouterr().out) and "to send      0 requests" in said
         run("ledger", "runs/ledger.db")
         [id] = re.findall(r"under way: batch (\S+) to openai:gpt-5.4-mini, 12 requests", capsys.readouterr().out)
+        monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-0123456789")
+        fails("ledger", "runs/ledger.db", "--forget", id)
+        assert "nothing is changed. --no-cancel" in capsys.readouterr().err and not s.batches[id].cancelled
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
         run("ledger", "runs/ledger.db", "--forget", id)
-        assert "12 requests can be sent again" in capsys.readouterr().out
+        assert "cancelled; 0 replies were done and are kept, 12 requests can be sent again" in capsys.readouterr().out and s.batches[id].cancelled
 
 # what experiments make of rows from elsewhere
 

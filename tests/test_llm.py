@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from llm_server import ApiError, Faults, LLMServer
 
 from stars import llm, services
 from stars.ledger import OFFICIAL, losses, uncounted
-from stars.llm import Ledger, Model, OverBudget, Reply, Request, Unusable, ask, estimate
+from stars.llm import Ledger, Model, GivenUp, OverBudget, Reply, Request, Unusable, ask, estimate, give_up
 from stars.rollouts import EngineService, Rollout, local_service
 from stars.services import Busy, Lost, Rejected, _checked, cost_ceiling, price_of, read_prices
 
@@ -419,6 +420,69 @@ def test_many_refusals_hide_nothing(book):
         with pytest.warns(UserWarning, match="40 of 60"): replies = quick(model_at(s, "openai"), todo, book)
         assert replies[:40] == [None]*40 and right(replies[40:], todo[40:])
 
+@pytest.mark.parametrize("bad_first", [True, False])
+def test_many_refusals_do_not_end_later_calls(bad_first, book):
+    bad, good = [Request(f"<<invalid>> {i}") for i in range(120)], questions(40)
+    todo = [*bad, *good] if bad_first else [*good, *bad]
+    with serve() as s:
+        for _ in range(3):
+            with pytest.warns(UserWarning, match="120 of 160"): replies = quick(model_at(s, "openai"), todo, book)
+            assert sorted(r.text for r in replies if r) == sorted(q.prompt[::-1] for q in good)
+
+class Words(ApiError):
+    "A refusal in a server's own words"
+    def __init__(self, status, body):
+        super().__init__(status, "")
+        self.words = body
+    def body(self, api, request_id): return self.words
+
+@BOTH
+@pytest.mark.parametrize("status, body", [(400, dict(error=dict(message="no such thing as own_field"))), (422, dict(detail=[dict(loc=["body", "own_field"], msg="Extra inputs are not permitted")])),
+                                          (405, "own_field: method not allowed"), (413, dict(error="own_field is too large")), (451, dict(message="own_field is not for you", object="error")),
+                                          (400, dict(error=dict(message="Provider returned error", metadata=dict(raw="own_field is wrong"))))], ids=str)
+def test_what_every_request_is_refused_with_ends_the_run(service, status, body, book):
+    def answer(q): raise Words(status, body)
+    with serve(answer=answer) as s:
+        with pytest.raises(Unusable, match="in a row were refused.*own_field"): quick(model_at(s, service), questions(300), book, concurrency=4)
+        assert 10 <= s.received < 40 and all("own_field" in e for e in book.errors(book.note(model_at(s, service), questions(300))).values())
+        with pytest.warns(UserWarning, match="own_field"): assert quick(model_at(s, service), questions(3), book) == [None]*3 # too few to say
+
+LIMITS = [(400, "You have reached your usage limits."), (400, "You have reached your specified API usage limits. You will regain access on 2027-01-01 at 00:00 UTC."),
+          (400, "Your credit balance is too low to access the API."), (429, "Billing hard limit has been reached"), (403, "This workspace has hit its spend limit.")]
+
+@BOTH
+@pytest.mark.parametrize("status, words", LIMITS, ids=str)
+def test_a_limit_that_is_reached_on_the_way_ends_the_run(service, status, words, book):
+    answered = []
+    def answer(q):
+        answered.append(q)
+        if len(answered) > 60: raise ApiError(status, words)
+        return q["prompt"][::-1]
+    with serve(answer=answer) as s:
+        with pytest.raises(Unusable, match=re.escape(words)): quick(model_at(s, service), questions(300), book, concurrency=4)
+        assert s.received < 80 and len(book.answered(book.note(model_at(s, service), questions(300)))) == 60
+
+@BOTH
+def test_a_limit_that_a_batch_meets_ends_the_run(service, book):
+    answered = []
+    def answer(q):
+        answered.append(q)
+        if len(answered) > 3: raise ApiError(400, LIMITS[0][1])
+        return q["prompt"][::-1]
+    with serve(answer=answer) as s:
+        with pytest.raises(Unusable, match="reached your usage limits"): quick(model_at(s, service), questions(10), book, batch=True)
+        assert len(s.batches) == 1 and len(book.answered(book.note(model_at(s, service), questions(10)))) == 3
+
+def test_rate_limits_are_no_such_limits(book):
+    words = "Rate limit reached for m on tokens per min. You can increase your usage limits at https://example.com/account/billing."
+    left = [5]
+    def answer(q):
+        if left[0]:
+            left[0] -= 1
+            raise ApiError(429, words, "rate_limit_exceeded", **{"retry-after": "0.1"})
+        return q["prompt"][::-1]
+    with serve(answer=answer) as s: assert right(quick(model_at(s, "openai"), questions(5), book), questions(5))
+
 @pytest.mark.parametrize("bad", [dict(output_tokens=-10**9), dict(input_tokens=2**70), dict(text=None), dict(text=["a"])], ids=str)
 def test_impossible_replies_are_not_booked(bad):
     with pytest.raises(ValueError): _checked(Reply(**dict(text="x") | bad))
@@ -640,6 +704,74 @@ def test_batches_from_before_addresses_were_noted_are_collected(book):
 def test_what_is_no_address(url):
     with pytest.raises(ValueError, match="base_url") as e: Model("openai", "m", url)
     assert "hunter2" not in str(e.value)
+
+# what changes the price
+
+@pytest.mark.parametrize("service, extra", [("openai", dict(service_tier="priority")), ("openai", dict(service_tier="flex")), ("openai", dict(web_search_options={})), ("openai", dict(tools=[])),
+                                            ("openai", dict(modalities=["text", "audio"])), ("anthropic", dict(speed="fast")), ("anthropic", dict(service_tier="auto")),
+                                            ("anthropic", dict(inference_geo="us")), ("anthropic", dict(cache_control=dict(type="ephemeral", ttl="1h"))),
+                                            ("anthropic", dict(output_config=dict(effort="low", format={}))), ("openai", dict(something_new=1))], ids=str)
+def test_fields_that_change_the_price_and_budgets_exclude_each_other(service, extra, book, table):
+    m = Model(service, "own", extra=extra)
+    with pytest.raises(ValueError, match=f"{next(iter(extra))} in extra .* may change what a request costs"): quick(m, questions(3), book, max_cost=1., prices=table, service=Scripted())
+    assert right(free := quick(m, questions(3), book, prices=table, service=Scripted()), questions(3)) and {r.cost for r in free} == {None} # nobody knows
+    assert estimate(m, questions(4), book, table).most == dict(concurrent=None, batch=None)
+
+@pytest.mark.parametrize("service, extra", [("openai", dict(service_tier="default", seed=3, reasoning_effort="low", top_p=.9)), ("openai", dict(chat_template_kwargs=dict(enable_thinking=False), top_k=3)),
+                                            ("anthropic", dict(speed="standard", service_tier="standard_only", thinking=dict(type="adaptive"), output_config=dict(effort="low")))], ids=str)
+def test_fields_that_do_not_change_the_price_are_priced(service, extra, book, table):
+    m = Model(service, "own", extra=extra)
+    assert all(r.cost == 0. for r in quick(m, questions(3), book, max_cost=1., prices=table, service=Scripted())) and estimate(m, questions(4), book, table).most["batch"] > 0
+
+# batches that nobody wants any more
+
+def interrupt_when_handed_in(s):
+    def interrupt():
+        while not s.batches: time.sleep(.02)
+        time.sleep(.5)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+
+@BOTH
+def test_what_is_given_up_is_cancelled_and_what_was_done_is_kept(service, book, table):
+    with serve(Faults(batch_latency_s=20.), answer=twenty_five) as s:
+        m = model_at(s, service, "own")
+        interrupt_when_handed_in(s)
+        with pytest.raises(KeyboardInterrupt): quick(m, questions(200), book, batch=True, prices=table)
+        [id] = s.batches
+        time.sleep(1.)
+        done = give_up(book, id, prices=table)
+        assert s.batches[id].cancelled and 0 < done.kept == sum(s.served.values()) < 200 and done == GivenUp(done.kept, 200 - done.kept, True)
+        keys = book.note(m, questions(200))
+        assert len(book.answered(keys)) == done.kept and 0 < truth(s)/2 == pytest.approx(book.cost(keys)) and losses(book) == (0, 0.) and not book.under_way()
+        assert right(quick(m, questions(200), book, prices=table), questions(200)) and set(s.served.values()) == {1}
+        with pytest.raises(ValueError, match="is not under way"): give_up(book, id)
+
+@BOTH
+@pytest.mark.parametrize("how", ["unknown there", "here only"])
+def test_what_cannot_be_cancelled_is_booked(service, how, book, table):
+    with serve(Faults(batch_latency_s=600.)) as s:
+        m, todo = model_at(s, service, "own"), questions(20)
+        interrupt_when_handed_in(s)
+        with pytest.raises(KeyboardInterrupt): quick(m, todo, book, batch=True, prices=table)
+        [id] = s.batches
+        kept = s.batches.pop(id) if how == "unknown there" else None
+        done = give_up(book, id, cancel=how == "unknown there", prices=table)
+        ceiling = sum(cost_ceiling(read_prices(table)[0][str(m)], q, "batch") for q in todo)
+        assert (done.kept, done.free, done.cancelled) == (0, 20, False) and done.lost == pytest.approx(ceiling) == pytest.approx(losses(book)[1])
+        assert kept or not s.batches[id].cancelled
+        assert right(quick(m, todo, book, prices=table), todo)
+
+@BOTH
+def test_a_slow_cancellation_is_taken_up_later(service, book):
+    with serve(Faults(batch_latency_s=600., cancel_s=2.)) as s:
+        m, todo = model_at(s, service), questions(20)
+        interrupt_when_handed_in(s)
+        with pytest.raises(KeyboardInterrupt): quick(m, todo, book, batch=True)
+        [id] = s.batches
+        assert give_up(book, id, patience=.2) == GivenUp(0, 0, True) and len(book.under_way()) == 1
+        s.faults.batch_latency_s = .1
+        assert right(quick(m, todo, book, batch=True), todo) and len(s.batches) == 2 and set(s.served.values()) == {1}
 
 @pytest.mark.parametrize("extra", [dict(model="x"), dict(stream=True), dict(api_key="k"), dict(max_tokens=3), dict(n=2)], ids=str)
 def test_what_extra_may_not_say(extra):
