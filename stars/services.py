@@ -8,6 +8,7 @@ __all__ = ['Price', 'read_prices', 'price_of', 'input_ceiling', 'cost_ceiling', 
 
 # %% ../nbs/02a_services.ipynb #c002
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from math import inf
 from pathlib import Path
 from typing import Protocol
 
-from .ledger import OFFICIAL, Batch, Model, Reply, Request
+from .ledger import OFFICIAL, Batch, Model, Reply, Request, secret_free
 
 # %% ../nbs/02a_services.ipynb #c005
 @dataclass(frozen=True)
@@ -139,13 +140,21 @@ def _sdk(name:str, *keys:str, needed:bool=True):
     if needed and not any(map(os.environ.get, keys)): raise ValueError(f"no API key: set {keys[0]} in the environment")
     for k in keys:
         if (v := os.environ.get(k, "")) != v.strip(): raise ValueError(f"{k} has blanks or a line break around it; set it without")
+        if not v.isascii() or not v.isprintable(): raise ValueError(f"{k} holds a character that no key has; copy it again")
+    for name in [n for n in logging.root.manager.loggerDict if n.partition(".")[0] in (sdk.__name__, "httpx2", "httpcore2")]: logging.getLogger(name).addFilter(_unlogged)
     return sdk
 
+def _unlogged(record:logging.LogRecord)->bool:
+    "A filter that takes keys out of what the SDKs log"
+    record.msg, record.args = secret_free(record.getMessage()), ()
+    if record.exc_info: record.exc_text, record.exc_info = secret_free(logging.Formatter().formatException(record.exc_info)), None
+    return True
+
 def _secret_free(text:str)->str:
-    "An error message without API keys"
-    for k, v in os.environ.items():
-        if k.endswith(("_API_KEY", "_AUTH_TOKEN", "_ADMIN_KEY")) and len(v) > 5: text = text.replace(v, f"${k}")
-    return text[:2_000]
+    "An error message without API keys, and then not too long: half a key is no secret kept"
+    return secret_free(text)[:1_000]
+
+def _brief(what)->str: return secret_free(repr(what))[:200]
 
 class _Unreadable(ValueError): "A reply that was cut or garbled on its way"
 
@@ -167,33 +176,35 @@ class _Client:
     def __init__(self, sdk, client): self.sdk, self.client, self.once = sdk, client, client.with_options(max_retries=0)
 
     def _said(self, e:Exception)->str:
-        try: words = f"{e.status_code} {' '.join(e.response.text.split()):.1000}" # an SDK keeps only one part of them
+        try: words = f"{e.status_code} {' '.join(e.response.text.split())}" # an SDK keeps only one part of them
         except (AttributeError, import_module("httpx2").StreamError): words = f"{e} {e.__cause__ or ''}"
         return _secret_free(f"{self.client.base_url.host}: {type(e).__name__}: {words}".strip())
 
     def paid(self, call:Callable):
         "A call that costs money, tried once"
         try: return call()
-        except self.sdk.APIStatusError as e:
-            wait = _wait(e.response.headers)
-            if e.status_code in (401, 402, 403, 404) or (used_up(f"{getattr(e, 'code', '')} {e}") and wait is None): raise Unusable(self._said(e)) from None
-            if e.status_code in _LATE: raise Lost(self._said(e)) from None
-            if e.status_code in (408, 409, 429) or e.status_code >= 500: raise Busy(self._said(e), wait) from None
-            raise Refused(self._said(e)) from None
-        except self.sdk.APIConnectionError as e:
-            if _never_left(e.__cause__): raise Busy(self._said(e)) from None
-            raise Lost(self._said(e)) from None
-        except (self.sdk.APIError, import_module("httpx2").HTTPError, ValueError, TypeError, AttributeError) as e: raise Lost(self._said(e)) from None
+        except self.sdk.APIStatusError as e: problem = self._problem(e)
+        except self.sdk.APIConnectionError as e: problem = (Busy if _never_left(e.__cause__) else Lost)(self._said(e))
+        except (self.sdk.APIError, import_module("httpx2").HTTPError, ValueError, TypeError, AttributeError) as e: problem = Lost(self._said(e))
+        raise problem # here, where the SDK's exception, which holds the request with its key, is no part of it any more
+
+    def _problem(self, e:Exception)->Exception:
+        "What a status means for a call that costs money"
+        wait, said = _wait(e.response.headers), self._said(e)
+        if e.status_code in (401, 402, 403, 404) or (used_up(f"{getattr(e, 'code', '')} {e}") and wait is None): return Unusable(said)
+        if e.status_code in _LATE: return Lost(said)
+        if e.status_code in (408, 409, 429) or e.status_code >= 500: return Busy(said, wait)
+        return Refused(said)
 
     def free(self, call:Callable, tries:int=3):
         "A call that costs nothing, tried until it succeeds: by the SDK, and here when what came back cannot be read"
         for left in reversed(range(tries)):
             try: return call()
             except self.sdk.APIStatusError as e:
-                if e.status_code in (404, 410): raise Gone(self._said(e)) from None
-                raise (Unusable if e.status_code in (401, 402, 403) else Busy)(self._said(e)) from None
-            except (self.sdk.APIError, import_module("httpx2").HTTPError, ValueError, TypeError, AttributeError) as e:
-                if not left: raise Busy(self._said(e)) from None
+                problem = {404: Gone, 410: Gone, 401: Unusable, 402: Unusable, 403: Unusable}.get(e.status_code, Busy)(self._said(e))
+                left = 0
+            except (self.sdk.APIError, import_module("httpx2").HTTPError, ValueError, TypeError, AttributeError) as e: problem = Busy(self._said(e))
+            if not left: raise problem
 
     def lines(self, fetch:Callable, expected:int)->list[dict]:
         "The readable lines of a JSONL file, fetched again if there are too few: what is not read here is bought again"
@@ -217,14 +228,14 @@ def _usage(text:str, input, output, read, write)->dict:
 
 def _id(x)->str:
     "What a service calls a thing it has made"
-    if not isinstance(getattr(x, "id", None), str): raise _Unreadable(f"no id: {x!r:.200}")
+    if not isinstance(getattr(x, "id", None), str): raise _Unreadable(f"no id: {_brief(x)}")
     return x.id
 
 def _checked(reply:Reply)->Reply:
     "A reply that fits the ledger and the arithmetic"
     counts = [n for n in (reply.input_tokens, reply.output_tokens) if n is not None] + [reply.cache_read, reply.cache_write]
-    if not isinstance(reply.text, str) or not all(_counted(n) for n in counts): raise _Unreadable(f"{reply!r:.200}")
-    return replace(reply, text=reply.text.encode(errors="replace").decode()) # half a surrogate pair cannot be kept
+    if not isinstance(reply.text, str) or not all(_counted(n) for n in counts): raise _Unreadable(f"{_brief(reply)}")
+    return replace(reply, text=secret_free(reply.text.encode(errors="replace").decode()), id=secret_free(str(reply.id))) # half a surrogate pair cannot be kept
 
 def _item(key:str, read:Callable)->tuple[str, Reply|Failure]:
     try: return key, read()
@@ -241,7 +252,7 @@ def _lines(response)->list[dict]:
 
 def _since(pages, time_of:Callable, at:float)->Iterator:
     "The newest entries of a list, down to a day before a time: clocks differ"
-    if pages.data is None: raise _Unreadable(f"no list: {pages!r:.200}")
+    if pages.data is None: raise _Unreadable(f"no list: {_brief(pages)}")
     for x in pages:
         if time_of(x) < at - 86_400: return
         yield x
@@ -268,7 +279,7 @@ class Anthropic(_Client):
         return body
 
     def _reply(self, m, mode:str)->Reply:
-        if getattr(m, "content", None) is None: raise _Unreadable(f"no message with content: {m!r:.200}")
+        if getattr(m, "content", None) is None: raise _Unreadable(f"no message with content: {_brief(m)}")
         u, text = getattr(m, "usage", None), "".join(b.text for b in m.content if b.type == "text")
         fresh, out, read, write = (getattr(u, f"{what}_tokens", None) for what in ("input", "output", "cache_read_input", "cache_creation_input"))
         total = fresh + (read or 0) + (write or 0) if all(map(_counted, (fresh, read or 0, write or 0))) else None
@@ -326,7 +337,7 @@ class OpenAI(_Client):
         return body
 
     def _reply(self, c, mode:str)->Reply:
-        if not getattr(c, "choices", None): raise _Unreadable(f"no completion with choices: {c!r:.200}")
+        if not getattr(c, "choices", None): raise _Unreadable(f"no completion with choices: {_brief(c)}")
         [choice], u = c.choices, getattr(c, "usage", None)
         finish, text = "refusal" if choice.message.refusal else _FINISH.get(choice.finish_reason, "stop"), choice.message.refusal or choice.message.content or ""
         counts = [getattr(u, f"{what}_tokens", None) for what in ("prompt", "completion")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from byte_model import checkpoint
-from llm_server import Faults, LLMServer
+from llm_server import ApiError, Faults, LLMServer
 
 from stars.behaviors import count_behaviors
 from stars.cli import main
@@ -124,6 +124,24 @@ def test_teachers_whose_tokens_nobody_counts(capsys):
     run("ledger", "runs/ledger.db")
     said = capsys.readouterr().out
     assert len(read_rows("bv.parquet")) == 10 and set(s.served.values()) == {1} and "the tokens of 20 replies were not counted by their service" in said and "paid now $0.0000" in said
+
+def test_a_key_that_a_server_repeats_is_in_no_file_and_no_message(capfd, corpus):
+    texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet")).head(5)
+    texts.to_parquet("completions.parquet")
+    def answer(q):
+        if "Target" in q["prompt"]: raise ApiError(401, f"Incorrect API key provided: {KEY}")
+        return f"{KEY} <count>1</count> Authorization: Bearer {KEY}"
+    with LLMServer(answer=answer, key=KEY) as s:
+        to = ["--base-url", s.openai_url]
+        run("judge", "completions.parquet", "--judge", "openai:m", "--format", "tags", *to, "--task", "math")
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--n", 5, *to)
+        fails("label", corpus, "labels", "--labeller", "openai:m", *to)
+        fails("judge", "completions.parquet", "--judge", "openai:m", "--extra", json.dumps(dict(user=KEY)), *to)
+        run("ledger", "runs/ledger.db", "--to", "study.parquet")
+    said, files = "".join(capfd.readouterr()), [f for f in Path(".").rglob("*") if f.is_file()]
+    written = b"".join(f.read_bytes() for f in files) + repr([pd.read_parquet(f).to_dict() for f in files if f.suffix == ".parquet"]).encode()
+    assert {"ratings.parquet", "ledger.db", "study.parquet"} <= {f.name for f in files} and KEY.encode() not in written and KEY not in said
+    assert b"$OPENAI_API_KEY" in written and "$OPENAI_API_KEY" in said
 
 def test_a_hosted_judge(capsys):
     texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet"))

@@ -1,5 +1,6 @@
 "Official SDKs against servers that speak the true wire formats and misbehave; clients that are killed"
 import json
+import logging
 import os
 import random
 import re
@@ -8,12 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 from dataclasses import replace
+from urllib.parse import quote
 
 import httpx2
+import pyarrow.parquet as pq
 import pytest
-from llm_server import ApiError, Faults, LLMServer
+from llm_server import ApiError, Faults, LLMServer, Reply as LLMReply
 
 from stars import llm, services
 from stars.ledger import OFFICIAL, losses, uncounted
@@ -240,6 +244,75 @@ def test_keys_reach_no_file(service, batch, tmp_path, monkeypatch, capfd):
         files = [f for f in tmp_path.rglob("*") if f.is_file()]
         assert len(files) >= 2 and not [f for f in files if KEY.encode() in f.read_bytes()]
     assert KEY not in "".join(capfd.readouterr())
+
+def everything_said(e):
+    "What a traceback, or a tool that looks behind it, shows of an exception"
+    seen = []
+    while e and e not in seen:
+        seen.append(e)
+        e = e.__cause__ or e.__context__
+    return "".join(traceback.format_exception(seen[0])) + "".join(f"{x!r} {x} {x.args}" for x in seen)
+
+ECHOES = {"plain": str, "as a header": "Authorization: Bearer {}".format, "in an address": lambda k: f"https://x/?key={quote(k, safe='')}", "in JSON in JSON": lambda k: json.dumps(json.dumps(k))}
+
+@BOTH
+@MODES
+@pytest.mark.parametrize("status", [400, 401, 422, 429, 500, 504, 200])
+def test_a_key_that_a_server_repeats_is_kept_nowhere(service, status, batch, tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.chdir(tmp_path)
+    key, respond = 'sk-"tricky"/key+0123456789', LLMServer.respond
+    monkeypatch.setenv(f"{service.upper()}_API_KEY", key)
+    caplog.set_level(logging.DEBUG)
+    forms = list(ECHOES.values())
+    def answer(q): # an answer, or the error of a batch's item
+        form = forms[int(re.search(r"\d+", q["prompt"])[0]) % len(forms)]
+        if status != 200: raise ApiError(status, f"what is this: {form(key)}", code=key)
+        return f"you said {form(key)}"
+    def echo(self, c):
+        reply = respond(self, c)
+        return replace(reply, headers=reply.headers | {"x-echo": key, "x-request-id": key, "request-id": key})
+    monkeypatch.setattr(LLMServer, "respond", echo)
+    said = ""
+    with LLMServer(answer=answer, key=key) as s, Ledger("ledger.db") as book, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for todo in (questions(8), questions(30)):
+            try: replies = quick(model_at(s, service), todo, book, batch=batch, retries=0, tries=1)
+            except Exception as e: said += everything_said(e)
+            else: said += repr(replies)
+        book.export("study.parquet")
+        assert s.received > 0 and said
+        said += repr(book.errors(book.note(model_at(s, service), questions(30)))) + repr(pq.read_table("study.parquet").to_pylist())
+    said += "".join(str(w.message) for w in warned) + caplog.text + "".join(capfd.readouterr())
+    said += "".join(f.read_bytes().decode(errors="replace") for f in tmp_path.rglob("*") if f.is_file())
+    for form in {key, quote(key, safe=""), json.dumps(key)[1:-1], json.dumps(json.dumps(key)[1:-1])[1:-1], repr(key)[1:-1], key.split("/")[1]}: assert form not in said
+    assert f"${service.upper()}_API_KEY" in said                                # it was there, and has become its name
+
+@BOTH
+def test_no_part_of_a_key_is_left_where_a_message_is_cut(service, book):
+    for before in (*range(60, 220, 12), *range(880, 1_000, 12)):
+        with LLMServer(answer=lambda q: q["prompt"], key=KEY) as s, pytest.MonkeyPatch.context() as mp:
+            bad = LLMReply(json.dumps(dict(error=dict(message="x"*before + KEY), note="x"*before + KEY)).encode(), status=400 if before > 300 else 200) # or no completion at all
+            mp.setattr(LLMServer, "completion", lambda self, q: bad)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                quick(model_at(s, service), [Request(f"{before}")], book)
+        [error] = book.errors(book.note(model_at(s, service), [Request(f"{before}")])).values()
+        assert not any(KEY[:n] in error for n in range(5, len(KEY)+1)) and error
+
+def test_words_that_stand_for_a_key_are_left_alone(book, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "ollama")
+    with LLMServer(answer=lambda q: "ollama is fun", key="ollama") as s: assert quick(model_at(s, "openai"), questions(1), book)[0].text == "ollama is fun"
+
+@pytest.mark.parametrize("kw", [dict(extra=dict(user=KEY)), dict(extra=dict(metadata=dict(a=[f"Bearer {KEY}"]))), dict(base_url=f"http://localhost/{KEY}/v1"), dict(name=KEY)], ids=lambda kw: next(iter(kw)))
+def test_models_hold_no_keys(kw):
+    with pytest.raises(ValueError, match="holds an API key") as e: Model(**dict(service="openai", name="m") | kw)
+    assert KEY not in everything_said(e.value)
+
+@pytest.mark.parametrize("key", ["sk-0123456789…", "sk-01234\u200b56789", "sk-0123456789\x07"])
+def test_keys_that_were_copied_badly_are_refused_unseen(key, book, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="copy it again") as e: quick("openai:gpt-4o-mini", questions(1), book)
+    assert key not in everything_said(e.value)
 
 def test_a_recording_answers_without_keys_or_network(tmp_path, book, monkeypatch):
     with serve() as s:
