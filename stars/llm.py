@@ -24,7 +24,8 @@ from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_
 from tqdm.auto import tqdm
 
 from .ledger import Batch, Ledger, Model, Reply, Request, addresses, land, noted_model, noted_requests, recorded_keys, request_key, take_off
-from .services import Busy, Failure, Gone, Lost, Price, Refused, Rejected, Service, Unusable, connect, cost_ceiling, input_ceiling, price_changing, price_of, read_prices, used_up
+from .services import (RESPONSES, Busy, Failure, Gone, Lost, Price, Refused, Rejected, Service, Unusable, connect, cost_ceiling, input_ceiling,
+                            only_responses, price_changing, price_of, read_prices, used_up)
 
 # %% ../nbs/02b_llm.ipynb #c018
 _all_ = ["Ledger", "Model", "Request", "Reply", "Refused", "Unusable"] # what users of `ask` need from the chapters before
@@ -309,6 +310,7 @@ def _collect(run:_Run, batch:Batch, keys:list[str], cancelled:bool=False)->dict[
 
 def _hopeless(run:_Run, keys:list[str], failed:dict[str, Failure]):
     "Raise Unusable where what came of a batch leaves no hope for the next"
+    if said := next((f.error for f in failed.values() if f.permanent and only_responses(f.error)), ""): raise Unusable(f"{run.model}: {RESPONSES}. {said}")
     if spent := next((f.error for f in failed.values() if used_up(f.error)), ""): raise Unusable(f"{run.model}: {spent}")
     if len(failed) == len(keys) >= GIVE_UP and all(f.permanent for f in failed.values()):
         raise Unusable(f"{run.model}: each of {len(keys):,} requests failed, the last with: {failed[keys[-1]].error}")

@@ -520,6 +520,19 @@ def test_what_every_request_is_refused_with_ends_the_run(service, status, body, 
         assert 10 <= s.received < 40 and all("own_field" in e for e in book.errors(book.note(model_at(s, service), questions(300))).values())
         with pytest.warns(UserWarning, match="own_field"): assert quick(model_at(s, service), questions(3), book) == [None]*3 # too few to say
 
+@MODES
+@pytest.mark.parametrize("status, words", [(404, "This model is only supported in v1/responses and not in v1/chat/completions."), (400, "m is not available here. Please use the Responses API instead."),
+                                           (404, "The model is only supported by /v1/responses.")], ids=str)
+def test_models_that_only_the_responses_api_answers_are_refused_with_that_reason(status, words, batch, book):
+    def answer(q): raise ApiError(status, words)
+    with serve(answer=answer) as s:
+        with pytest.raises(Unusable, match=f"openai:m: it is only to be had through the Responses API.*take another model.*{re.escape(words)}"): quick(model_at(s, "openai"), questions(5), book, batch=batch)
+    def other(q): raise ApiError(status, "no such thing as own_field")
+    with serve(answer=other) as s, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: quick(model_at(s, "openai"), questions(5), book, batch=batch)
+        except Unusable as e: assert "Responses API" not in str(e)                 # a 404
+
 LIMITS = [(400, "You have reached your usage limits."), (400, "You have reached your specified API usage limits. You will regain access on 2027-01-01 at 00:00 UTC."),
           (400, "Your credit balance is too low to access the API."), (429, "Billing hard limit has been reached"), (403, "This workspace has hit its spend limit.")]
 
