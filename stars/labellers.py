@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from .behaviors import HABIT_NAMES, HABITS
 from .engines import EngineDied, check_vllm
 from .judges import FORMATS, QUESTIONS
-from .ledger import Ledger, Model, Reply, Request, request_key
+from .ledger import Ledger, Model, Reply, Request, recorded_keys
 from .llm import ask, inert, names_once
 from .parallel import start_ray
 from .pretraining import DOMAINS, LABELS, NONE, Shard, Text, read_shard
@@ -234,7 +234,7 @@ def hosted_replies(
     for shard in shards:
         asked = requests_of(shard)
         requests = [a.request for a in asked if a.request]
-        keys = [request_key(model, r) for r in requests]
+        keys = recorded_keys(ledger, model, requests)
         before = 0. if most is None else paid(counted & set(keys)) # `ask` counts by itself what these have cost before
         left = None if most is None else max(0., most - spent + before)
         replies = iter(zip(keys, ask(model, requests, ledger, max_cost=left, **how)))

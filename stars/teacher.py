@@ -271,7 +271,7 @@ def _report(mix:str, model:Model, outcomes:Sequence[tuple[Reply|None, dict|None,
     return TeacherReport(mix, str(model), len(outcomes), passed, min(n, passed), len(rows), share([r["score"] == 1 for r in rows]),
                          {h: share([c[h] > 0 for c in counts]) for h in HABIT_NAMES},
                          share([any(c[h] for h in HABIT_NAMES if h not in MIXES[mix]) for c in counts]), dict(reasons.most_common()),
-                         sum(r.input_tokens for r in replies), sum(r.output_tokens for r in replies), sum(costs) if costs else None)
+                         sum(r.input_tokens or 0 for r in replies), sum(r.output_tokens or 0 for r in replies), sum(costs) if costs else None)
 
 def report_table(
     reports:Iterable[TeacherReport],
@@ -305,10 +305,10 @@ def ask_teacher(
     def _outcome(reply, problem):
         row, reason = read_trace(reply, problem, mix, str(model), prompt, max_words)
         return reply, row, reason or forbid and off_mix(row) or ("" if keep(row) else "not kept")
-    rows, outcomes, more = [], [], math.ceil(n*over)
+    rows, outcomes, replies, more = [], [], [], math.ceil(n*over)
     for _ in range(rounds):
         asked = _questions(problems, len(outcomes) + more, seed)
-        replies = ask(model, [teacher_request(p, mix, sample, max_tokens, temperature) for p, sample in asked], ledger, **how)
+        replies = _ask_on(model, [teacher_request(p, mix, sample, max_tokens, temperature) for p, sample in asked], ledger, replies, **how)
         outcomes = [_outcome(reply, p) for (p, _), reply in zip(asked, replies)]
         rows = [row for _, row, reason in outcomes if not reason]
         if len(rows) >= n or not rows and len(outcomes) >= _HOPELESS: break
@@ -316,6 +316,13 @@ def ask_teacher(
     report = _report(mix, model, outcomes, n)
     if len(rows) < n: raise ValueError(_too_few(report, n))
     return rows[:n], report
+
+def _ask_on(model:Model, requests:list[Request], ledger:Ledger, before:list[Reply|None], max_cost:float|None=None, **how)->list[Reply|None]:
+    "Replies to requests of which the first have been asked before; those without a reply are not asked again, but what they may have cost counts"
+    silent = {i for i, reply in enumerate(before) if reply is None}
+    if max_cost is not None and silent: max_cost = max(0., max_cost - ledger.lost(ledger.note(model, [requests[i] for i in silent])))
+    replies = iter(ask(model, [r for i, r in enumerate(requests) if i not in silent], ledger, max_cost=max_cost, **how))
+    return [None if i in silent else next(replies) for i in range(len(requests))]
 
 def _too_few(report, n):
     rest = ", ".join(f"{reason} {k}" for reason, k in report.reasons.items())

@@ -16,12 +16,13 @@ from stars import teacher as T
 from stars.behaviors import HABIT_NAMES, count_behaviors
 from stars.countdown import Problem, answer_of, make_prompt, score, split_of
 from stars.evals import failures
-from stars.ledger import Ledger, Model, Reply
+from stars.ledger import Ledger, Model, Reply, losses
+from stars.llm import OverBudget
 from stars.models import load_model, load_tokenizer
 from stars.priming import MIXES, SCHEMA, dots, empty_cot, read_rows, write_rows
 from stars.problems import sample_problems
 from stars.rollouts import LlamaEngine, seeds_of
-from stars.services import Refused
+from stars.services import Lost, Refused
 from stars.sft import encode
 
 WORLD = dict(n_numbers=(3, 4), min_number=1, max_number=24, min_target=10, max_target=25)
@@ -315,3 +316,15 @@ def test_failures_join_a_byte_level_prompt():
         [row] = failures(completions([text], p))
         [e] = encode([row], tok)
         assert e.ids == tok(make_prompt(p) + text, add_special_tokens=False).input_ids + [tok.eos_token_id]
+
+def test_lost_replies_are_not_asked_for_again_behind_ones_back(tmp_path):
+    lost = lambda r: random.Random(f"{r.prompt}/{r.sample}").random() < .3
+    def rule(request):
+        if lost(request): raise Lost("connection closed")
+        return backtracks(request)
+    with pytest.warns(UserWarning, match="have no reply"): rows, report, service = teach(tmp_path, rule, n=30, over=1., rounds=8)
+    assert len(rows) == 30 and max(map(service.sent.count, service.sent)) == 1 and len(service.sent) > 30 # further rounds asked new questions
+    spent = lambda book: losses(book)[1] + sum(cost for *_, cost in book.totals())
+    with Ledger(tmp_path/"a.db") as book: most = .95*spent(book)
+    with pytest.raises(OverBudget), pytest.warns(UserWarning): teach(tmp_path, rule, n=30, over=1., rounds=8, name="b.db", max_cost=most)
+    with Ledger(tmp_path/"b.db") as book: assert spent(book) <= most
