@@ -42,7 +42,7 @@ class Estimate:
     likely_tokens:tuple[int, int]|None # if they are like the recorded ones; None: none are recorded
     most:dict                # dollars at most, by mode; None where no price is known
     likely:dict              # dollars with `likely_tokens`, by mode
-    prices:str               # the day the prices were read
+    prices:str               # where, or of what day, the prices are from
 
     def __str__(self)->str:
         both = lambda t: f"{t[0]:,} tokens in and {t[1]:,} out"
@@ -67,7 +67,7 @@ def estimate(
     inside = {k for keys in ledger.open_batches(model, unique).values() for k in keys} & unique.keys() - known
     todo = [r for k, r in unique.items() if k not in known | inside]
     price, typical = None if price_changing(model) else price_of(model, prices), {s: ledger.typical(model, s) for s in {r.system for r in todo}}
-    if price and any(input_ceiling(r) > price.up_to for r in todo): price = None # known for shorter prompts only
+    if price and not all(price.holds(input_ceiling(r)) for r in todo): price = None # known for shorter prompts only
     likely = [typical[r.system] for r in todo] if todo and all(typical.values()) else None
     by_mode = lambda cost: {mode: None if price is None else sum(cost(mode)) for mode in ("concurrent", "batch")}
     return Estimate(str(model), len(unique), len(known), len(inside), (sum(map(input_ceiling, todo)), sum(r.max_tokens for r in todo)),
@@ -141,13 +141,13 @@ class _Run:
 
     def ceiling(self, request:Request, mode:str)->float: # dollars; 0 where no price is known
         "What a reply costs at most, lost or not"
-        return cost_ceiling(self.price, request, mode) if self.price and input_ceiling(request) <= self.price.up_to else 0.
+        return cost_ceiling(self.price, request, mode) if self.price and self.price.holds(input_ceiling(request)) else 0.
 
     def bill(self, request:Request, reply:Reply)->float|None: # dollars; None where no price is known
         "What a reply cost; at its ceiling where the service did not count its tokens"
         if self.price is None: return reply.cost
         if reply.input_tokens is None or reply.output_tokens is None: return self.ceiling(request, reply.mode) or None
-        return self.price.cost(reply) if reply.input_tokens <= self.price.up_to else None
+        return self.price.cost(reply) if self.price.holds(reply.input_tokens) else None
 
     def open(self)->list[str]: # keys without a reply
         known = self.ledger.answered(self.todo)

@@ -14,7 +14,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from importlib import import_module
+from importlib.metadata import version
 from importlib.resources import files
 from math import inf
 from pathlib import Path
@@ -34,34 +36,88 @@ class Price:
     structured:bool=False   # follows a JSON schema
     temperature:bool=True   # accepts a temperature
     up_to:float=inf         # input tokens up to which these prices hold
+    beyond:"Price|None"=None # what everything costs where there are more of them (default: not known)
+    batched:"Price|None"=None # what everything costs in batch mode, where `batch` is not all there is to it
+
+    def at(self, tokens:int, mode:str="concurrent")->"Price": # in
+        "The price of a request with so many tokens"
+        if mode == "batch" and self.batched: return self.batched.at(tokens)
+        return self.beyond.at(tokens, mode) if self.beyond and tokens > self.up_to else self
+
+    def holds(self, tokens:int)->bool: # in
+        "Is it known what so many tokens cost?"
+        return tokens <= self.at(tokens).up_to
 
     def cost(self,
         reply:Reply, # with its token counts, both of them known
     )->float: # dollars
         "What a reply cost"
+        if (there := self.at(reply.input_tokens, reply.mode)) is not self: return there.cost(reply)
         read, write = (self.input if p is None else p for p in (self.cache_read, self.cache_write))
         fresh = reply.input_tokens - reply.cache_read - reply.cache_write
         dollars = fresh*self.input + reply.cache_read*read + reply.cache_write*write + reply.output_tokens*self.output
         return dollars / 1e6 * (self.batch if reply.mode == "batch" else 1.)
 
-def read_prices(
-    path:str|Path|None=None, # JSON: date, sources, models {"service:name": fields of `Price`} (default: the table that comes with the package)
-)->tuple[dict[str, Price], str]: # prices by model, and the day they were read
-    "The price table; raises ValueError that names the entry at fault"
-    path = path or Path(str(files("stars")))/"prices.json"
+# %% ../nbs/02a_services.ipynb #c005r
+_FIELDS = dict(input="input_mtok", output="output_mtok", cache_read="cache_read_mtok", cache_write="cache_write_mtok")
+
+def _price(prices)->Price:
+    "A price from one of the library's, tier by tier"
+    tiers = {name: getattr(getattr(prices, key), "tiers", ()) for name, key in _FIELDS.items()} # ascending
+    starts, price = [0, *sorted({t.start for ts in tiers.values() for t in ts}), inf], None
+    for start, end in reversed([*zip(starts, starts[1:])]):
+        known = {name: [getattr(v := getattr(prices, key), "base", v), *(t.price for t in tiers[name] if t.start <= start)][-1] for name, key in _FIELDS.items()}
+        price = Price(**{name: v if v is None else float(v) for name, v in known.items()}, up_to=end, beyond=price)
+    return price
+
+def _library()->dict[str, Price]: # by model
+    "Prices of today that genai-prices knows"
+    now, found = datetime.now(timezone.utc), {}
+    for provider in import_module("genai_prices.data_snapshot").get_snapshot().providers:
+        for m in provider.models if provider.id in OFFICIAL else ():
+            standard = m.get_prices(now)
+            if None in (standard.input_mtok, standard.output_mtok) or "search" in m.id: continue # no text, or paid by the search
+            price, batched = _price(standard), _price(m.get_prices(now, dict(processing="batch")))
+            found[f"{provider.id}:{m.id}"] = replace(price, batched=batched, batch=batched.input / price.input if price.input else 1.)
+    return found
+
+def _undated(model:str)->str: return re.sub(r"-\d{4}-?\d{2}-?\d{2}$", "", model)
+
+def _table(path:str|Path)->dict:
+    "A price table, its models read"
+    def price(p):
+        beyond = price(p["beyond"]) if p.get("beyond") else None
+        return Price(**{k: v for k, v in p.items() if k not in ("note", "beyond")}, beyond=beyond)
     try:
         table = json.loads(Path(path).read_text())
-        return {m: Price(**{k: v for k, v in p.items() if k != "note"}) for m, p in table["models"].items()}, table["date"]
+        return table | dict(date=table["date"], models={m: price(p) for m, p in table["models"].items()})
     except (KeyError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"{path} is no price table: {type(e).__name__}: {e}; it needs date and models, each with input and output") from None
+
+def read_prices(
+    path:str|Path|None=None, # JSON: date, models {"service:name": fields of `Price`} (default: genai-prices, and the table that comes with the package for what it lacks)
+)->tuple[dict[str, Price], str]: # prices by model, and where, or of what day, they are from
+    "All known prices; raises ValueError that names the entry at fault"
+    own = _table(path or Path(str(files("stars")))/"prices.json")
+    if path: return own["models"], own["date"]
+    able = lambda m, p: replace(p, structured=_undated(m) in own["structured"], temperature=_undated(m) not in own["no_temperature"])
+    return {m: able(m, p) for m, p in (own["models"] | _library()).items()}, f"genai-prices {version('genai-prices')}"
 
 def price_of(
     model:Model,          # who is asked
     path:str|Path|None=None, # price table
 )->Price|None: # None: not in the table
-    "The price of a model; a dated snapshot costs what its model costs, and what runs in this process costs nothing"
+    "The price of a model; a dated snapshot costs what its model costs, unless it has a price of its own, and what runs in this process costs nothing"
     if model.service == "local": return Price(0., 0.)
     prices, _ = read_prices(path)
-    return prices.get(str(model)) or prices.get(re.sub(r"-\d{4}-?\d{2}-?\d{2}$", "", str(model)))
+    names = [str(model), _undated(str(model))]
+    if not path: names.insert(1, f"{model.service}:{_known_as(model)}")
+    return next((prices[n] for n in names if n in prices), None)
+
+def _known_as(model:Model)->str:
+    "A model's name in genai-prices, which knows its snapshots, too"
+    [provider] = [p for p in import_module("genai_prices.data_snapshot").get_snapshot().providers if p.id == model.service]
+    return getattr(provider.find_model(model.name), "id", "")
+
 
 # %% ../nbs/02a_services.ipynb #c008
 def input_ceiling(
@@ -77,9 +133,10 @@ def cost_ceiling(
 )->float: # dollars; raises ValueError where the price is only known for shorter prompts
     "More than a request will cost"
     tokens = input_ceiling(request)
-    if tokens > price.up_to: raise ValueError(f"a prompt of up to {tokens:,} tokens: the price table knows the model's prices up to {price.up_to:,.0f}; shorten it, or leave max_cost out")
-    dear = max(price.input, price.cache_write or 0.)
-    return replace(price, input=dear).cost(Reply("", input_tokens=tokens, output_tokens=request.max_tokens, mode=mode))
+    if not price.holds(tokens): raise ValueError(f"a prompt of up to {tokens:,} tokens: the price table knows the model's prices up to {price.at(tokens).up_to:,.0f}; shorten it, or leave max_cost out")
+    both = price.at(0, mode), price.at(tokens, mode) # it may have fewer tokens, too
+    dear = [replace(p, input=max(p.input, p.cache_write or 0.), up_to=inf, beyond=None, batched=None) for p in both]
+    return max(p.cost(Reply("", input_tokens=tokens, output_tokens=request.max_tokens, mode=mode)) for p in dear)
 
 # %% ../nbs/02a_services.ipynb #c009q
 _SAME_PRICE = set("""top_p top_k min_p seed stop stop_sequences frequency_penalty presence_penalty repetition_penalty logit_bias logprobs top_logprobs min_tokens

@@ -12,8 +12,10 @@ import time
 import traceback
 import warnings
 from dataclasses import replace
+from importlib.metadata import version
 from urllib.parse import quote
 
+import genai_prices
 import httpx2
 import pyarrow.parquet as pq
 import pytest
@@ -76,13 +78,15 @@ def test_tokens_and_cost_are_the_services_own(service, batch, book):
     answer = lambda q: dict(text="four", input_tokens=1_000, output_tokens=20, cached=600)
     with serve(answer=answer) as s:
         m = model_at(s, service, name)
-        price, [r] = price_of(Model(service, name)), [Request("2 + 2?", "Be brief.", max_tokens=50)]
+        r = Request("2 + 2?", "Be brief.", max_tokens=50)
         todo = [r, r]                                                           # the same request twice is one request
         keys = book.note(m, todo)
         one, two = quick(m, todo, book, batch=batch)
         assert one == two and sum(s.served.values()) == 1
         assert (one.input_tokens, one.output_tokens, one.cache_read, one.mode) == (1_000, 20, 600, "batch" if batch else "concurrent")
-        assert one.cost == pytest.approx((400*price.input + 600*price.cache_read + 20*price.output) / 1e6 * (.5 if batch else 1)) == book.cost(keys)
+        paid = genai_prices.Usage(input_tokens=1_000, output_tokens=20, cache_read_tokens=600)
+        true = genai_prices.calc_price(paid, name, provider_id=service, price_context=dict(processing="batch") if batch else None).total_price
+        assert one.cost == pytest.approx(float(true)) == book.cost(keys)
 
 @BOTH
 def test_refusals_truncation_and_samples(service, book):
@@ -790,6 +794,48 @@ def test_batches_from_before_addresses_were_noted_are_collected(book):
 def test_what_is_no_address(url):
     with pytest.raises(ValueError, match="base_url") as e: Model("openai", "m", url)
     assert "hunter2" not in str(e.value)
+
+# prices
+
+def test_prices_are_those_of_the_library(monkeypatch):
+    def no_network(*args, **kw): raise AssertionError("prices are not fetched")
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    prices, source = read_prices()
+    rng, checked = random.Random(0), 0
+    for name, price in prices.items():
+        if name == "openai:gpt-6.2-sol" or name.startswith("openai:ft:"): continue  # not there, or there by its beginning
+        provider, model = name.split(":", 1)
+        for tokens in (1_000, 90_000, 150_000, 250_000, 900_000):
+            read, write, out = rng.randrange(tokens//2), rng.randrange(tokens//2), rng.randrange(5_000)
+            if price.cache_read is None: read = 0
+            if price.cache_write is None: write = 0
+            for mode, context in (("concurrent", None), ("batch", dict(processing="batch"))):
+                used = genai_prices.Usage(input_tokens=tokens, output_tokens=out, cache_read_tokens=read, cache_write_tokens=write)
+                true = float(genai_prices.calc_price(used, model, provider_id=provider, price_context=context).total_price)
+                ours = price.cost(Reply("", input_tokens=tokens, output_tokens=out, cache_read=read, cache_write=write, mode=mode))
+                assert ours == pytest.approx(true, rel=1e-9), (name, tokens, mode)
+                checked += 1
+    assert checked > 500 and source == f"genai-prices {version('genai-prices')}"
+
+@pytest.mark.parametrize("name, same", [("openai:gpt-4o-2024-08-06", "openai:gpt-4o"), ("anthropic:claude-haiku-4-5-20251001", "anthropic:claude-haiku-4-5"), ("openai:gpt-6.2-sol-2026-11-18", "openai:gpt-6.2-sol"),
+                                        ("openai:nonesuch", None), ("openai:gpt-5-search-api", None), ("anthropic:nonesuch", None), ("openai:text-embedding-3-small", None)])
+def test_models_are_priced_by_their_name(name, same, book):
+    assert price_of(Model.parse(name)) == (same and read_prices()[0][same])
+    if not same:
+        with pytest.raises(ValueError, match=f"no price of {name} is known"): quick(name, questions(1), book, max_cost=1., service=Scripted())
+
+def test_what_the_library_lacks_is_added():
+    prices, _ = read_prices()
+    known = [prices[m] for m in ("openai:gpt-5.4-mini", "anthropic:claude-haiku-4-5", "openai:gpt-6.2-sol", "anthropic:claude-sonnet-5-5")]
+    assert all(p.structured for p in known) and [p.temperature for p in known] == [True, True, False, False]
+    assert price_of(Model.parse("anthropic:claude-haiku-4-5-20251001")).structured and not price_of(Model.parse("anthropic:claude-3-haiku")).structured
+
+def test_long_prompts_are_within_their_ceiling():
+    price = price_of(Model.parse("openai:gpt-5.4"))
+    for n in (270_000, 272_100, 400_000):
+        r = Request("x"*n, max_tokens=10)
+        for tokens in (1, n//4, n, n + 30): assert price.cost(Reply("", input_tokens=tokens, output_tokens=10)) <= cost_ceiling(price, r, "concurrent")
+    with pytest.raises(ValueError, match="knows the model's prices up to 100"): cost_ceiling(replace(price, up_to=100, beyond=None), Request("x"*200), "batch")
 
 # what changes the price
 
