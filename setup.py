@@ -35,6 +35,6 @@ setup(
     # The figure notebooks are written in nbs/figures and travel with the package as stars/figures.
     packages=['stars', 'stars.figures'],
     package_dir={'stars.figures': 'nbs/figures'},
-    package_data={'stars': ['bases/**', 'prices.json'], 'stars.figures': ['*.ipynb']},
+    package_data={'stars': ['bases/**', 'prices.json', 'no_mathematics.jsonl'], 'stars.figures': ['*.ipynb']},
     zip_safe=False,
 )

@@ -10,8 +10,10 @@ __all__ = ['Json', 'STAGES', 'FigureParams', 'GROUPS', 'COMMANDS', 'ABOUT', 'dat
 import json
 import os
 import re
+import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,12 +28,16 @@ from .asking import curate, judge, label, ledger, prime
 from .countdown import split_of
 from .datasets import read_problems, to_parquet, write_problems
 from .files import write_json
-from .options import Later, Set, ex, job_of, overrides, space_of
+from .notebooks import BUGS, did_you_mean
+from .options import (Bug, Later, Set, check_numbers, check_path, debug, ex, expected, job_of, listed,
+                           overrides,
+                           said, space_of)
 from .priming import CONDITIONS, METHODS
 from .problems import whole
 
 # %% ../nbs/12_cli.ipynb #c005l
 notebooks, drawing, gallery_, viewer, sweeps, plan_, verl_, watching = (Later(f"stars.{m}") for m in ("notebooks", "drawing", "gallery", "viewer", "sweeps", "plan", "verl", "watching"))
+pretraining = Later("stars.pretraining")
 
 # %% ../nbs/12_cli.ipynb #c005
 Json = Annotated[bool, tyro.conf.arg(name="json", help="for scripts: print JSON")]
@@ -64,11 +70,15 @@ def data(out:tyro.conf.Positional[Path|None]=None, space:Literal["rl", "priming"
     if (out is None) == (preset is None): raise ValueError("give a folder to write problems to, or --preset for those of an experiment (one of the two)")
     if preset and (source or exclude or space): raise ValueError("--preset takes its problems from its own settings; leave out --source, --exclude and --space")
     if preset: return print(ex.data_stage(job_of(preset, None, "base", 0, runs, set_)))
+    check_path(out, "OUT")
+    check_numbers(0, seed=seed)
+    check_numbers(1, workers=workers)
     where, sizes = space_of(space or "rl", overrides(set_), exclude), dict(train=train, eval=eval_, prime=prime)
     for split, n in sizes.items(): whole(n, f"--{split}", 0)
     if source:
         problems, report = read_problems(source, hub_split, where if space or set_ or exclude else None)
         print(report)
+        if line := pretraining.passed_over_line(source): print(line)
         out.mkdir(parents=True, exist_ok=True)
         for split, n in sizes.items():
             there = [p for p in problems if split_of(p) == split]
@@ -143,8 +153,10 @@ def plan(preset:str="paper", model:str|None=None, gpus:int|None=None, memory:flo
         memory: memory of each GPU, GiB
         prompt: longest prompt, tokens (default: what the micro template needs, 256 for others)
     """
+    check_numbers(1, gpus=gpus, prompt=prompt)
+    check_numbers(0, 1e6, True, memory=memory)
     cfg = ex.preset(preset, **overrides(set_))
-    p = plan_.plan(cfg, model or cfg.models[0], gpus or cfg.workers, memory, prompt)
+    p = plan_.plan(cfg, cfg.models[0] if model is None else model, gpus or cfg.workers, memory, prompt)
     print(json.dumps(plan_.as_json(p), indent=1) if json_ else plan_.show_plan(p))
     plan_.check(p)
 
@@ -165,6 +177,8 @@ def verl(out:tyro.conf.Positional[Path], condition:str="backtracking_verificatio
         tensor_parallel: GPUs that share one vLLM engine
         runs: folder of the run store, which data and priming set are taken from
     """
+    check_path(out, "OUT")
+    check_numbers(1, gpus=gpus, nodes=nodes, tensor_parallel=tensor_parallel)
     job = job_of(preset, model, condition, seed, runs, set_)
     where = verl_.to_verl(job.cfg, out, job.model, condition, seed, runs, gpus, nodes, tensor_parallel)
     print(f"{where}/run.sh starts it where verl is installed. What verl does differently or does not know ({where}/differences.txt):")
@@ -188,12 +202,17 @@ def sweep(conditions:str, models:str="", seeds:str="", preset:str="cpu", gpus_pe
         retries: restarts of a run whose process dies; one that raises an error is not started again
         runs: folder of the run store, on storage that all machines share
     """
+    check_path(runs, "--runs")
+    # what is out of range, a sweep says
+    check_numbers(-1e9, gpus_per_run=gpus_per_run, cpus_per_run=cpus_per_run)
+    try: numbers = [int(x) for x in listed(seeds)]
+    except ValueError:
+        raise ValueError(f"--seeds {seeds!r} is not a list of whole numbers such as 0,1,2") from None
     try: sweeps.ray
     except ModuleNotFoundError as e: raise ValueError(f"stars sweep needs Ray ({e}): pip install 'stars[ray]'") from None
-    cfg, names = ex.preset(preset, **overrides(set_)), lambda text: [x for x in text.split(",") if x]
-    try: numbers = [int(x) for x in names(seeds)]
-    except ValueError: raise ValueError(f"--seeds {seeds!r} is not a list of whole numbers such as 0,1,2") from None
-    jobs = ex.grid(cfg, names(models) or cfg.models, names(conditions), numbers if seeds else cfg.seeds, runs)
+    cfg = ex.preset(preset, **overrides(set_))
+    jobs = ex.grid(cfg, listed(models) if models else cfg.models, listed(conditions),
+                   numbers if seeds else cfg.seeds, runs)
     result = sweeps.sweep(jobs, gpus_per_run, cpus_per_run, retries)
     failed = int((result.state == "failed").sum())
     if not sys.stdout.isatty(): print(result.drop(columns="folder").to_string(index=False))
@@ -204,11 +223,23 @@ def sweep(conditions:str, models:str="", seeds:str="", preset:str="cpu", gpus_pe
 def _parameter(text:str):
     "A value from the command line: JSON where it is JSON, else the string itself"
     try: return json.loads(text)
-    except json.JSONDecodeError: return text
+    except (ValueError, RecursionError): return text
 
 FigureParams = Annotated[tuple[str, ...], tyro.conf.arg(name="param", aliases=["-p"], metavar="NAME=VALUE ...", help="parameters of the notebook, values as JSON, e.g. seeds=[0,1] source=both")]
 
-def _parameters(p:tuple[str, ...])->dict: return {k: _parameter(v) for k, v in overrides(p, "-p").items()}
+def _parameters(p:tuple[str, ...])->dict: # name → value
+    "Parameters of a notebook, but for those that are options of the command"
+    given = {k: _parameter(v) for k, v in overrides(p, "-p").items()}
+    for k in given:
+        if k in ("preset", "runs", "figures", "overrides"):
+            raise ValueError(f"-p {k}: that is an option of the command; write "
+                             f"--{'set FIELD=VALUE' if k == 'overrides' else f'{k} …'}")
+    return given
+
+def _check_places(runs:Path, figures:Path):
+    "Raise ValueError, before hours of work, where pictures cannot be written at their end"
+    check_path(runs, "--runs", write=False)
+    check_path(figures, "--figures")
 
 def figure(name:tyro.conf.Positional[str], preset:str="cpu", runs:Path=Path("runs"), figures:Path=Path("figures"), p:FigureParams=(), set_:Set=()):
     """One figure, with the runs it needs.
@@ -223,11 +254,14 @@ def figure(name:tyro.conf.Positional[str], preset:str="cpu", runs:Path=Path("run
         runs: folder of the run store
         figures: folder for the pictures
     """
+    _check_places(runs, figures)
     params = drawing.parameters_of(notebooks.figure_notebook(name), preset, runs, figures, overrides(set_), **_parameters(p))
     try: drawing.run_figure(name, params)
     except Exception as e:
         if not hasattr(e, "ename"): raise
-        raise RuntimeError(f"{name} failed: {drawing.failure(e, drawing.executed(name, params))}") from None # papermill's message is a traceback
+        kind = Bug if e.ename in BUGS else RuntimeError
+        # papermill's message is a traceback
+        raise kind(f"{name} failed: {drawing.failure(e, drawing.executed(name, params))}") from None
     print(f"{figures/drawing.place_of(params)/name}.png\nall figures on one page: {gallery_.gallery(figures).resolve().as_uri()}")
 
 def reproduce(preset:str="cpu", only:str="", runs:Path=Path("runs"), figures:Path=Path("figures"), p:FigureParams=(), set_:Set=()):
@@ -243,7 +277,11 @@ def reproduce(preset:str="cpu", only:str="", runs:Path=Path("runs"), figures:Pat
         runs: folder of the run store
         figures: folder for the pictures
     """
-    names = tuple(filter(None, only.split(","))) or ex.preset(preset, **overrides(set_)).figures
+    _check_places(runs, figures)
+    if only and not listed(only):
+        raise ValueError(f"--only {only!r} names no figure; give a list such as fig_gap,fig_dose, or leave "
+                         f"it out for all")
+    names = tuple(dict.fromkeys(listed(only))) if only else ex.preset(preset, **overrides(set_)).figures
     if drawing.draw_all(names, preset, runs, figures, overrides(set_), **_parameters(p)): sys.exit(1)
 
 # %% ../nbs/12_cli.ipynb #c012
@@ -265,6 +303,7 @@ def inspect(source:tyro.conf.Positional[Path], n:int=5, condition:str|None=None,
         text: print traces that contain this text
         sample_seed: of the draw of traces
     """
+    check_numbers(0, n=n, step=step, seed=seed, sample_seed=sample_seed)
     where = dict(condition=condition, model=model, step=step, seed=seed)
     if json_ and any((score, habit, text)): raise ValueError("--json prints the numbers of whole checkpoints; --score, --habit and --text choose traces")
     if json_: return print(viewer.summary(viewer.select(viewer.read_completions(source), **where)).to_json(orient="records", indent=1))
@@ -281,6 +320,7 @@ def watch(run:tyro.conf.Positional[Path], every:float=2., once:bool=False, json_
         every: seconds between looks
         once: print once (also where there is no terminal)
     """
+    check_numbers(0, 1e6, True, every=every)
     if json_:
         (it := watching.Watch(run)).check()
         if not it.runs: raise ValueError(f"{it.waiting()}, and nothing to show")
@@ -314,24 +354,94 @@ def overview()->str: # what `stars --help` prints
   stars reproduce --preset smoke                    every figure, tiny, in minutes
   stars reproduce --only fig_gap                    one figure on two CPU cores, a quarter of an hour
   stars COMMAND --help                              options, and an example
+  stars COMMAND ... --debug                         tracebacks of errors (or STARS_DEBUG=1)
 
 Runs go to runs/, pictures to figures/, in the present folder. Interrupt anything; the same command goes on.
-Exit status: 0 done, 1 some runs or figures failed, 2 refused or stopped by an error that is named, 130 interrupted.
+Exit status: 0 done, 1 some runs or figures failed, 2 refused or stopped by a named error, 70 a bug, 130 interrupted.
 Completion: stars --tyro-print-completion bash (or zsh) prints a script for your shell. Version: stars --version"""])
 
+# %% ../nbs/12_cli.ipynb #c040
+_MANY = {"--set": "--set", "-p": "-p", "--param": "-p"} # they take several values; by their first names
+_MAY_BE_EMPTY = ("--conditions", "--seeds", "--set", "--param", "--text") # or what is wrong is said later
+
+def _gathered(args:list[str])->list[str]:
+    "The command line with the values of an option that stands there several times behind its first place"
+    out, at, here = [], {}, None # option → where its values end
+    for a in args:
+        name, equals, value = a.partition("=")
+        if name in _MANY:
+            here = _MANY[name]
+            if here not in at: at[here] = len(out := [*out, here])
+            if not equals: continue
+            a = value
+        elif a.startswith("-"): here = None
+        i = len(out) if here is None else at[here]
+        out.insert(i, a)
+        at = {k: v + (v > i or k == here) for k, v in at.items()}
+    return out
+
+def _arguments(args:list[str])->list[str]:
+    "A command line that can be parsed; raises ValueError for one that nobody means"
+    for before, a in zip(["stars", *args], args):
+        if "\0" in a: raise ValueError(f"{a!r} holds a zero byte, which no name has")
+        name, equals, value = a.partition("=") if a.startswith("--") else (before, "", a)
+        if value.strip() or a.startswith("--") and not equals or name in _MAY_BE_EMPTY: continue
+        raise ValueError(f"there is nothing behind {name}: is a variable of your shell empty?")
+    if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+        raise ValueError(f"{args[0]!r} is no command; `stars --help` names all of "
+                         f"them{did_you_mean(args[0], COMMANDS)}")
+    return _gathered(args)
+
+# %% ../nbs/12_cli.ipynb #c042
+def _nobody_reads()->bool:
+    "Has the reader of our output gone, as `head` does?"
+    try: out = sys.stdout.fileno()
+    except (OSError, ValueError): return False # no file: a notebook's, or a test's
+    poll = select.poll()
+    poll.register(out, 0)
+    if not any(what & select.POLLERR for _, what in poll.poll(0)): return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out) # or the interpreter complains at its end
+    return True
+
+def _tell(
+    e:BaseException,  # what ended the command
+    show:bool,        # with its traceback?
+    args:list[str],   # the command line
+)->int: # exit code
+    "Say on stderr what went wrong"
+    if isinstance(e, BrokenPipeError) and _nobody_reads(): return 141 # as a shell counts it
+    for bar in list(tqdm._instances): bar.close() # or the message stands behind it
+    if show:
+        seen, cause = [], e
+        # `raise … from None` spares the reader of one line; now all is wanted
+        while cause and cause not in seen:
+            cause.__suppress_context__ = False
+            seen, cause = [*seen, cause], cause.__cause__ or cause.__context__
+        traceback.print_exception(e)
+    if isinstance(e, KeyboardInterrupt):
+        batch = " (a batch that was handed in goes on at its service)" if "--batch" in args else ""
+        print(f"stars: interrupted; the same command goes on from here{batch}", file=sys.stderr)
+        return 130
+    print(f"stars: {said(e)}", file=sys.stderr)
+    if expected(e): return 2
+    again = "please report it with what stands above"
+    how = again if show else "run again with --debug, which shows where, and please report it"
+    print(f"this is a bug in stars; {how}", file=sys.stderr)
+    return 70
+
+# %% ../nbs/12_cli.ipynb #c043
 def main(
     args:list[str]|None=None, # default: the command line
 ):
     "Entry point of `stars`"
     if args is None: signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C: what is in the air arrives and is kept
     given = sys.argv[1:] if args is None else args
-    if given in ([], ["-h"], ["--help"]): return print(overview())
-    if given == ["--version"]: return print(f"stars {__version__}")
-    try: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="stars", description=ABOUT, args=args)
-    except (ValueError, OSError, LookupError, RuntimeError, ImportError, ArithmeticError, MemoryError) as e:
-        for bar in list(tqdm._instances): bar.close() # or the message stands behind it
-        print(f"stars: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stars: interrupted; the same command goes on from here" + " (a batch that was handed in goes on at its service)" * ("--batch" in given), file=sys.stderr)
-        sys.exit(130)
+    show, given = debug() or "--debug" in given, [a for a in given if a != "--debug"]
+    try:
+        if given in ([], ["-h"], ["--help"]): print(overview())
+        elif given == ["--version"]: print(f"stars {__version__}")
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="stars", description=ABOUT,
+                                                 args=_arguments(given))
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as e: sys.exit(_tell(e, show, given))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from .behaviors import HABIT_NAMES
 from .countdown import Problem, split_of
 from .priming import METHODS, PHRASES, SYMBOL, Attempt, Step, combine, operate, undo
+from .problems import whole
 
 # %% ../nbs/09b_corpus.ipynb #c005
 @dataclass(frozen=True)
@@ -82,13 +83,23 @@ def draw_exercise(
     top:int=99,         # largest value written down
     n_numbers:Sequence[int]=(3,), # operand counts of puzzles
 )->Exercise: # solvable; a puzzle is never one of the `eval` split
-    "A problem, made from one of its solutions"
-    while True:
+    "A problem, made from one of its solutions; raises ValueError where there seem to be none"
+    if max_number < 4:
+        raise ValueError(f"max_number={max_number} must be at least 4: some problems have four different "
+                         f"numbers")
+    if not 1 <= min_target <= max_target:
+        raise ValueError(f"min_target={min_target} and max_target={max_target}: give 1 <= min_target <= "
+                         f"max_target")
+    if not n_numbers or min(n_numbers) < 2:
+        raise ValueError(f"n_numbers={tuple(n_numbers)}: a puzzle has at least 2 numbers")
+    for _ in range(100_000):
         numbers = KINDS[kind].draw(rng, max_number, n_numbers)
         found = KINDS[kind].attempt(numbers, rng.randint(min_target, max_target), rng, top)
         if found is None or not min_target <= found.value <= max_target or any(s.value > top for s in found.steps): continue
         if kind == "puzzle" and split_of(Problem(numbers, found.value)) == "eval": continue
         return Exercise(kind, numbers, found.value)
+    raise ValueError(f"no problem of kind {kind} is found with max_number={max_number}, targets "
+                     f"{min_target} to {max_target} and top={top}; widen them")
 
 # %% ../nbs/09b_corpus.ipynb #c008
 ENGLISH = dict(
@@ -205,6 +216,7 @@ def documents(
     n_numbers:Sequence[int]=(3,), # operand counts of puzzles
 )->Iterator[dict]: # text, source (worked, exposition or noise), kind (of its problem, or ""), and per habit whether it shows it
     "A corpus with known habits"
+    whole(n, "n", 0)
     for name, share in dict(worked=worked, noise=noise, puzzles=puzzles, **rates).items():
         if not 0 <= share <= 1: raise ValueError(f"{name}={share} must lie between 0 and 1")
     if worked + noise > 1: raise ValueError(f"worked={worked} and noise={noise} exceed 1")

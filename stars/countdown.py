@@ -15,11 +15,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import combinations
+from html import unescape
+from itertools import accumulate, combinations
 from operator import index, itemgetter
 from pathlib import Path
 
 # %% ../nbs/00_countdown.ipynb #c005
+def _exact(v):
+    "`v` as a plain int, whatever integer type it has; to round or to parse it would be to guess"
+    try: n = None if isinstance(v, bool) else index(v)
+    except TypeError: n = None
+    if n is None: raise TypeError(f'{v!r} is a {type(v).__name__}: a whole number is wanted, such as 34')
+    return n
+
+def _asked(numbers, target):
+    "What a problem asks, in plain ints"
+    numbers = tuple([n if type(n) is int else _exact(n) for n in numbers]) # most are ints already
+    return numbers,target if type(target) is int else _exact(target)
+
 @dataclass(frozen=True)
 class Problem:
     "Make `target` from all of `numbers`, each used once"
@@ -27,8 +40,9 @@ class Problem:
     target:int             # what the expression must equal
 
     def __post_init__(self):
-        object.__setattr__(self, 'numbers', tuple(map(index, self.numbers)))
-        object.__setattr__(self, 'target', index(self.target))
+        numbers,target = _asked(self.numbers, self.target)
+        object.__setattr__(self, 'numbers', numbers)
+        object.__setattr__(self, 'target', target)
 
     @property
     def key(self)->tuple[tuple[int,...],int]: return tuple(sorted(self.numbers)), self.target
@@ -186,14 +200,17 @@ def make_prompt(
 
 # %% ../nbs/00_countdown.ipynb #c038
 MAX_CHARS,MAX_TOKENS,MAX_DIGITS,MAX_DEPTH = 200,64,12,16 # bounds of an answer
-_TOKEN = re.compile(r'[0-9]+|[-+*/()]')
+_TOKEN,_UNKNOWN = re.compile(r'[0-9]+|[-+*/()]'),re.compile(r'[^-+*/()0-9\s]')
+
+def _bounded(text):
+    if len(text)>MAX_CHARS: raise ValueError(f'too long: {len(text):,} characters, at most {MAX_CHARS}')
 
 def _tokens(text):
     "Tokens of `text` in reverse, so that `pop` takes the next one; '' marks the end"
-    _check(len(text)<=MAX_CHARS, 'too long')
+    _bounded(text)
+    if m := _UNKNOWN.search(text): raise ValueError(f'unknown character {m[0]!r}')
     toks = _TOKEN.findall(text)
-    if ''.join(toks)!=''.join(text.split()): raise ValueError(f'unknown character {_TOKEN.sub("", "".join(text.split()))[0]!r}')
-    _check(len(toks)<=MAX_TOKENS, 'too many tokens')
+    if len(toks)>MAX_TOKENS: raise ValueError(f'too long: {len(toks)} tokens, at most {MAX_TOKENS}')
     return ['', *reversed(toks)]
 
 def _apply(op, a, b):
@@ -206,6 +223,10 @@ def _apply(op, a, b):
     return p*s, q*r
 
 # %% ../nbs/00_countdown.ipynb #c039
+_NAMED = {'': 'the end', '(': 'an opening bracket', ')': 'a closing bracket'}
+
+def _name(token): return _NAMED.get(token, repr(token))
+
 def _sum(toks, used, depth):
     v = _product(toks, used, depth)
     while toks[-1] in ('+','-'): v = _apply(toks.pop(), v, _product(toks, used, depth))
@@ -219,13 +240,15 @@ def _product(toks, used, depth):
 def _atom(toks, used, depth):
     t = toks.pop()
     if t=='(':
-        _check(depth<MAX_DEPTH, 'nested too deeply')
+        if depth>=MAX_DEPTH: raise ValueError(f'brackets are nested more than {MAX_DEPTH} deep')
         v = _sum(toks, used, depth+1)
-        _check(toks[-1]==')', 'missing )')
+        if toks[-1]!=')':
+            raise ValueError(f'{_name(toks[-1])} comes where an operation or a closing bracket should be')
         toks.pop()
         return v
-    if not t.isdigit(): raise ValueError(f'a number is missing before {t!r}' if t else 'it ends where a number is missing')
-    if len(t)>MAX_DIGITS or t[0]=='0' and t!='0': raise ValueError(f'{t[:20]!r} is not how a number is written')
+    if not t.isdigit(): raise ValueError(f'{_name(t)} comes where a number should be')
+    if t[0]=='0' and t!='0': raise ValueError(f'{t[:20]!r} begins with a 0')
+    if len(t)>MAX_DIGITS: raise ValueError(f'a number of {len(t)} digits, at most {MAX_DIGITS}')
     used.append(int(t))
     return used[-1],1
 
@@ -235,12 +258,10 @@ def parse_expression(
     "Value and numbers of an expression; `ValueError` if `text` is not one"
     toks,used = _tokens(text),[]
     p,q = _sum(toks, used, 0)
-    if toks!=['']: raise ValueError(f'{toks[-1]!r} stands where an operation or the end should be')
+    if toks!=['']: raise ValueError(f'{_name(toks[-1])} comes where an operation or the end should be')
     return Fraction(p,q),used
 
 # %% ../nbs/00_countdown.ipynb #c042
-_SIGNS = str.maketrans({**dict.fromkeys('×✕✖∗⋅·', '*'), **dict.fromkeys('÷∕⁄', '/'), **dict.fromkeys('\u2212\u2013\ufe63\uff0d', '-'), '\uff0b':'+', '\uff1d':'='})
-_RESULT = re.compile(r'\s*-?[0-9]{1,12}\s*')
 _OPEN,_CLOSE = '<answer>','</answer>'
 
 def answer_of(
@@ -252,14 +273,99 @@ def answer_of(
     start += len(_OPEN)
     return response[start:response.find(_CLOSE, start)].strip()
 
+# %% ../nbs/00_countdown.ipynb #c056
+_MEANS = { # what we read: every sign that means it
+    '*': '×✕✖⨉⨯∗⋆＊﹡·⋅∙•‧・', '/': '÷➗∕⁄／', '+': '＋﹢➕', '-': '−–—‒‐‑－﹣➖', '=': '＝﹦',
+    '(': '（﹙', ')': '）﹚', '[': '［', ']': '］', '{': '｛', '}': '｝', '.': '．。｡', ',': '，', ';': '；', '!': '！',
+    ' ': '$＄`"\'“”„‘’‚«»', # decoration
+    '': '\u200b\u200c\u200d\u200e\u2060\ufeff\ufe0e\ufe0f'} # what has no width
+_DIGITS = [*range(0xff10, 0xff1a), *range(0x1d7ce, 0x1d800)] # full-width, and bold and the like
+_SIGNS = {ord(c): plain for plain,signs in _MEANS.items() for c in signs}
+_SIGNS |= {c: str(i%10) for i,c in enumerate(_DIGITS)}
+_LATEX = {' ': r', ; : ! ( ) [ ] \ $ quad qquad left right big Big bigl bigr Bigl Bigr checkmark '
+               'displaystyle boxed fbox mbox text textbf mathrm mathbf mathbin', # their braces are brackets
+          '*': 'times cdot ast bullet *', '/': 'div', '+': '+', '-': '-', '=': '=', '{': '{', '}': '}'}
+_NAMES = {name: plain for plain,names in _LATEX.items() for name in names.split()} | {' ': ' '}
+
+# %% ../nbs/00_countdown.ipynb #c063
+_COMMAND = re.compile(r'\\([a-zA-Z]+|.)', re.S)
+_BRACED = re.compile(r'\\[dtc]?frac\{([^{}]*)\}\{([^{}]*)\}|(?<![c}])\{([^{}]*)\}')
+_MARKUP = re.compile(r'```[a-z]*|</?(?:b|i|em|strong|code|pre|p|br)\s*/?>', re.I)
+_TIMES = re.compile(r'(?<=[0-9)\]}])\s*[xXхХ]\s*(?=[0-9(\[{])') # Latin or Cyrillic
+_GROUPS = re.compile(r'(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:,|\{,\})[0-9]{3})+(?![0-9,])')
+_EMPHASIS = re.compile(r'(\*{1,3}|_{1,3})(?!\*)((?:(?!\*\*).)+)(?<!\*)\1', re.S)
+_LEAD = re.compile(r'(\*{0,3})(?:(?:so|the|my|a|final|correct)\s+)*(?:answer|expression|solution|equation|result)'
+                   r'(?=[\s:=*])\s*:?\s*\1\s*(?:is\b)?\s*[:=]?(.+)', re.S|re.I)
+_ASIDE = re.compile(r'\(\s*(=[^()=]*)\)$')
+_ENDS = ' \n\t.,;✓✔✅☑'
+_KINDS,_ROUND = ('()','[]','{}'),str.maketrans('[]{}', '()()')
+
+# %% ../nbs/00_countdown.ipynb #c057
+def _named(m): return _NAMES.get(m[1], m[0])
+
+def _braced(m): return f'({m[3]})' if m[1] is None else f'(({m[1]})/({m[2]}))'
+
+def _ungrouped(m): return re.sub('[^0-9]', '', m[0])
+
+def _enclosed(text):
+    "Is everything in one pair of brackets?"
+    if text[:1]+text[-1:] not in _KINDS: return False
+    return all(accumulate((c in '([{')-(c in ')]}') for c in text[:-1]))
+
+def _bare(text):
+    "Less what may stand around it: a full stop, emphasis, brackets, and words such as `the answer is`"
+    for _ in range(MAX_DEPTH):
+        text = text.strip().rstrip(_ENDS+'!' if '=' in text else _ENDS) # `3!` may be a factorial
+        if m := _EMPHASIS.fullmatch(text) or _LEAD.fullmatch(text): text = m[2]
+        elif _enclosed(text): text = text[1:-1]
+        else: break
+    return text
+
+def _rounded(text):
+    "Brackets of every kind as round ones; `ValueError` unless each is closed by its own kind"
+    waiting = []
+    for c in text:
+        if c in '([{': waiting.append(c)
+        elif c in ')]}' and (not waiting or waiting.pop()+c not in _KINDS):
+            raise ValueError(f'{c!r} closes no bracket of its kind')
+    if waiting: raise ValueError(f'{waiting[-1]!r} is never closed')
+    return text.translate(_ROUND)
+
+def _plainly(text):
+    "An answer without its typography: what `parse_expression` reads, if a reader would have read it so"
+    text = _GROUPS.sub(_ungrouped, _MARKUP.sub(' ', unescape(text)).translate(_SIGNS))
+    if '\\' in text:
+        text = re.sub(r'\s+\{', '{', _COMMAND.sub(_named, text))
+        while (inner := _BRACED.sub(_braced, text))!=text: text = inner
+    text = _ASIDE.sub(r'\1', _bare(_TIMES.sub('*', text)))
+    if '=' in text: text = '='.join(map(_bare, text.split('=')))
+    return text if _ROUND.keys().isdisjoint(map(ord, text)) else _rounded(text)
+
+# %% ../nbs/00_countdown.ipynb #c060
+_PLAIN = re.compile(r'[0-9(][-+*/()0-9\s]*[0-9)](?:\s*=\s*[0-9]+)?') # nothing to translate, as usual
+_EQUALS = re.compile('={1,3}')
+_RESULT = re.compile(r'\s*(?:(0|[1-9][0-9]*)|([-+]?[0-9]+(?:\.[0-9]+)?))\s*')
+
+def _count(side): return len(side[1])
+
+def _side(text):
+    "Value and numbers of one side of an equation, which may be a result that is below 0 or has decimals"
+    if not (m := _RESULT.fullmatch(text)): return parse_expression(text)
+    return (Fraction(m[2]),[]) if m[2] else (Fraction(int(m[1])),[int(m[1])])
+
 def parse_answer(
     text:str, # content of an answer tag
 )->tuple[Fraction,list[int]]: # its exact value, and the numbers used
-    "Like `parse_expression`, but allows typographic signs and a true `= value` at the end"
-    _check(len(text)<=MAX_CHARS, 'too long')
-    left,eq,right = text.translate(_SIGNS).partition('=')
-    value,used = parse_expression(left)
-    if eq and not (_RESULT.fullmatch(right) and int(right)==value): raise ValueError(f'the stated result is wrong: the expression is {value}')
+    "Like `parse_expression`, but allows typography, and results that are stated truly"
+    _bounded(text)
+    if not _PLAIN.fullmatch(text): text = _plainly(text)
+    if '=' not in text: return parse_expression(text)
+    sides = _EQUALS.split(text)
+    read = list(map(_side, sides))
+    value,used = max(read, key=_count)
+    _check(used, 'results are stated, but no expression')
+    for side,(v,_) in zip(sides, read):
+        _check(v==value, f'the stated result is wrong: the expression is {value}, not {side.strip()}')
     return value,used
 
 # %% ../nbs/00_countdown.ipynb #c044
@@ -280,6 +386,7 @@ def score(
     layout:str='tolerant',     # 'paper': as strict about layout as the published scorer: last line only, plain ASCII signs, no `= value`
 )->float: # 1.0 correct, `format_score` some complete answer tag, 0.0 none
     "Grade a response: the last answer must use exactly `numbers` and equal `target`"
+    numbers,target = _asked(numbers, target)
     if (answer := _answer(response, layout)) is None: return 0.0
     try: value,used = _value(answer, layout)
     except ValueError: return format_score
@@ -312,6 +419,7 @@ def explain(
     layout:str='tolerant',     # as for `score`
 )->Verdict:
     "Grade a response and say what is wrong with it"
+    numbers,target = _asked(numbers, target)
     if (answer := _answer(response, layout)) is None: return Verdict(0.0, (_why_no_answer(response),), None, None)
     try: value,used = _value(answer, layout)
     except ValueError as e: return Verdict(format_score, (str(e) if answer else 'the answer tag is empty',), answer, None)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,9 @@ from tqdm.auto import tqdm
 from .behaviors import count_behaviors
 from .corpus import embedded_rewrite
 from .files import check_settings, held, write_json, write_table
-from .pretraining import Shard, Text, corpus_files, label_files, labels_file, plan_shards, read_shard, spread
+from .pretraining import (Shard, Text, changed_file, corpus_files, label_files, labels_file, plan_shards,
+                               read_shard,
+                               spread)
 from .priming import METHODS, Trace, write_rows
 
 # %% ../nbs/09d_curation.ipynb #c005
@@ -37,11 +40,16 @@ def labelled_shards(
                                                             else f"{labels} holds no labels; `stars label` makes them")
     s = json.loads((labels/"labels.json").read_text())
     hub = s["source"].startswith("hub:")
-    if not hub and Path(s["source"]).exists() and (now := corpus_files(s["source"])) != s["files"]:
-        odd = next(f for f in (*s["files"], *now) if (f in now) != (f in s["files"]))[0]
+    if hub and not s.get("revision"):
+        raise ValueError(f"{labels} does not say which revision of {s['source']} it was made of, so its "
+                         f"texts cannot be found again; label it again")
+    now = s["files"] if hub or not Path(s["source"]).exists() else corpus_files(s["source"])
+    if not hub and (odd := changed_file(s["files"], now)):
         raise ValueError(f"{odd} was added, was removed or was changed since {labels} was made of {s['source']}; label it again")
     skipped = []
-    shards = plan_shards(s["source"], s["column"], s["save_every"], s["start"], s["end"], s["files"] if hub else "train", s["skip_corrupt"], skipped)
+    where, split = (s["revision"], s["files"]) if hub else (s["source"], "train")
+    shards = plan_shards(where, s["column"], s["save_every"], s["start"], s["end"], split, s["skip_corrupt"],
+                         skipped)
     if hub: return shards
     shards = list(shards)
     if skipped != s["skipped"]: raise ValueError(f"{labels}: other files can be read than when it was made ({'; '.join(skipped) or 'all of them now'}); label it again")
@@ -135,8 +143,10 @@ class Trimming:
     def validate(self):
         "Raise ValueError naming a field that cannot work"
         for f in ("budget", "length", "acts"):
-            if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)} must be at least 1")
-        if not self.factor >= 1: raise ValueError(f"factor={self.factor} must be at least 1")
+            if not 1 <= getattr(self, f) < inf:
+                raise ValueError(f"{f}={getattr(self, f)} must be at least 1, and finite")
+        if not 1 <= self.factor < inf:
+            raise ValueError(f"factor={self.factor} must be at least 1, and finite")
         if not 0 < self.slack < 1 or not 0 <= self.test < 1: raise ValueError(f"slack={self.slack} and test={self.test} must lie between 0 and 1")
 
 def _bare(answer:str)->str: return "".join(answer.lower().split()).strip(".$")

@@ -146,12 +146,23 @@ def _whole(v, i, col):
     if not isinstance(v, int) or isinstance(v, bool): raise ValueError(f'row {i}, column {col}: {v!r} is not a whole number; store it as int64')
     return v
 
+def _unpacked(v):
+    "A record or list that was stored as JSON text; anything else as it is"
+    if not isinstance(v, (str,bytes)): return v
+    try: read = json.loads(v)
+    except (ValueError, RecursionError): return v
+    return read if isinstance(read, (dict,list)) else v
+
 def _dig(row, i, *names):
     "`row[a][b]…`, with an error that names the row and the missing column"
     for j,name in enumerate(names):
         col = '.'.join(names[:j+1])
-        if not isinstance(row, dict) or row.get(name) is None: raise ValueError(f'row {i}, column {col}: missing or null; fill it in, or drop the row')
-        row = row[name]
+        if not isinstance(row, dict):
+            raise ValueError(f'row {i}, column {col.rpartition(".")[0]}: {str(row)[:80]!r} is not a record; '
+                             f'store an object with {name}, or the JSON of one')
+        if row.get(name) is None:
+            raise ValueError(f'row {i}, column {col}: missing or null; fill it in, or drop the row')
+        row = _unpacked(row[name])
     return row
 
 def _problem(i, row):
@@ -163,9 +174,11 @@ def _problem(i, row):
         for m in asked:
             if not isinstance(m, dict) or not all(isinstance(m.get(k), str) for k in ('role','content')): raise ValueError(f'row {i}, column prompt: {m!r} is not a message; store [{{"role": "user", "content": …}}]')
     else: where = []
-    flat = 'nums' if not where and 'numbers' not in row else 'numbers'
-    nums,target = _dig(row, i, *where, flat),_dig(row, i, *where, 'target')
-    col = '.'.join(where+[flat])
+    truth = _dig(row, i, *where)
+    other = isinstance(truth, dict) and 'nums' in truth and truth.get('numbers') is None
+    name = 'nums' if other else 'numbers'
+    nums,target = _dig(row, i, *where, name),_dig(row, i, *where, 'target')
+    col = '.'.join(where+[name])
     if not isinstance(nums, (list,tuple)) or not nums: raise ValueError(f'row {i}, column {col}: {nums!r} is not a list of numbers; store a list of int64')
     for v in nums:
         if _whole(v, i, col)<1: raise ValueError(f'row {i}, column {col}: {v} is below 1; Countdown numbers are positive')

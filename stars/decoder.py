@@ -86,14 +86,18 @@ class Decoder:
         weights:Iterable[tuple[str, Tensor]], # named as in a transformers checkpoint, tied ones once
     ):
         "Copy weights in place; raises ValueError if one is missing, unknown, or of another shape"
-        missing = set(self.names)
+        missing, head = set(self.names), None
         for name, w in weights:
-            if name == "lm_head.weight" and name not in self.names: continue # tied: the same matrix under its other name
+            if name == "lm_head.weight" and name not in self.names: # tied: the same matrix under its other name
+                head = w
+                continue
             mine = self.names.get(name)
             if mine is None or mine.shape != w.shape: raise ValueError(f"weight {name} {tuple(w.shape)}: the sampler has {None if mine is None else tuple(mine.shape)}; it was made for another model")
             mine.copy_(w)
             missing.discard(name)
         if missing: raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])}{' …' if len(missing) > 3 else ''}")
+        if head is not None and not torch.equal(head.to(self.embed), self.embed):
+            raise ValueError("the config says tie_word_embeddings=true, but lm_head.weight is not the embedding; the sampler would not be the model. Set it to false")
 
     def reach(self, positions:int):
         "Make room for rotations up to a position"

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from .models import known_ids
+from .models import end_ids, known_ids
 from .parallel import start_ray
 from .rollouts import Engine, Rollout, check_lengths
 
@@ -92,6 +92,12 @@ def check_request(
     for i, p in enumerate(prompts):
         if not 0 <= min(p) <= max(p) < vocab: raise ValueError(f"prompt {i} holds an id outside of the model's 0 to {vocab - 1}; was it made by another tokenizer?")
 
+def _ends(path:str|Path, config, eos:int)->list[int]:
+    "All ids that end a response of a checkpoint"
+    try: named = GenerationConfig.from_pretrained(path)
+    except OSError: named = None # it has none
+    return end_ids(eos, config, config.get_text_config(), named)
+
 class VLLMEngine:
     "vLLM in this process, on one device"
     shared = True # a process that trains with others cannot hold it
@@ -107,15 +113,17 @@ class VLLMEngine:
     ):
         if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no eos_token, so no response would ever end; set one in its tokenizer_config.json")
         with undisturbed(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")):
-            self.cpu = check_vllm()
-            logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+            self.cpu, log = check_vllm(), logging.getLogger("vllm")
+            self.said = log.level
+            log.setLevel(os.environ["VLLM_LOGGING_LEVEL"])
             if sleeps and self.cpu: raise ValueError("sleeps=True: on a CPU there is no GPU memory to give back; leave it False")
             if torch.distributed.is_initialized():
                 raise RuntimeError("this process has a torch.distributed group already, of a trainer with several workers or of another vLLM engine; "
                                    "put engines into processes of their own (engines=1 or more), or close the other engine")
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             longest = getattr(config, "max_position_embeddings", None)
-            self.context, self.vocab, self.eos, known = context or longest, config.vocab_size, tokenizer.eos_token_id, known_ids(tokenizer)
+            self.context, self.vocab, known = context or longest, config.vocab_size, known_ids(tokenizer)
+            self.ends = _ends(path, config, tokenizer.eos_token_id)
             if not self.context or longest and self.context > longest: raise ValueError(f"context={context}: the model of {path} has room for {longest} tokens")
             with torch.device("meta"): skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             self.shapes = {n: p.shape for n, p in skeleton.named_parameters()}
@@ -155,7 +163,7 @@ class VLLMEngine:
         if not prompts: return []
         from vllm import SamplingParams, TokensPrompt
         params = [SamplingParams(temperature=temperature, top_p=1., top_k=0, max_tokens=max_tokens, seed=int(s) % 2**63, logprobs=0, flat_logprobs=True, detokenize=False,
-                                 ignore_eos=True, stop_token_ids=[self.eos]) for s in seeds]
+                                 ignore_eos=True, stop_token_ids=self.ends) for s in seeds]
         with self._working():
             outputs = self.llm.generate([TokensPrompt(prompt_token_ids=list(p)) for p in prompts], params, use_tqdm=False)
             done = [o.outputs[0] for o in outputs[-len(prompts):]] # before them, what a call that was interrupted has left
@@ -168,7 +176,9 @@ class VLLMEngine:
         weights = dict(weights)
         wrong = [n for n in {**self.shapes, **weights} if n not in self.ties and (n not in weights or weights[n].shape != self.shapes.get(n))]
         if wrong: raise ValueError(f"sync: {len(wrong)} weights are missing, unknown or of another shape, the first of them {wrong[0]}; send all weights of the checkpoint, as it names them")
-        for tied, name in self.ties.items(): weights[tied] = weights[name]
+        for tied, name in self.ties.items():
+            if not torch.equal(weights.setdefault(tied, weights[name]), weights[name]):
+                raise ValueError(f"sync: {tied} is not {name}, though the config says tie_word_embeddings=true; set it to false")
         with self._working():
             self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights.items())))
             if not self.llm.reset_prefix_cache(reset_running_requests=True): raise RuntimeError("keys and values of the old weights could not be dropped")
@@ -189,6 +199,7 @@ class VLLMEngine:
         "End the engine; the process may then make another"
         if self.closed: return
         self.llm, self.closed = None, True
+        logging.getLogger("vllm").setLevel(self.said)
         from vllm.distributed import cleanup_dist_env_and_memory
         cleanup_dist_env_and_memory()
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .behaviors import HABIT_NAMES, column_of, count_in
 from .countdown import Problem, answer_of, make_prompt, reward_of, split_of
 from .files import replacing
-from .rollouts import Engine, seeds_of
+from .rollouts import Engine, check_tags, seeds_of, texts_of
 
 # %% ../nbs/08_evals.ipynb #c005
 RESERVED = ("model", "condition", "seed", "step", "index", "prompt", "generated", "response_tokens", "truncated", "score") # columns that no problem and no habit may be called
@@ -41,10 +41,11 @@ def complete(
         names = [*columns, *habits]
         if odd := {n for n in names if n in RESERVED or names.count(n) > 1}: raise ValueError(f"{', '.join(sorted(odd))}: a field of a problem, or a habit, has the name of another column; rename it")
     clash(count("", problems[0])) # before anything is sampled
+    if reward is reward_of: check_tags(tokenizer)
     asked = [p for p in problems for _ in range(samples)]
     prompts = list(map(prompt, asked))
     rollouts = engine.generate(tokenizer(prompts, add_special_tokens=False).input_ids, max_tokens, temperature, seeds_of(seed, len(prompts)))
-    texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
+    texts = texts_of(tokenizer, rollouts)
     counts = list(map(count, texts, asked))
     absent = dict.fromkeys((h for c in counts for h in c), 0) # a habit that `count` leaves out was not there
     clash(absent)

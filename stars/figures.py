@@ -199,7 +199,7 @@ def _habit_title(ax:Axes, habit:str):
 # %% ../nbs/11_figures.ipynb #f051
 SERIES = ("#332288", "#e66100", "#009988", "#d0607e", "#777777") # colours of models or corpora, in the order given
 
-def _dots(ax:Axes, series:dict[str, pd.DataFrame], text:Callable[[float], str], ticks:dict[str, float]|None=None):
+def _dots(ax:Axes, series:dict[str, pd.DataFrame], text:Callable[[float], str], ticks:dict[str, float]|None=None, floor:dict[str, float]|None=None):
     "A row per habit, a dot per series with its interval; each frame: index habit, columns value, lo, hi"
     if not 0 < len(series) <= len(SERIES): raise ValueError(f"{len(series)} series; give between 1 and {len(SERIES)}")
     rows = len(HABITS) - 1 - np.arange(len(HABITS))
@@ -213,10 +213,11 @@ def _dots(ax:Axes, series:dict[str, pd.DataFrame], text:Callable[[float], str], 
         if len(series) > 1: ax.annotate(name, (1, 1), xycoords="axes fraction", xytext=(30, -9 - 12 * j), textcoords="offset points", ha="left", size=7.5, color=SERIES[j], weight="bold", annotation_clip=False)
     for y, h in zip(rows, HABITS):
         if ticks: ax.plot([ticks[h.name]] * 2, [y - .36, y + .36], color="#222222", linewidth=1)
-    most = max(np.nanmax(s[["value", "hi"]].to_numpy(float)) for s in series.values())
+        if floor: ax.barh(y, floor[h.name], height=.84, color="#dddddd", zorder=0)
+    most = max(np.nanmax(s.reindex([h.name for h in HABITS])[["value", "hi"]].to_numpy(float)) for s in series.values())
     ax.set_yticks(rows, [h.name for h in HABITS])
     ax.set_ylim(-.6, len(HABITS) - .4)
-    ax.set_xlim(0, 1.16 * max(most, max((ticks or {}).values(), default=0), 1e-4))
+    ax.set_xlim(0, 1.16 * max(most, max([*(ticks or {}).values(), *(floor or {}).values()], default=0), 1e-4))
     ax.tick_params(length=2.5)
 
 def make_room(ax:Axes, by:float): # inches
@@ -260,12 +261,15 @@ def pretraining(
     seen = [f"{n}: " + ", ".join(f"{h.name} in {w.share[h.name]:.1%}" for h in HABITS) for n, w in whole.items()]
     title = f"Share of texts with each habit, {seen[0]}" if len(seen) == 1 else f"Share of texts with a habit: between {min(w.share[h.name] for w in whole.values() for h in HABITS):.2%} and {max(w.share[h.name] for w in whole.values() for h in HABITS):.1%} in {len(seen)} corpora"
     texts = "; ".join(f"{n}: {int(w.n.iloc[0]):,} texts, {w.missing[HABITS[0].name]:.1%} without labels" for n, w in whole.items())
-    said = " ".join(filter(None, [f"Preset {preset}." if preset else "", f"{'Corpora' if len(whole) > 1 else 'Corpus'}: {texts}.", "Bars: 95 % Wilson intervals over texts.", "Ticks: the rates the corpus was made with." if rates else "", note]))
+    floor = next((t[t.by == "floor"].set_index("label").share_hi * 100 for t in tables.values() if (t.by == "floor").any()), None)
+    floor = None if floor is None else floor.to_dict()
+    said = " ".join(filter(None, [f"Preset {preset}." if preset else "", f"{'Corpora' if len(whole) > 1 else 'Corpus'}: {texts}.", "Bars: 95 % Wilson intervals over texts.", "Ticks: the rates the corpus was made with, also in texts without mathematics, where the rules count nothing." if rates else "",
+        "Grey: what the rules find in texts without mathematics (upper end of its 95 % interval); they read English." if floor else "", note]))
     with styled(**{"axes.grid.axis": "x"}):
         fig, axes = page([title], said, (.34 * len(HABITS) * max(1., .55 * len(tables)) + .3,), 5.5, 0, right=.62 if len(tables) == 1 else 1.35)
         ax = axes[0, 0, 0]
         make_room(ax, .47)
-        _dots(ax, {n: 100 * w[["share", "share_lo", "share_hi"]].set_axis(["value", "lo", "hi"], axis=1) for n, w in whole.items()}, lambda v: f"{v:.1f}%" if v >= .1 else f"{v:.2f}%", rates and {h: 100 * r for h, r in rates.items()})
+        _dots(ax, {n: 100 * w[["share", "share_lo", "share_hi"]].set_axis(["value", "lo", "hi"], axis=1) for n, w in whole.items()}, lambda v: f"{v:.1f}%" if v >= .1 else f"{v:.2f}%", rates and {h: 100 * r for h, r in rates.items()}, floor)
         ax.set_xlabel("% of texts")
     return fig
 

@@ -327,7 +327,8 @@ def judge_settings(
     model = Model.parse(model)
     format, drawn = _format(format, model, prices), draw_sample(completions, n, seed)
     names = [[*map(str, names), text] for *names, text in drawn[[*KEYS, "index", "generated"]].itertuples(index=False)]
-    return dict(judge=str(model), extra=model.extra, task=task, format=format, n=n, seed=seed, repeat=repeat, max_tokens=max_tokens, temperature=temperature,
+    at = dict(base_url=model.base_url) if model.base_url else {} # whose ratings they are
+    return at | dict(judge=str(model), extra=model.extra, task=task, format=format, n=n, seed=seed, repeat=repeat, max_tokens=max_tokens, temperature=temperature,
                 questions=_digest([instructions(h, task, format) for h in HABIT_NAMES]), texts=_digest(names))
 
 def judge(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from .behaviors import HABIT_NAMES, HABITS
 from .engines import EngineDied, check_vllm
 from .judges import FORMATS, QUESTIONS
-from .ledger import Ledger, Model, Reply, Request, request_key
+from .ledger import Ledger, Model, Reply, Request, recorded_keys
 from .llm import ask, inert, names_once
 from .parallel import start_ray
 from .pretraining import DOMAINS, LABELS, NONE, Shard, Text, read_shard
@@ -200,6 +201,10 @@ class Labelling:
     def __post_init__(self):
         empty = self.request("")
         if self.most < 1: raise ValueError(f"most={self.most}: a labeller has to see at least 1 token of a text")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"context={self.context} must be at least 1 token, or left out")
+        if self.temperature is not None and not 0 <= self.temperature < inf:
+            raise ValueError(f"temperature={self.temperature} must be at least 0, and finite")
         if self.tokenizer and self.context: object.__setattr__(self, "most", min(self.most, text_room(chat_tokenizer(self.tokenizer), empty, self.context)))
 
     def request(self, text:str)->Request: return label_request(text, self.format, self.max_tokens, self.temperature, self.sample)
@@ -229,7 +234,7 @@ def hosted_replies(
     for shard in shards:
         asked = requests_of(shard)
         requests = [a.request for a in asked if a.request]
-        keys = [request_key(model, r) for r in requests]
+        keys = recorded_keys(ledger, model, requests)
         before = 0. if most is None else paid(counted & set(keys)) # `ask` counts by itself what these have cost before
         left = None if most is None else max(0., most - spent + before)
         replies = iter(zip(keys, ask(model, requests, ledger, max_cost=left, **how)))
@@ -250,6 +255,8 @@ def model_context(
     "How many tokens fit into a model; raises ValueError if more are wanted"
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     has = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and context < 1:
+        raise ValueError(f"context={context} must be at least 1 token, or left out")
     if not (context or has): raise ValueError(f"{model} does not say how long its context is; give context=…")
     if has and context and context > has: raise ValueError(f"context={context:,}: {model} has room for {has:,} tokens; lower it")
     return context or has
@@ -411,6 +418,10 @@ def offline_replies(
     model = str(model)
     for name, x in dict(engines=engines, tensor_parallel=tensor_parallel, batch=batch, under_way=under_way).items():
         if x < 1: raise ValueError(f"{name}={x} must be at least 1")
+    if not 0 < memory <= 1:
+        raise ValueError(f"memory={memory} is the share of a GPU that an engine takes; choose one above 0 "
+                         f"and up to 1")
+    if not 0 < cache < 1e6: raise ValueError(f"cache={cache} is in GiB; choose a number above 0")
     tok, rows = chat_tokenizer(model), _Rows(requests_of, model, model_context(model, context), chat or {})
     if not (ends := _ends(model, tok)): raise ValueError(f"the tokenizer of {model} has no eos_token, so no reply would ever end; set one in its tokenizer_config.json")
     engine = dict(max_model_len=rows.context, dtype=dtype, tensor_parallel_size=tensor_parallel, gpu_memory_utilization=memory, kv_cache_memory_bytes=int(cache * 2**30),
@@ -427,6 +438,7 @@ class LLMRows:
         after:int=50,          # replies that must have been read before it does
     ):
         if not 0 <= max_bad <= 1: raise ValueError(f"max_bad={max_bad} is a share; choose one from 0 to 1")
+        if after < 1: raise ValueError(f"after={after} must be at least 1")
         self.replies, self.asks, self.max_bad, self.after = replies, asks, max_bad, after
         self.read = self.bad = 0 # what was asked, and what came of it that cannot be used
 

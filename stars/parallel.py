@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 
 from .files import flush, held
 from .arithmetic import share_cores
-from .models import digest, file_digest
+from .models import digest, file_digest, without_dropout
 
 # %% ../nbs/04a_parallel.ipynb #c006
 def prepare(
@@ -50,7 +50,7 @@ def prepare(
     lora_rank:int=0,         # 0: train every weight
     lora_alpha:float=32.,    # the correction is scaled by alpha / rank
     seed:int=0,              # of the adapters
-)->PreTrainedModel: # in training mode: checkpointing works only there (these models have no dropout)
+)->PreTrainedModel: # in training mode, for checkpointing works only there, and without dropout
     "Make a model cheaper to train"
     if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
@@ -58,7 +58,7 @@ def prepare(
             torch.manual_seed(seed)
             inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"), model)
     if remat: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-    return model.train()
+    return without_dropout(model).train()
 
 # %% ../nbs/04a_parallel.ipynb #m001
 @contextmanager
@@ -337,16 +337,36 @@ def _worker(config:dict):
     else: share_cores(config["processes"])
     config["fn"](*config["args"])
 
+@contextmanager
+def _patient():
+    "Ray's processes inherit how long they may take to come up; this one's environment stays as it was"
+    name = "RAY_gcs_server_port_wait_time_s"
+    if name in os.environ: yield
+    else:
+        os.environ[name] = "120"
+        try: yield
+        finally: del os.environ[name]
+
 def _start_here(init:Callable):
     "Start Ray on this machine, one start at a time, and again where its processes did not come up in time"
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
-    with FileLock(Path(tempfile.gettempdir())/f"stars-ray-{os.getuid()}.lock"):
+    with FileLock(Path(tempfile.gettempdir())/f"stars-ray-{os.getuid()}.lock"), _patient():
         for left in reversed(range(10)):
             try: return init()
             except Exception as e: # Ray raises no narrower one
                 for frame, _ in walk_tb(e.__traceback__): # what it has started so far goes on otherwise
                     if end := getattr(frame.f_locals.get("self"), "kill_all_processes", None): end(check_alive=False)
                 if not left or "timed out" not in str(e).lower(): raise
+
+@contextmanager
+def _ours():
+    "Ray takes SIGTERM and `breakpoint()` over; afterwards they are whose they were. What begins with RAY_ stays in the environment, for Ray reads it later"
+    name, main = "PYTHONBREAKPOINT", threading.current_thread() is threading.main_thread()
+    debugger, ended = os.environ.get(name), signal.getsignal(signal.SIGTERM)
+    try: yield
+    finally:
+        os.environ.pop(name, None)
+        if debugger is not None: os.environ[name] = debugger
+        if main and ended is not None: signal.signal(signal.SIGTERM, ended)
 
 def start_ray(
     quiet:bool=False, # do not say what Ray has
@@ -359,8 +379,9 @@ def start_ray(
     address = os.environ.get("RAY_ADDRESS")
     how = dict(log_to_driver=False, logging_level=logging.ERROR)
     try:
-        if address: ray.init(address, **how)
-        else: _start_here(lambda: ray.init("local", **how | dict(include_dashboard=False) | private))
+        with _ours():
+            if address: ray.init(address, **how)
+            else: _start_here(lambda: ray.init("local", **how | dict(include_dashboard=False) | private))
     except Exception as e: raise RuntimeError(f"Ray did not {f'connect to RAY_ADDRESS={address}' if address else 'start'}: {e}") from e # Ray raises no narrower one
     has = ray.cluster_resources()
     if not quiet: print(f"Ray {'cluster' if address else 'started on this machine'}: {has.get('CPU', 0):.0f} CPUs, {has.get('GPU', 0):.0f} GPUs", file=sys.stderr)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGGREGATES', 'ESTIMATORS', 'gae', 'masked_mean', 'whiten', 'group_advantages', 'aggregate_total', 'aggregate',
            'policy_loss', 'value_loss', 'kl_estimate', 'explained_variance', 'Batch', 'collate', 'over_batch',
-           'token_rewards', 'PPOConfig', 'prompt_order', 'update', 'rollout_metrics', 'sample', 'sync', 'ppo']
+           'token_rewards', 'PPOConfig', 'prompt_order', 'update', 'rollout_metrics', 'sample', 'sync', 'scored', 'ppo']
 
 # %% ../nbs/07_ppo.ipynb #c002
 import json
@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arithmetic import autocast, threads_for, warn_of_slow_half
 from .behaviors import column_of, count_in
 from .countdown import Problem, make_prompt, reward_of
-from .models import Critic, known_ids, n_params, save_checkpoint, token_ids, token_logprobs, weights_of
+from .models import (Critic, check_steady, known_ids, n_params, save_checkpoint, token_ids, token_logprobs, weights_of,
+                          without_dropout)
 from .parallel import Team, load_state, memory_for, save_state
-from .rollouts import Engine, LlamaEngine, Rollout, probe, seeds_of
+from .rollouts import Engine, LlamaEngine, Rollout, check_tags, probe, seeds_of, texts_of
 from .sft import Log, check_finite, pad, resumed
 
 # %% ../nbs/07_ppo.ipynb #c005
@@ -64,11 +65,14 @@ def group_advantages(
     scores:Tensor,    # one per response; responses to one prompt are neighbours [batch]
     n:int,            # responses per prompt
     scale:bool=True,  # divide by the group's standard deviation
-)->Tensor: # one per response [batch]
+    kept:Tensor|None=None, # which responses count; of the others nothing enters the group (default: all) [batch]
+)->Tensor: # one per response, 0 where it does not count or has nothing to be compared with [batch]
     "GRPO: score relative to the group's mean"
     g = scores.view(-1, n)
-    adv = g - g.mean(-1, keepdim=True)
-    if scale: adv = adv / (g.std(-1, keepdim=True, unbiased=False) + 1e-6)
+    k = torch.ones_like(g) if kept is None else kept.view(-1, n).to(g)
+    def mean(x): return (x * k).sum(-1, keepdim=True) / k.sum(-1, keepdim=True).clamp(min=1)
+    adv = (g - mean(g)) * k
+    if scale: adv = adv / (mean(adv**2).sqrt() + 1e-6)
     return adv.flatten()
 
 # %% ../nbs/07_ppo.ipynb #c012
@@ -81,8 +85,9 @@ def aggregate_total(
 )->float: # what `aggregate` divides by
     "The denominator of a minibatch"
     if mode == "token-mean": return float(mask.sum().clamp(min=1))
-    if mode == "sequence-mean": return float(len(mask))
-    if mode == "constant-length": return float(len(mask) * length)
+    responses = float(mask.any(-1).sum().clamp(min=1))
+    if mode == "sequence-mean": return responses
+    if mode == "constant-length": return responses * length
     raise ValueError(f"aggregate={mode!r} is unknown; choose one of {', '.join(AGGREGATES)}")
 
 def aggregate(
@@ -142,6 +147,7 @@ def explained_variance(
     values:Tensor, returns:Tensor, mask:Tensor, # [batch, time]
 )->float: # 1: the critic predicts returns perfectly; 0: no better than their mean; below 0: worse
     "How much of the returns' variance the critic explains"
+    if not mask.any(): return 0. # every response was cut
     var = lambda x: masked_mean((x - masked_mean(x, mask))**2, mask)
     return float(1 - var(returns - values) / var(returns).clamp(min=1e-8))
 
@@ -228,7 +234,7 @@ class PPOConfig:
     format_score:float=.1         # reward of a complete answer that is wrong
     bf16:bool=False               # autocast to bfloat16 (the weights that are trained stay fp32), and checkpoints in bfloat16
     is_cap:float=0.               # samplers that differ from the trainer: weigh tokens by min(trainer/sampler probability, is_cap); 0 trusts the sampler's logprobs
-    mask_truncated:bool=False     # leave responses cut at max_tokens out of the loss (otherwise they earn what the verifier gives them)
+    mask_truncated:bool=False     # leave responses cut at max_tokens out of the loss and of what others are compared with (else they earn what the verifier gives)
     seed:int=0                    # prompt order and draws
     save_every:int=10             # steps between checkpoints, which are also where a killed run resumes
 
@@ -343,6 +349,17 @@ def sync(engine:Engine, team:Team, policy:PreTrainedModel):
     if team.first or not engine.shared: engine.sync(weights)
     for _ in weights: pass
 
+def scored(
+    texts:Sequence[str], problems:Sequence[Problem], # responses
+    reward:Callable[[str, Problem], float], count:Callable[[str, Problem], dict[str, int]],
+    team:Team,
+)->tuple[list[float], list[dict[str, int]]]: # scores, counts of habits; the same on every worker
+    "What responses are worth: asked once, by the first worker, for a reward may throw dice, keep a memory, or cost something"
+    said = [], []
+    with team.as_one():
+        if team.first: said = [reward(x, p) for x, p in zip(texts, problems)], list(map(count, texts, problems))
+    return team.agree(said)
+
 def _valued(
     rollouts:Sequence[Rollout], scores:Sequence[float],
     cfg:PPOConfig,
@@ -353,7 +370,8 @@ def _valued(
     half = partial(autocast, device, cfg.bf16)
     logprobs = lambda model: over_batch(lambda ids, skip: token_logprobs(model, ids, skip, cfg.temperature, vocab=vocab), batch, cfg.micro_tokens, team)
     batch, s, row = collate(rollouts, device), torch.tensor(scores, dtype=torch.float32, device=device), {}
-    if cfg.mask_truncated: batch.mask *= torch.tensor([[float(r.finished)] for r in rollouts], device=device)
+    kept = torch.tensor([float(r.finished or not cfg.mask_truncated) for r in rollouts], device=device)
+    batch.mask *= kept[:, None]
     rewards, ref_logp = token_rewards(s, batch.mask) * batch.mask, None
     if cfg.is_cap: # the ratio is taken against the trainer's own old policy; that the sampler was another one is corrected by a weight
         with half(): trainer = logprobs(policy)
@@ -365,7 +383,7 @@ def _valued(
         row["kl"] = masked_mean(kl, batch.mask).item()
         if cfg.kl_in == "reward": rewards, ref_logp = rewards - cfg.kl_coef * kl, None
     if cfg.estimator == "group":
-        batch.advantages = group_advantages(rewards.sum(-1), cfg.samples)[:, None] * batch.mask
+        batch.advantages = group_advantages(rewards.sum(-1), cfg.samples, kept=kept)[:, None] * batch.mask
         return batch, ref_logp, row
     batch.values = torch.zeros_like(rewards)
     if critic:
@@ -393,6 +411,7 @@ def ppo(
     "PPO on Countdown, or on a task of your own; goes on from `out` if it was interrupted"
     cfg.validate()
     if cfg.kl_coef and reference is None: raise ValueError(f"kl_coef={cfg.kl_coef} needs a reference model; pass reference=…, or set it to 0")
+    if reward is None: check_tags(tokenizer)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if progress: warn_of_slow_half(policy.device, {"bf16 (of a preset: ppo_bf16)": cfg.bf16})
@@ -406,6 +425,8 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
     reward = reward or partial(reward_of, format_score=cfg.format_score)
     half = partial(autocast, device, cfg.bf16)
     engine = engine or LlamaEngine(policy, tokenizer.eos_token_id, vocab=vocab, dtype=torch.bfloat16 if cfg.bf16 else None)
+    without_dropout(policy)
+    with half(): check_steady(policy)
     prompt_ids = token_ids(tokenizer, map(prompt, problems))
     critic = Critic.from_policy(policy) if cfg.estimator == "gae" else None
     ref = reference().eval().requires_grad_(False) if cfg.kl_coef else None
@@ -432,10 +453,9 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
             team.wait() # nobody works beside an engine that is still awake
         tick()
         # score
-        texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
-        scores = [reward(x, p) for x, p in zip(texts, batch_problems)]
+        scores, counts = scored(texts_of(tokenizer, rollouts), batch_problems, reward, count, team)
         with half(): gap, kl = probe(policy, rollouts[::max(1, len(rollouts) // 4)], cfg.temperature, vocab, device)
-        row = dict(step=step + 1, **rollout_metrics(rollouts, scores, list(map(count, texts, batch_problems))), rollout_gap=gap, rollout_kl=kl)
+        row = dict(step=step + 1, **rollout_metrics(rollouts, scores, counts), rollout_gap=gap, rollout_kl=kl)
         tick()
         # value
         batch, ref_logp, valued = _valued(rollouts, scores, cfg, policy, critic, ref, vocab, team, device)

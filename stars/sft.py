@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arithmetic import autocast, threads_for, warn_of_slow_half
 from .files import flush, replacing
-from .models import n_params, save_checkpoint, token_logprobs
+from .models import check_steady, model_ends, n_params, save_checkpoint, token_logprobs, without_dropout
 from .parallel import Team, load_state, memory_for, save_state, saved_states
 
 # %% ../nbs/06_sft.ipynb #c005
@@ -43,10 +43,12 @@ def encode(
     rows:Sequence[dict],               # with `query` and `completion`
     tokenizer:PreTrainedTokenizerBase, # of the model
     max_length:int=2048,               # tokens; longer examples are an error, never cut silently
+    ends:Sequence[int]=(),             # ids that end a response of the model, beside the tokenizer's end of sequence (`models.model_ends`)
 )->list[Example]: # one per row
     "Turn rows into token ids"
     ids = lambda key: tokenizer([r[key] for r in rows], add_special_tokens=False).input_ids if rows else []
-    out = [Example([*q, *c, tokenizer.eos_token_id], len(q)) for q, c in zip(ids("query"), ids("completion"))]
+    eos, ended = tokenizer.eos_token_id, {tokenizer.eos_token_id, *ends}
+    out = [Example([*q, *c, *([] if c and c[-1] in ended else [eos])], len(q)) for q, c in zip(ids("query"), ids("completion"))]
     for i, e in enumerate(out):
         if not e.prompt: raise ValueError(f"row {i} has an empty query; a completion needs at least one token before it")
         if len(e.ids) > max_length: raise ValueError(f"row {i} takes {len(e.ids)} tokens, max_length={max_length} (sft_max_length or cpt_max_length of a preset, base_context for a base); raise it or drop the row")
@@ -237,7 +239,7 @@ def sft(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if not rows: raise ValueError("rows is empty; give at least one example to train on")
-    examples, val = encode(rows, tokenizer, cfg.max_length), encode(val_rows, tokenizer, cfg.max_length)
+    examples, val = (encode(r, tokenizer, cfg.max_length, model_ends(model, tokenizer.eos_token_id)) for r in (rows, val_rows))
     if cfg.packing: examples = pack(examples, cfg.max_length)
     if progress: warn_of_slow_half(model.device, {"bf16 (of a preset: sft_bf16, or base_bf16 for a base)": cfg.bf16})
     with threads_for(n_params(model)), team.locked(out):
@@ -245,7 +247,10 @@ def sft(
 
 def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list[Example], val:list[Example], out:Path, cfg:SFTConfig, progress:bool, team:Team)->Path:
     "The loop"
-    lengths, net, device = [len(e.ids) for e in examples], team.wrap(model, cfg.bf16), next(model.parameters()).device
+    lengths, device = [len(e.ids) for e in examples], next(model.parameters()).device
+    without_dropout(model).train()
+    with autocast(device, cfg.bf16): check_steady(model)
+    net = team.wrap(model, cfg.bf16)
     trained = [p for p in model.parameters() if p.requires_grad]
     modules, opts = dict(model=model), dict(model=(opt := torch.optim.AdamW(trained, lr=cfg.lr, betas=(.9, .95), weight_decay=cfg.weight_decay)))
     per_epoch = math.ceil(len(examples) / cfg.batch_size)
@@ -254,7 +259,6 @@ def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list
     done = resumed(load_state(out, modules, opts, team), made_by, out)
     log = Log(out/"metrics.jsonl", done, team.first)
     bar = tqdm(total=total, initial=done, desc="sft", disable=not progress)
-    model.train()
     for epoch in range(done // per_epoch, cfg.epochs):
         order = batches(len(examples), cfg.batch_size, random.Random(f"{cfg.seed}/{epoch}"))
         for step in range(max(done, epoch*per_epoch), (epoch + 1)*per_epoch):

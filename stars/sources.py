@@ -12,16 +12,18 @@ import os
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .behaviors import HABITS
-from .configs import Config, preset
+from .configs import Config, check_list, preset
 from .experiments import grid, manifest, run_jobs
 from .files import write_bytes
 from .judges import PUBLISHED_COLUMNS
+from .notebooks import did_you_mean
 from .plots import PUBLISHED, label, sources
 from .stages import Job
 
@@ -44,13 +46,18 @@ def published_file(
         if not (Path(folder)/name).exists(): raise FileNotFoundError(f"published={str(folder)!r} has no {name}; it should hold {', '.join(FILES)} of {UPSTREAM}")
         return Path(folder)/name
     path = cache_folder()/name
-    if not path.exists():
-        try:
-            with urllib.request.urlopen(UPSTREAM + name, timeout=timeout) as r: data = r.read()
-        except OSError as e: raise OSError(f"{UPSTREAM}{name} cannot be fetched ({e}); fetch {' and '.join(FILES)} by hand and give their folder, e.g. -p published=FOLDER") from None
-        if (found := hashlib.sha256(data).hexdigest()) != FILES[name][0]: raise OSError(f"{UPSTREAM}{name} arrived with SHA-256 {found[:12]}…, expected {FILES[name][0][:12]}…; fetch it by hand and give its folder (published=FOLDER)")
-        write_bytes(path, data)
-    return path
+    there = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    if there == FILES[name][0]: return path
+    was = f"{path} is damaged (SHA-256 {there[:12]}…, expected {FILES[name][0][:12]}…), and " if there else ""
+    try:
+        with urllib.request.urlopen(UPSTREAM + name, timeout=timeout) as r: data = r.read()
+    except (OSError, HTTPException) as e:
+        raise OSError(f"{was}{UPSTREAM}{name} cannot be fetched ({e}); fetch {' and '.join(FILES)} by hand "
+                      f"and give their folder, e.g. -p published=FOLDER") from None
+    if (found := hashlib.sha256(data).hexdigest()) != FILES[name][0]:
+        raise OSError(f"{was}{UPSTREAM}{name} arrived with SHA-256 {found[:12]}…, expected "
+                      f"{FILES[name][0][:12]}…; fetch it by hand and give its folder (published=FOLDER)")
+    return write_bytes(path, data)
 
 # %% ../nbs/10e_sources.ipynb #s013
 PUBLISHED_NAMES = dict(base_ppo="base", no_positive_all_strategies="incorrect_only", owmathqa2_ppo="curated", owmathqa_none_ppo1="negated")
@@ -125,12 +132,33 @@ class Study:
     published:str=""                  # folder of the published files (default: fetched)
 
     def __post_init__(self):
-        if self.source not in ("own", "published", "both"): raise ValueError(f"source={self.source!r} must be own, published or both")
-        if not isinstance(self.steps, int) or self.steps < 0: raise ValueError(f"steps={self.steps!r} must be a whole number, 0 for the preset's")
+        self._check_kinds()
+        if self.source not in ("own", "published", "both"):
+            raise ValueError(f"source={self.source!r} must be own, published or "
+                             f"both{did_you_mean(self.source, ('own', 'published', 'both'))}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise ValueError(f"steps={self.steps!r} must be a whole number, 0 for the preset's")
         if self.shares and self.source != "own": raise ValueError(f"source={self.source!r}: nobody has published runs with shares of habits; use source=own")
         for s in self.shares:
             if not 0 <= s <= 1: raise ValueError(f"shares: {s} must lie between 0 and 1")
+        if self.own: self.jobs() # a condition, model or seed that cannot be is told here
         self.cfg
+
+    def _check_kinds(self):
+        "Raise ValueError for a parameter of another kind, such as a number where a list is wanted"
+        for f in ("source", "preset", "runs", "published"):
+            if not isinstance(v := getattr(self, f), (str, Path)):
+                raise ValueError(f"{f}={v!r} must be a text")
+        if not isinstance(self.overrides, dict):
+            raise ValueError(f"overrides={self.overrides!r} must name fields and values, e.g. "
+                             f"{{'ppo_steps': 5}}")
+        for f in ("models", "conditions", "seeds", "references", "shares", "only_published"):
+            check_list(f, getattr(self, f), empty=True)
+        for f in ("models", "conditions", "references", "only_published"):
+            if bad := [x for x in getattr(self, f) if not isinstance(x, str)]:
+                raise ValueError(f"{f}: {bad[0]!r} must be a text")
+        if bad := [s for s in self.shares if isinstance(s, bool) or not isinstance(s, (int, float))]:
+            raise ValueError(f"shares: {bad[0]!r} must be a number")
 
     @property
     def cfg(self)->Config: return preset(self.preset, **dict(self.overrides) | (dict(ppo_steps=self.steps) if self.steps else {}))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .behaviors import HABIT_NAMES, count_behaviors
-from .countdown import Problem, make_prompt, score
+from .countdown import Problem, make_prompt, parse_answer, score
 from .ledger import Ledger, Model, Reply, Request
 from .llm import ask, declines, flow
 from .priming import MIXES, Trace, is_search, reorder, thoughts_of
@@ -182,6 +182,12 @@ _TAG = re.compile(r"</?(?:think|answer)>", re.I)
 _FENCED = re.compile(r"```[\w-]*\n(.*)```", re.S)
 _EXPRESSION = re.compile(r"(?=.*\d)[-+*/()=\d\s×÷−–·]+")
 
+def _is_expression(answer:str)->bool:
+    "Does an answer hold an expression, right or wrong, however it is written?"
+    if _EXPRESSION.fullmatch(answer): return True
+    try: return bool(parse_answer(answer))
+    except ValueError: return False
+
 def read_trace(
     reply:Reply|None,        # None: there was none
     problem:Problem,         # what was asked
@@ -202,7 +208,7 @@ def read_trace(
     think, answers = parts[0].strip(), {" ".join(a.split()) for a in parts[2::2]}
     if not think: return None, "no reasoning"
     if len(answers) > 1: return None, "several answers"
-    if not _EXPRESSION.fullmatch(answer := answers.pop()): return None, "no expression"
+    if not _is_expression(answer := answers.pop()): return None, "no expression"
     if len(think.split()) > max_words: return None, "too long"
     completion = Trace(think, answer).completion
     return dict(query=prompt(problem), completion=completion, numbers=list(problem.numbers), target=problem.target, mix=mix, teacher=teacher,
@@ -265,7 +271,7 @@ def _report(mix:str, model:Model, outcomes:Sequence[tuple[Reply|None, dict|None,
     return TeacherReport(mix, str(model), len(outcomes), passed, min(n, passed), len(rows), share([r["score"] == 1 for r in rows]),
                          {h: share([c[h] > 0 for c in counts]) for h in HABIT_NAMES},
                          share([any(c[h] for h in HABIT_NAMES if h not in MIXES[mix]) for c in counts]), dict(reasons.most_common()),
-                         sum(r.input_tokens for r in replies), sum(r.output_tokens for r in replies), sum(costs) if costs else None)
+                         sum(r.input_tokens or 0 for r in replies), sum(r.output_tokens or 0 for r in replies), sum(costs) if costs else None)
 
 def report_table(
     reports:Iterable[TeacherReport],
@@ -299,10 +305,10 @@ def ask_teacher(
     def _outcome(reply, problem):
         row, reason = read_trace(reply, problem, mix, str(model), prompt, max_words)
         return reply, row, reason or forbid and off_mix(row) or ("" if keep(row) else "not kept")
-    rows, outcomes, more = [], [], math.ceil(n*over)
+    rows, outcomes, replies, more = [], [], [], math.ceil(n*over)
     for _ in range(rounds):
         asked = _questions(problems, len(outcomes) + more, seed)
-        replies = ask(model, [teacher_request(p, mix, sample, max_tokens, temperature) for p, sample in asked], ledger, **how)
+        replies = _ask_on(model, [teacher_request(p, mix, sample, max_tokens, temperature) for p, sample in asked], ledger, replies, **how)
         outcomes = [_outcome(reply, p) for (p, _), reply in zip(asked, replies)]
         rows = [row for _, row, reason in outcomes if not reason]
         if len(rows) >= n or not rows and len(outcomes) >= _HOPELESS: break
@@ -310,6 +316,13 @@ def ask_teacher(
     report = _report(mix, model, outcomes, n)
     if len(rows) < n: raise ValueError(_too_few(report, n))
     return rows[:n], report
+
+def _ask_on(model:Model, requests:list[Request], ledger:Ledger, before:list[Reply|None], max_cost:float|None=None, **how)->list[Reply|None]:
+    "Replies to requests of which the first have been asked before; those without a reply are not asked again, but what they may have cost counts"
+    silent = {i for i, reply in enumerate(before) if reply is None}
+    if max_cost is not None and silent: max_cost = max(0., max_cost - ledger.lost(ledger.note(model, [requests[i] for i in silent])))
+    replies = iter(ask(model, [r for i, r in enumerate(requests) if i not in silent], ledger, max_cost=max_cost, **how))
+    return [None if i in silent else next(replies) for i in range(len(requests))]
 
 def _too_few(report, n):
     rest = ", ".join(f"{reason} {k}" for reason, k in report.reasons.items())

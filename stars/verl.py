@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from . import countdown
-from .countdown import Problem, make_prompt
+from .countdown import Problem
 from .datasets import from_parquet
-from .experiments import Config, Job, base_stage, data_stage, prime_stage
+from .experiments import Config, Job, base_stage, data_stage, prime_stage, prompt_for
 from .files import replacing_folder, write_bytes, write_json, write_table
 from .models import BASES, digest, load_tokenizer, token_ids
 from .priming import METHODS
@@ -30,10 +30,13 @@ from .sft import SFTConfig, encode
 
 # %% ../nbs/10d_verl.ipynb #c005
 HOOK = '''
+import json
+
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw):
     "Reward of a response: 1 correct, {format_score} a complete answer that is wrong, 0 none"
-    reward = score(solution_str, [int(n) for n in ground_truth["numbers"]], int(ground_truth["target"]), {format_score})
+    if isinstance(ground_truth, str): ground_truth = json.loads(ground_truth) # as some data sets store it
+    reward = score(solution_str, ground_truth["numbers"], ground_truth["target"], {format_score})
     return dict(score=reward, acc=float(reward == 1))
 '''
 
@@ -147,7 +150,7 @@ def sft_counterparts(
 def sft_steps(cfg:Config)->int: return cfg.prime_rows // cfg.sft_batch_size * cfg.sft_epochs # updates; verl drops a batch that is not full
 
 # %% ../nbs/10d_verl.ipynb #c015
-IN_DATA = ("preset", "n_numbers", "min_", "max_", "top", "template", "data_", "base_", "prime_", "models", "seeds", "figures",
+IN_DATA = ("preset", "n_numbers", "min_", "max_", "top", "template", "bos", "data_", "base_", "prime_", "models", "seeds", "figures",
            "corpus_", "curate_", "cpt_", "restarts") # beginnings of field names: what the export holds already, or what such a run never asks
 
 NOTES = dict(
@@ -314,8 +317,7 @@ def to_verl(
     about = dict(config=asdict(cfg), model=model, condition=condition, seed=seed, gpus=gpus, nodes=nodes, tensor_parallel=tensor_parallel,
                  data=data.name, prime=prime.name if prime else None)
     _claim(out, about)
-    prompt = lambda p: make_prompt(p, cfg.template, tokenizer)
-    prompts = [t for split in ("train", "eval") for t in write_rl(data/f"{split}.parquet", out/f"{split}.parquet", prompt)]
+    prompts = [t for split in ("train", "eval") for t in write_rl(data/f"{split}.parquet", out/f"{split}.parquet", prompt_for(cfg, tokenizer))]
     longest = max(map(len, token_ids(tokenizer, sorted(set(prompts)))))
     if prime:
         for split in ("train", "val"): encode(write_sft(prime/f"{split}.parquet", out/f"sft-{split}.parquet"), tokenizer, cfg.sft_max_length) # none is too long, or verl stops

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from .behaviors import COLORS, HABIT_NAMES, HABITS, Span, count_behaviors, find_behaviors
 from .countdown import explain
+from .notebooks import did_you_mean
 from .phrases import RULES, Rule
 from .plots import CONDITIONS, KEYS, wilson
 
@@ -168,7 +169,7 @@ def _choices(df, column:str)->list:
 def _equal(df, column, value):
     if value not in (have := _choices(df, column)):
         there = f"there is {', '.join(map(str, have))}" if column in df else f"these completions have no column {column!r}"
-        raise ValueError(f"{column}={value!r} is unknown; {there}")
+        raise ValueError(f"{column}={value!r} is unknown; {there}{did_you_mean(value, have)}")
     return df[column] == value
 
 def _scored(df, score):

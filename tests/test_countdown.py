@@ -1,5 +1,5 @@
 "Countdown: problems, solver, splits, prompts, verifier and parquet, checked against oracles written independently of it"
-import ast,os,random,subprocess,sys
+import ast,json,os,random,re,subprocess,sys
 from fractions import Fraction
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck,given,settings,strategies as st
 from limits import ends,tuples_at_most
 from stars.countdown import (MAX_CHARS,MAX_DEPTH,SPLITS,TEMPLATES,Problem,answer_of,explain,make_prompt,messages,parse_answer,
                              parse_expression,score,solvable,solve,split_of)
-from stars.datasets import from_parquet,problems_from_rows,to_parquet
+from stars.datasets import from_parquet,problems_from_rows,read_problems,to_parquet
 from stars.problems import Space,all_problems,sample_problems
 
 MICRO = dict(n_numbers=3, max_number=12, min_target=10, max_target=30)
@@ -199,8 +199,9 @@ def test_bad_prompts(tmp_path):
 # ---- verifier
 
 TRICKS = ['2**3', '7//2*3', '3.4*10', '5--2', '5+-2', '-3*2', '+5', '5-(-2)', '9**9**9', '1_0', '1e3', '0x1F', '007', '1 2', '2(3)', '(2)(3)', '()', '(',
-          ')', ')(', '3)', '(3', '3+', '*3', '3 4 +', '5/0', '1/(2-2)', '٣+٤', '3+४', '²', '１+２', '__import__("os")', 'True', 'a', 'None',
-          '[3]', '3,4', '3;4', '3<4', '3==3', '3=3=3', '=3', '3=', '3 = three', '3 = 3.0', '3 % 2', '3 & 1', '~3', '3\x00', '\ud800', '#', '3#', '1j', '∞', '']
+          ')', ')(', '3)', '(3', '3+', '*3', '3 4 +', '5/0', '1/(2-2)', '٣+٤', '3+४', '²', '__import__("os")',
+          'True', 'a', 'None', '3,4', '3;4', '3<4', '=3', '3=', '3 = three', '3 % 2', '3 & 1', '~3', '3\x00',
+          '\ud800', '#', '3#', '1j', '∞', '']
 
 @pytest.mark.parametrize('trick', TRICKS)
 def test_tricks_are_not_expressions(trick):
@@ -209,7 +210,7 @@ def test_tricks_are_not_expressions(trick):
 @pytest.mark.parametrize('text,numbers,target', [
     ('2**3', (2,3), 8), ('7//2*3', (7,2,3), 9), ('3.4*10', (3,4,10), 34), ('5--2', (5,2), 7), ('34', (3,4), 34), ('-2+5', (2,5), 3), ('3+4', (3,4,5), 7),
     ('3+4+4', (3,4), 11), ('3+4+0', (3,4), 7), ('3+4*1', (3,4), 7), ('10/3*3', (10,3), 10), ('(3+4) = 8', (3,4), 8), ('(3+4) = 8', (3,4), 7),
-    ('3+4 = 7 = 7', (3,4), 7), ('7', (3,4), 7), ('3+4; 7', (3,4), 7), ('1/3', (1,3), 0)])
+    ('7', (3,4), 7), ('3+4; 7', (3,4), 7), ('1/3', (1,3), 0)])
 def test_wrong_answers_get_the_format_score(text, numbers, target):
     assert score(tagged(text), numbers, target)==.1
     assert score(tagged(text), numbers, target, format_score=0)==0 and score(tagged(text), numbers, target, layout='paper')==.1
@@ -219,6 +220,111 @@ def test_wrong_answers_get_the_format_score(text, numbers, target):
 def test_right_answers(text):
     for response in (tagged(text), f'I add… </think>\n{tagged(text)}', tagged('1+1')+' no '+tagged(text)+' <answer>', f'<answer>{tagged(text)}</answer>'):
         assert score(response, (2,3,4), 14)==score(response, [4,3,2], 14)==1
+
+READABLE = [ # 10*3+4 as people and models write it
+    '10*3+4 = 34.', '10*3+4 = 34.0', '10*3+4 = 34.000', '10*3+4 == 34', '10*3+4 === 34', '34 = 10*3+4',
+    '34 == 10*3+4.', '34.0 = 10*3+4', '10*3+4 = +34', '10*3+4 = 34 = 34', '10*3+4 = 30+4 = 34',
+    '34 = 10*3+4 = 30 + 4', '10*3+4 = (34)', '(10*3+4 = 34)', '((10*3)+4 = 34)', '(10*3)+4 = (34)',
+    '10*3+4 (= 34)', '(10*3)+4 (=34).', r'10*3+4 \left(= 34\right)',
+    '10*3\n+4\n= 34', '10*3+4.', '10*3+4,', '10*3+4;', '10*3+4 = 34!', '10*3+4=34 ✓', '10*3+4 = 34 ✅',
+    '10*3+4。', '**10*3+4**', '*10*3+4*', '***10*3+4***', '_10*3+4_', '__10*3+4__', '**10*3+4 = 34**',
+    '**10*3+4** = 34', '**10*3+4** = **34**.', '**10*3+4.**', '10\\*3+4', '`10*3+4`', '``10*3+4``',
+    '`10*3+4` = 34', '```\n10*3+4\n```', '```python\n10*3+4\n```', '```10*3+4```', '<b>10*3+4</b>',
+    '<code>10*3+4</code><br/>', '"10*3+4"', "'10*3+4'", '“10*3+4”', '$10*3+4$', '$$10*3+4$$',
+    '$10*3+4$ = $34$', r'\(10*3+4\)', r'\[10*3+4\]', r'$10 \cdot 3 + 4$', r'10 \times 3 + 4',
+    r'10\,\times\,3 + 4', r'\boxed{10*3+4}', r'\boxed{10 \times 3 + 4 = 34}', r'\boxed{10*3+4 = 34.}',
+    r'$\boxed{10*3+4.}$', r'$\boxed{10*3+4}$.', r'$$\boxed{\boxed{10*3+4}}$$', r'10*3+4 = \boxed{34}',
+    r'\boxed{34} = 10*3+4', r'**\boxed{\text{10*3+4}}**', r'\left(10 \times 3\right) + 4',
+    r'\left[10*3\right]+4', r'\bigl\{10*3\bigr\}+4', '{10}*{3}+4', '[10*3]+4', '{10*3}+4', '[(10*3)+4]',
+    '10 x 3 + 4', '10x3+4', '10 X 3 + 4', '(10)x(3)+4', '[10] x [3] + 4', '10 х 3 + 4', '10 × 3 + 4',
+    '10·3+4', '10⋅3+4', '10∗3+4', '10•3+4', '10✖️3➕4', '10&times;3+4', '10 &#215; 3 &plus; 4 &equals; 34',
+    '（１０＊３）＋４', '１０×３＋４＝３４', '10\u200b*\u200b3\u200b+4', '\ufeff10*3+4', '10&nbsp;*&nbsp;3+4', '𝟏𝟎*𝟑+𝟒',
+    '1\u200b0*3+4', 'The answer is 10*3+4', 'the final answer is: 10*3+4.', 'Answer: 10*3+4',
+    '**Answer:** 10*3+4', '**Answer**: 10*3+4 = 34', 'Answer: **10*3+4**',
+    r'So the answer is $\boxed{10*3+4}$.', 'Expression:\n10*3+4']
+
+@pytest.mark.parametrize('text', READABLE)
+def test_what_a_reader_would_accept_is_accepted(text):
+    v = explain(tagged(text), (3,4,10), 34)
+    assert (v.score,v.reasons,v.value)==(1,(),34) and score(tagged(text), (10,3,4), 34)==1
+    for problem in (((3,4,10),35), ((3,4,4,10),34), ((10,34),34)): assert score(tagged(text), *problem)==.1
+    plain = score(tagged(text), (3,4,10), 34, layout='paper')
+    assert plain==(0 if '\n' in text else .1) # it knows one line, and no typography
+
+@pytest.mark.parametrize('text,numbers,target', [
+    (r'\frac{10}{2}', (2,10), 5), (r'8 / \frac{4}{2}', (2,4,8), 4), ('10 ÷ 2', (2,10), 5),
+    (r'\dfrac{\frac{12}{2}}{3} \div 1', (1,2,3,12), 2),
+    (r'\frac{{10}+2}{\left(3\right)}', (2,3,10), 4), (r'\boxed{\tfrac {10} {2}} = 5', (2,10), 5),
+    ('10 − 2', (2,10), 8), ('10 – 2', (2,10), 8), ('10 &divide; 2 &minus; 3', (2,3,10), 2),
+    ('1,000 + 5', (5,1000), 1005), ('1,000+5 = 1,005', (5,1000), 1005), (r'1{,}000 + 5', (5,1000), 1005),
+    ('10\xa0*\xa03\u2009+\u20034', (3,4,10), 34), ('7', (7,), 7), ('7 = 7', (7,), 7), (r'\boxed{7}', (7,), 7),
+    ('3 - 5 = −2', (3,5), -2), ('3 - 5 = (-2)', (3,5), -2), (r'3-5 = \boxed{-2.0}', (3,5), -2),
+    ('[2*(3+{4})]', (2,3,4), 14)])
+def test_other_readable_answers(text, numbers, target):
+    assert str(explain(tagged(text), numbers, target))=='1: correct'
+
+MISREAD = { # an answer to 3, 4, 10 → 34 that looks nearly right: what is said of it
+    '10*3+4 = 35': 'the stated result is wrong: the expression is 34, not 35',
+    '35 = 10*3+4': 'the stated result is wrong: the expression is 34, not 35',
+    '10*3+4 = 34 = 35': 'the stated result is wrong: the expression is 34, not 35',
+    '10*3 = 30+4 = 34': 'the stated result is wrong: the expression is 30, not 30+4',
+    '10*3+4 = 34.5': 'the stated result is wrong: the expression is 34, not 34.5',
+    '10/3 = 3.33': 'the stated result is wrong: the expression is 10/3, not 3.33',
+    '1/2*3 = 1.5': 'unused number 4; unused number 10; 1 is not one of the numbers; '
+                   '2 is not one of the numbers; wrong value: 3/2 instead of 34',
+    '34.0 = 34.0': 'results are stated, but no expression',
+    '10*3+4 =': 'the end comes where a number should be', '= 34': 'the end comes where a number should be',
+    '10*3+4 = ?': "unknown character '?'", '10*3+4 ≈ 34': "unknown character '≈'",
+    '10*3+4 = thirty-four': "unknown character 't'", '10*3+4!': "unknown character '!'",
+    '3!+4': "unknown character '!'", '10**3': "'*' comes where a number should be",
+    '10 * * 3': "'*' comes where a number should be", '**10**3**': "'*' comes where a number should be",
+    '10×\u200b×3': "'*' comes where a number should be", '10//3': "'/' comes where a number should be",
+    '10÷÷3': "'/' comes where a number should be", '10^3': "unknown character '^'",
+    '3²': "unknown character '²'", '½*10': "unknown character '½'", '3<sup>2</sup>': "unknown character '<'",
+    '10%3': "unknown character '%'", '1e1*3': "unknown character 'e'", '3.4*10': "unknown character '.'",
+    '.5*10': "unknown character '.'", '3,4*10': "unknown character ','", '10, 3, 4': "unknown character ','",
+    '-4+38': "'-' comes where a number should be", '+10*3+4': "'+' comes where a number should be",
+    '10*3--4': "'-' comes where a number should be", '010*3+4': "'010' begins with a 0",
+    '0x1F': "unknown character 'F'", '3$4': "'4' comes where an operation or the end should be",
+    '3`4': "'4' comes where an operation or the end should be",
+    '3\n4': "'4' comes where an operation or the end should be",
+    '３ ４': "'4' comes where an operation or the end should be",
+    r'3\,4': "'4' comes where an operation or the end should be", '3\u20624': "unknown character '\\u2062'",
+    '3\u202e4': "unknown character '\\u202e'", '٣+٤': "unknown character '٣'",
+    r'\boxed{3}\boxed{4}': 'an opening bracket comes where an operation or the end should be',
+    '10{3}': 'an opening bracket comes where an operation or the end should be',
+    r'10\frac{3}{4}': 'an opening bracket comes where an operation or the end should be',
+    r'\frac12': "unknown character '\\\\'", r'\sqrt{4}': "unknown character '\\\\'",
+    '(10*3]+4': "']' closes no bracket of its kind", '[10*3+4': "'[' is never closed",
+    r'\boxed{10*3+4': "'{' is never closed",
+    '(10*3+4': 'the end comes where an operation or a closing bracket should be',
+    '(10*3 4)': "'4' comes where an operation or a closing bracket should be",
+    '10*3+4)': 'a closing bracket comes where an operation or the end should be',
+    '()': 'a closing bracket comes where a number should be',
+    r'\boxed{}': 'the end comes where a number should be', '{}': 'the end comes where a number should be',
+    '**': "'*' comes where a number should be", '$$': 'the end comes where a number should be',
+    '': 'the answer tag is empty', 'The answer is not 10*3+4': "unknown character 'n'",
+    '10*3+4\n10*4-6': "'10' comes where an operation or the end should be",
+    '10*3 = 30\n30+4 = 34': "'30' comes where an operation or the end should be",
+    '10/(4-4)': 'division by zero', '1234567890123': 'a number of 13 digits, at most 12',
+    '1+'*70+'1': 'too long: 141 tokens, at most 64', '1 '*101: 'too long: 201 characters, at most 200',
+    '('*17+'1'+')'*17: 'brackets are nested more than 16 deep'}
+
+@pytest.mark.parametrize('text,why', MISREAD.items())
+def test_what_is_refused_and_why(text, why):
+    v = explain(tagged(text), (3,4,10), 34)
+    assert (v.score,'; '.join(v.reasons))==(.1,why) and score(tagged(text), (3,4,10), 34)==.1
+
+def test_what_is_asked_must_be_whole_numbers():
+    np = pytest.importorskip('numpy')
+    ok = tagged('10*3+4')
+    for numbers in ([3,4,10], np.array([3,4,10]), (np.int8(3),4,np.uint64(10)), {3,4,10}):
+        assert score(ok, numbers, np.int32(34))==explain(ok, numbers, np.int64(34)).score==1
+    for odd in ('34', 34., np.float64(34), True, np.True_, None, Fraction(34), [34]):
+        for ask in (Problem, lambda *p: score(ok, *p), lambda *p: explain(ok, *p), lambda *p: score('', *p)):
+            for problem in (((3,4,10), odd), ((3,4,odd), 34), ([odd], 34)):
+                with pytest.raises(TypeError, match='a whole number is wanted'): ask(*problem)
+    with pytest.raises(TypeError, match="'1' is a str"): score(ok, '10', 34)
 
 def test_nothing_hides_behind_spaces():
     for n in (1,50,190,300,500,MB): assert score(tagged('3+4'+' '*n+'x'), (3,4), 7)==.1
@@ -238,14 +344,91 @@ def test_answer_of():
                       ('<answer>1</answer><answer>2', '1'), ('<answer>1</answer> 2</answer>', '1'), ('<answer>1<answer>2</answer>', '2'),
                       ('<ANSWER>1</ANSWER>', None), ('a<answer> 1\n</answer>b', '1')): assert answer_of(text)==want, text
 
+PLAIN = str.maketrans('×÷−–·（）＋＊＝１３４０[]{}', '*/--*()+*=1340()()', '\u200b\ufeff$`')
+SAID = ((r'\times','*'), (r'\div','/'), (r'\boxed',''), ('&times;','*'), ('x','*'),
+        ('Answer:',''), ('<b>',''))
+def is_solution(text, numbers, target):
+    "A second opinion on what a reader sees: does Python find all `numbers` and the `target` on one side?"
+    if re.search(r'\d[\s$`]+\d', text): return False # digits that stand apart are no number
+    for said,plain in SAID: text = text.replace(said, plain)
+    for side in text.translate(PLAIN).split('='):
+        ends = ' \n\t_*.,;!✓'+'()'*(side.count('(')!=side.count(')')) # a bracket around all sides
+        try: value,used = ast_value(' '.join(side.strip(ends).split()))
+        except (SyntaxError, AssertionError, KeyError, ZeroDivisionError, ValueError): continue
+        if value==target and sorted(used)==sorted(numbers): return True
+    return False
+
+WIDE = {48+i: 0xff10+i for i in range(10)}
+STYLES = {'+': ('+',' + ','＋','➕','&plus;'), '-': ('-',' - ','−',' – ','&minus;'),
+    '*': ('*',' × ','·',' x ',r' \times ','\u200b*\u200b','&times;'), '/': ('/',' ÷ ',r'\div ','／',' / ')}
+BRACKETS = (('(',')'), ('[',']'), ('{','}'), ('（','）'), (r'\left( ',r'\right)'), (r'\boxed{','}'))
+AROUND = (('',''), ('**','**'), ('`','`'), ('$','$'), (r'\boxed{','}'), ('```\n','\n```'), ('Answer: ','.'),
+    ('“','”'), ('','\n'), ('The answer is **','**,'), ('(',')'), ('<b>','</b>'))
+RESULTS = ('{}', '{} = {v}', '{} = {v}.', '{} == {v}', '{v} = {}', '{} = {v}.0', '{} = {v} ✓',
+    '{} = {v} = {v}')
+
+@st.composite
+def written(draw, depth=2):
+    "An expression as somebody writes it, its value and numbers as it is built, and if it may stand bare"
+    if depth==0 or draw(st.integers(0,4))==0:
+        n = draw(st.integers(1,1200))
+        return draw(st.sampled_from((str(n), f'{n:,}', str(n).translate(WIDE)))),Fraction(n),[n],True
+    (a,x,m,alone),(b,y,n,whole) = draw(written(depth-1)),draw(written(depth-1))
+    op = draw(st.sampled_from('+-*/' if y else '+-*'))
+    value = x+y if op=='+' else x-y if op=='-' else x*y if op=='*' else x/y
+    if op=='/' and draw(st.booleans()): return fr'\frac{{{a}}}{{{b}}}',value,m+n,True
+    (lo,lc),(ro,rc) = draw(st.sampled_from(BRACKETS)),draw(st.sampled_from(BRACKETS))
+    left,right = a if alone else lo+a+lc,b if whole else ro+b+rc
+    return left+draw(st.sampled_from(STYLES[op]))+right,value,m+n,False
+
+FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+
+@settings(max_examples=600, **FUZZ)
+@given(written(), st.sampled_from(AROUND), st.sampled_from(RESULTS), st.integers(1,9))
+def test_typography_changes_no_value(expression, around, result, off):
+    text,value,used,_ = expression
+    if len(used)==1 or value.denominator!=1 or value<0 and '.0' not in result: result = RESULTS[0]
+    say = lambda v: tagged(around[0]+result.replace('{}', text).replace('{v}', str(v))+around[1])
+    answer = say(value)
+    if len(answer)>200: return
+    v = explain(answer, used, 0)
+    assert (v.value,v.reasons)==(value, (f'wrong value: {value} instead of 0',) if value else ()), answer
+    if value.denominator==1: assert [score(answer, used, int(value)+d) for d in (0,off)]==[1,.1]
+    assert score(answer, used+[off], int(value))==score(answer, used[1:], int(value))==.1
+    if '{v}' in result:
+        why = explain(say(value+off), used, int(value)).reasons[0]
+        assert why.startswith(f'the stated result is wrong: the expression is {value}, not ')
+
+BITS = ['**', '*', '`', '$', 'x', ' x ', '×', '÷', '−', '²', '½', '.', ',', ';', '!', '=', '==', '= 34',
+    '=34.0', '34 =', '\u200b', '\u2062', '\n', ' ', '(', ')', '[', ']', '{', '}', r'\boxed{', r'\times',
+    r'\div', '&times;', '//', '%', '^', '0', '1', '3', '4', '10', 'e', '_', '✓', 'Answer:', '-', '+', '/',
+    '<b>', '（', '）', '１', '٣']
+RIGHT = (['10','*','3','+','4'], ['(','3','*','10',')','+','4'], ['4','+','10','*','3'],
+         ['10','*','4','-','6'])
+
+@settings(max_examples=2000, **FUZZ)
+@given(st.sampled_from(RIGHT), st.lists(st.tuples(st.integers(0,8), st.sampled_from(BITS)), max_size=4),
+       st.lists(st.integers(0,8), max_size=1))
+def test_what_is_accepted_is_a_solution(tokens, more, gone):
+    "Answers with bits put in and taken out: whatever gets 1 solves the problem for Python's grammar, too"
+    tokens = [t for i,t in enumerate(tokens) if i not in gone]
+    for at,bit in more: tokens.insert(at, bit)
+    text = ''.join(tokens)
+    if score(tagged(text), (3,4,10), 34)==1: assert is_solution(text, (3,4,10), 34), text
+
+@settings(max_examples=300, **FUZZ)
+@given(st.text('0123456789+-*/() \n', max_size=30))
+def test_plain_answers_mean_the_same_in_both_layouts(text):
+    try: strict = parse_expression(text)
+    except ValueError: return
+    assert parse_answer(text)==strict
+
 NUM = st.integers(0,120)
 @st.composite
 def expressions(draw, depth=4):
     if depth==0 or draw(st.integers(0,3))==0: return str(draw(NUM))
     s = f'{draw(expressions(depth-1))}{draw(st.sampled_from([" + ","-","*"," / "]))}{draw(expressions(depth-1))}'
     return f'({s})' if draw(st.booleans()) else s
-
-FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 
 @settings(max_examples=600, **FUZZ)
 @given(expressions(), st.integers(-3,200))
@@ -271,9 +454,7 @@ def grade_both_ways(text):
         v = explain(text, (3,4), 7, layout=layout)
         assert v.score==s and bool(v.reasons)==(s<1)
         assert s in (0,.1,1)
-        if s==1: # a correct answer is one to Python too, once the signs are plain
-            a = answer_of(text).translate(str.maketrans('×÷−','*/-')).split('=')[0]
-            assert ast_value(' '.join(a.split())) in [(7,[3,4]),(7,[4,3])]
+        if s==1: assert is_solution(answer_of(text), (3,4), 7)
     return s
 
 @settings(max_examples=250, **FUZZ)
@@ -291,7 +472,10 @@ MB = 1_000_000
     ('parens', '('*MB), ('parens in a tag', tagged('('*MB)), ('closed', tagged('('*MB+'1'+')'*MB)), ('nested 150', tagged('('*90+'1'+')'*90)), ('power', tagged('9**9**9')),
     ('digits', tagged('9'*MB)), ('sum', tagged('1+'*MB+'1')), ('opens', '<answer>'*MB), ('closes', '</answer>'*MB), ('pairs', tagged('')*MB), ('opens, one close', '<answer>'*MB+'</answer>'),
     ('nested tags', '<answer>'*MB+'1'+'</answer>'*MB), ('almost', '<answe'*MB), ('spaces', tagged(' '*MB)), ('result', tagged('1='+'9'*MB)), ('result spaces', tagged('1='+' '*MB+'x')),
-    ('equals', tagged('='*MB)), ('unicode digits', tagged('٣'*MB)), ('minus', tagged('−'*MB)), ('words after spaces', tagged('3+4'+' '*MB+'x')), ('lines', '\n'*MB), ('nulls', '\0'*MB)])
+    ('equals', tagged('='*MB)), ('unicode digits', tagged('٣'*MB)), ('minus', tagged('−'*MB)),
+    ('sides', tagged('1='*100)), ('many sides', tagged('1='*MB)), ('emphasis', tagged('_'*200)),
+    ('boxes', tagged('\\boxed{'*28)), ('entities', tagged('&'*200)), ('zero width', tagged('\u200b'*MB)),
+    ('words', tagged('the '*49)), ('words after spaces', tagged('3+4'+' '*MB+'x')), ('lines', '\n'*MB), ('nulls', '\0'*MB)])
 def test_pathological(name, text):
     with ends(10): # needs milliseconds; what grows with the square of a million letters takes an hour
         assert score(text, (3,4), 7) in (0,.1) and score(text, (3,4), 7, layout='paper') in (0,.1)
@@ -349,15 +533,43 @@ def test_malformed_row(tmp_path, spoil, word):
     pq.write_table(pa.Table.from_pylist(rs), tmp_path/'a.parquet')
     with pytest.raises(ValueError, match=word): from_parquet(tmp_path/'a.parquet')
 
+ASKED = dict(prompt=[dict(role='user', content='q')])
 @pytest.mark.parametrize('rs,word', [
     ([dict(target=7, numbers=['3','4'])], "row 0, column numbers: '3' is not a whole"), ([dict(target='7', numbers=[3,4])], "row 0, column target: '7'"),
     ([dict(target=7.0, numbers=[3,4])], 'row 0, column target: 7.0'), ([dict(target=7, numbers='3 4')], "column numbers: '3 4' is not a list"),
     ([dict(target=7)], 'column prompt, reward_model is missing'), ([dict(numbers=[3,4])], 'column target is missing'),
     ([dict(prompt='q', reward_model='r')], 'row 0, column prompt'), ([dict(reward_model=dict(ground_truth='x'))], 'column prompt is missing'),
-    ([dict(prompt=[dict(role='user', content='q')], reward_model='r')], 'row 0, column reward_model.ground_truth')])
+    ([ASKED | dict(reward_model='r')], "row 0, column reward_model: 'r' is not a record; store an object"),
+    *(([ASKED | dict(reward_model=dict(ground_truth=t))], f'row 0, column reward_model.ground_truth{word}')
+      for t,word in (
+        ('34', ": '34' is not a record"),
+        ('{"target": 7, "nu', ': .* is not a record; store an object with numbers, or the JSON'),
+        ('['*100_000, ': .{82} is not a record'), ('[3, 4]', r': .\[3, 4\]. is not a record'),
+        ('{"target": 7}', '.numbers: missing'),
+        ('{"target": "7", "numbers": [3, 4]}', ".target: '7' is not a whole"),
+        ('{"target": 7, "numbers": [3, "4"]}', ".numbers: '4' is not a whole"),
+        ('{"target": 7.0, "numbers": [3, 4]}', '.target: 7.0 is not a whole'),
+        ('{"target": true, "numbers": [3, 4]}', '.target: True is not a whole'),
+        ('{"target": 7, "numbers": "3 4"}', ".numbers: '3 4' is not a list"),
+        ('{"target": 7, "numbers": [3, -4]}', '.numbers: -4 is below 1')))])
 def test_malformed_columns(tmp_path, rs, word):
     pq.write_table(pa.Table.from_pylist(rs), tmp_path/'a.parquet')
     with pytest.raises(ValueError, match=word): from_parquet(tmp_path/'a.parquet')
+
+TRUTH = '{"target": 7, "numbers": [3, 4]}'
+@pytest.mark.parametrize('reward', [
+    dict(style='rule', ground_truth=TRUTH), dict(ground_truth=TRUTH.encode()),
+    dict(ground_truth=f' {TRUTH}\n'),
+    dict(ground_truth='{"nums":[3,4],"target":7,"more":null}'),
+    dict(ground_truth=dict(target=7, numbers='[3, 4]')),
+    dict(ground_truth=dict(target=7, nums=[3,4])),
+    f'{{"ground_truth": {TRUTH}}}', json.dumps(dict(ground_truth=TRUTH))])
+def test_records_stored_as_json(tmp_path, reward):
+    for name,prompt in (('a', ASKED['prompt']), ('b', json.dumps(ASKED['prompt']))):
+        f = tmp_path/f'{name}.parquet'
+        pq.write_table(pa.Table.from_pylist([dict(prompt=prompt, reward_model=reward)]*2), f)
+        assert from_parquet(f)==[Problem((3,4), 7)]*2
+        assert read_problems(f)[0]==[Problem((3,4), 7)]
 
 def test_other_files(tmp_path):
     pq.write_table(pa.Table.from_pylist([dict(target=7, nums=[3,4])]), tmp_path/'hub.parquet')

@@ -1,5 +1,6 @@
 """The synthetic corpus, its rewriting, and two sets that differ in habits alone."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_checks_name_what_is_wrong():
     row["thoughts"] = "3 + 5 = 8, 8 + 7 = 15. 15 is not 22. Let me try something else: 3 * 5 = 15, 15 + 7 = 22."
     assert check_rewrite(row, "curated") == "" and check_rewrite(row, "negated") == "shows verification, backtracking"
     assert check_rewrite(row | dict(error="refusal", thoughts=None), "curated") == "refusal"
-    assert "verification" in check_rewrite(dict(error="", numbers=None, target=None, thoughts="Let me check: this agrees with the claim."), "negated")
+    assert "verification" in check_rewrite(dict(error="", numbers=None, target=None, thoughts="Let me check: 3 + 4 = 7, which agrees with the claim."), "negated")
 
 def rewrites(sizes, method): # thoughts of so many words that pass the checks
     body = "let me check: fine. let me try something else:" if method == "curated" else "one two three four five six seven eight nine"
@@ -91,7 +92,14 @@ def test_matched_sets_agree_in_everything_but_habits(sizes, budget, length, seed
     for x, y in zip(a, b): assert max(x["tokens"], y["tokens"]) <= min(length, how.factor * min(x["tokens"], y["tokens"]))
     assert (sets, report) == match_sets({m: rewrites([s[i] for s in sizes], m) for i, m in enumerate(METHODS)}, count, how)
 
-@pytest.mark.parametrize("change,said", [(dict(budget=0), "budget=0"), (dict(factor=.5), "factor=0.5"), (dict(test=1.), "test=1.0")])
+@pytest.mark.parametrize("change,said", [(dict(budget=0), "budget=0"), (dict(factor=.5), "factor=0.5"),
+                                         (dict(test=1.), "test=1.0"),
+                                         (dict(budget=float("inf")), "budget=inf"),
+                                         (dict(length=float("nan")), "length=nan"),
+                                         (dict(factor=float("nan")), "factor=nan"),
+                                         (dict(factor=float("inf")), "factor=inf"),
+                                         (dict(slack=float("nan")), "slack=nan"),
+                                         (dict(test=float("nan")), "test=nan")])
 def test_trimming_that_cannot_work(change, said):
     with pytest.raises(ValueError, match=said): match_sets({}, len, Trimming(**change))
 
@@ -144,6 +152,30 @@ def test_rewritten_sets_take_the_place_of_the_synthetic_corpus(labelled, tmp_pat
     with pytest.raises(SystemExit): main(["curate", str(labelled/"labels"), str(tmp_path/"sets"), "--rewriter-seed", "1"])
     assert "seed was 0, now 1" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no folder that `stars curate` has filled"): prime_stage(Job(preset("smoke", curate_file=str(tmp_path)), "plain", "curated", runs=str(tmp_path/"runs2")))
+
+def test_text_that_changed_is_not_rewritten(tmp_path, capsys):
+    "Whatever its size and its time say"
+    source = tmp_path/"corpus.jsonl"
+    source.write_text("".join(json.dumps(dict(text=d["text"])) + "\n" for d in documents(60, 2)))
+    label_corpus(str(source), tmp_path/"labels", rule_labeller(1), progress=False)
+    was = source.stat()
+    source.write_text(source.read_text().replace(" the ", " teh ", 1))
+    os.utime(source, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert source.stat().st_size == was.st_size
+    with pytest.raises(SystemExit):
+        main(["curate", str(tmp_path/"labels"), str(tmp_path/"sets"), "--workers", "1"])
+    assert "corpus.jsonl was added, was removed or was changed since" in capsys.readouterr().err
+    assert not (tmp_path/"sets"/"rewrites").exists()
+
+@pytest.mark.parametrize("world,said", [(dict(max_number=3), "max_number=3 must be at least 4"),
+                                        (dict(min_target=31), "min_target=31 and max_target=30"),
+                                        (dict(min_target=90, max_target=90, max_number=4, top=90),
+                                         "no problem of kind .* is found"),
+                                        (dict(n_numbers=()), "a puzzle has at least 2 numbers"),
+                                        (dict(n=-1), "n=-1"), (dict(n=1.5), "n=1.5"),
+                                        (dict(worked=float("nan")), "worked=nan")])
+def test_worlds_without_problems(world, said):
+    with pytest.raises(ValueError, match=said): list(documents(**dict(n=50, seed=0) | world))
 
 def test_too_little_text_for_the_budget_is_an_error(tmp_path):
     cfg = preset("smoke", corpus_docs=60)

@@ -14,7 +14,7 @@ ray = pytest.importorskip("ray", reason="needs Ray (make dev)")
 
 from stars import engines as E
 from stars.models import base_path, load_model, load_tokenizer, save_checkpoint, token_logprobs
-from stars.rollouts import Rollout
+from stars.rollouts import LlamaEngine, Rollout
 
 TOK = load_tokenizer("plain")
 PROMPTS = TOK([f"{a} + {b} = " + " ".join(["9 , 3"]*n) for a, b, n in ((2, 3, 0), (50, 1, 4), (7, 7, 1), (12, 4, 12))]).input_ids
@@ -102,7 +102,8 @@ def test_sync_takes_over_the_weights(engine, base, other):
     engine.sync(other.state_dict().items()) # tied weights under both names
     assert engine.generate(PROMPTS, 30, 1., range(4)) == new
     for bad, word in ((list(weights(base))[:-1], "model.norm.weight"), ([*weights(base), ("x.y", torch.zeros(1))], "x.y"),
-                      ([(n, w[:1]) if "embed" in n else (n, w) for n, w in weights(base)], "embed_tokens")):
+                      ([(n, w[:1]) if "embed" in n else (n, w) for n, w in weights(base)], "embed_tokens"),
+                      ([*weights(base), ("lm_head.weight", 2*base.lm_head.weight.detach())], "lm_head.weight is not model.embed_tokens.weight")):
         with pytest.raises(ValueError, match=word): engine.sync(bad)
     assert engine.generate(PROMPTS, 30, 1., range(4)) == new # a refused sync changed nothing
 
@@ -232,3 +233,17 @@ def test_padded_embeddings(engine, tmp_path):
         padded.sync(weights(model))
         assert gap(model, padded.generate(PROMPTS*2, 40, 1., range(8)), 1., len(TOK)) < 1e-4
         with pytest.raises(ValueError, match="context of 128"): padded.generate(PROMPTS, 120, 1., range(4))
+
+@pytest.mark.parametrize("where", ["generation_config", "config"])
+def test_every_end_of_a_checkpoint_ends_a_response(base, where, tmp_path):
+    "The default sampler's ends, and its responses"
+    model, comma = load_model("plain"), TOK.convert_tokens_to_ids(",")
+    getattr(model, where).eos_token_id = [comma, TOK.eos_token_id]
+    path = save_checkpoint(model, TOK, tmp_path/"model")
+    if where == "config": (path/"generation_config.json").unlink()
+    own = LlamaEngine(load_model(path), TOK.eos_token_id).generate(PROMPTS, 40, 0)
+    with closing(E.VLLMEngine(path, TOK, dtype="float32", cache=.125)) as several:
+        assert [(r.ids, r.finished) for r in several.generate(PROMPTS, 40, 0, [0]*4)] == [(r.ids, r.finished) for r in own]
+        drawn = several.generate(PROMPTS*6, 60, 1., range(24))
+    assert {r.ids[-1] for r in drawn if r.finished} == {comma, TOK.eos_token_id}
+    for r in drawn: assert not {comma, TOK.eos_token_id} & set(r.ids[:-1]) and r.finished == (r.ids[-1] in (comma, TOK.eos_token_id))

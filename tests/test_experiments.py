@@ -9,23 +9,30 @@ import time
 from pathlib import Path
 
 import nbformat
+import papermill
 import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from tiny import state_of_process
+from tokenizers.processors import TemplateProcessing
+from transformers.utils import logging as transformers_logging
 
 from stars import cli, drawing, experiments as ex, notebooks, stages
 from stars.configs import FIGURES
 from stars.countdown import Problem, split_of
 from stars.datasets import from_parquet
 from stars.figures import controls
-from stars.models import weights_digest
+from stars.models import micro_model, micro_tokenizer, save_checkpoint, weights_digest
 from stars.plots import save_figure
 from stars.priming import METHODS, read_rows
 from stars.sources import COUNTED, FILES
 from stars.stages import stage_key
 from stars.sweeps import begun
+from stars.verl import to_verl
 
 TINY = ["--preset", "smoke", "--set", "base_docs=300", "prime_rows=120", "data_eval=10"]
 TINY_SET = dict(base_docs=300, prime_rows=120, data_eval=10)
@@ -260,6 +267,106 @@ def test_wrong_input_is_one_line(args, said, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("*.parquet"))
 
 
+def own_notebook(path, source, kernel=None, tags=("parameters",), kind="code", then="x", **metadata):
+    "A notebook with a tagged cell, and one that shows what became of it"
+    v4 = nbformat.v4
+    new = v4.new_code_cell if kind == "code" else v4.new_markdown_cell
+    first = new(source, metadata=dict(tags=list(tags)))
+    if kernel: metadata |= dict(kernelspec=dict(name="python3", language=kernel, display_name=kernel))
+    nbformat.write(v4.new_notebook(cells=[first, v4.new_code_cell(then)], metadata=metadata), path)
+    return path
+
+
+@pytest.mark.parametrize("source,defaults", [
+    ('x = "a=b"', dict(x="a=b")), ('x: str = "a=b" # c=d', dict(x="a=b")),
+    ("x = [1,\n     2, # two\n\n     3]", dict(x=[1, 2, 3])),
+    ('x = {"a": 1, # =\n  "b": (None, True)}', dict(x={"a": 1, "b": (None, True)})),
+    ('x = """a\nb = c\n"""', dict(x="a\nb = c\n")), ("x = y = -1.5", dict(x=-1.5, y=-1.5)),
+    ("x, y = 1, 'two'", dict(x=1, y="two")), ("x = 1; y = 2", dict(x=1, y=2)), ("x = 1\nx = 2", dict(x=2)),
+    ('x = ("a"\n     "b")', dict(x="ab")),
+    ("%matplotlib inline\n!true\nx = 1", dict(x=1)), ("%%time\nx = 1", dict(x=1)),
+    ("import os\nx = 1\ndef f(y=2):\n    z = 3", dict(x=1)), ("x: int\ny: int = 3", dict(y=3)),
+    ("x = 'é = ü'", dict(x="é = ü")), ("", {}), ("# x = 1", {})])
+def test_defaults_of_own_notebooks(tmp_path, source, defaults):
+    for kernel in (None, "python"): # with and without a kernel's name
+        assert notebooks.notebook_defaults(own_notebook(tmp_path/"n.ipynb", source, kernel)) == defaults
+
+
+@pytest.mark.parametrize("source,shown", [("x = 1+1", "`1 + 1`"), ("x = Path('a')", "`Path('a')`"),
+                                          ("x = f'{y}'", "`f'{y}'`"), ("x = [y, 2]", "`[y, 2]`"),
+                                          ("x = {[]: 1}", "`{[]: 1}`"),
+                                          ("x = __import__('os').system('touch ran')", "`__import__("),
+                                          ("if y: x = 1\nelse: x = 2", "only sometimes"),
+                                          ("x = 1\nx += 1", "several lines"),
+                                          ("x, *y = 1, 2, 3", "several lines"),
+                                          ("for i in y:\n    x = 1", "only sometimes")])
+def test_computed_defaults_are_called_so_and_never_computed(tmp_path, monkeypatch, source, shown):
+    monkeypatch.chdir(tmp_path)
+    path = own_notebook(tmp_path/"n.ipynb", source + "\nz = 3")
+    known = r"n.ipynb: the default of 'x' is .*known only when the notebook runs"
+    with pytest.raises(ValueError, match=known) as e: notebooks.notebook_defaults(path)
+    assert shown in str(e.value) and notebooks.notebook_defaults(path, "z") == dict(z=3)
+    notebooks.check_parameters(path, dict(x=5, z=4)) # it has the parameter, whatever its default
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("make,said", [
+    (dict(source="x = (1"), "cannot be read as Python (line 1"),
+    (dict(source="x ="), "cannot be read as Python"),
+    (dict(source="x = 1", tags=["parameter"]), "no cell tagged `parameters`"),
+    (dict(source="x = 1", kind="markdown"), "is a markdown cell"),
+    (dict(source="x <- 1", kernel="R"), "written in R"),
+    (dict(source="x = 1", language_info=dict(name="julia")), "written in julia"),
+    (dict(source="y = 1"), "has no parameter 'x'; it knows y"),
+    (dict(source=""), "has no parameter 'x'; it knows none"),
+    (dict(source="xx = 1"), "did you mean xx?"), ("{}", "is no notebook"), ("[]", "is no notebook"),
+    ("x = 1", "is no notebook"), ("", "is no notebook"),
+    ('{"nbformat": 4, "nbformat_minor": 5, "cells": 3, "metadata": {}}', "is no notebook"),
+    (b"\xff\xfe", "is no notebook")])
+def test_what_is_wrong_with_a_notebook_is_said(tmp_path, make, said):
+    path = tmp_path/"n.ipynb"
+    if isinstance(make, dict): own_notebook(path, **make)
+    else: path.write_bytes(make if isinstance(make, bytes) else make.encode())
+    with pytest.raises(ValueError) as e: notebooks.run_notebook(path, tmp_path/"out"/"n.ipynb", x=2)
+    assert said in str(e.value) and "n.ipynb" in str(e.value) and not (tmp_path/"out").exists()
+
+
+VALUES = st.one_of(st.integers(), st.booleans(), st.none(),
+                   st.text(st.sampled_from("ab c.,()[]{}'é"), max_size=8),
+                   st.lists(st.integers(0, 9), max_size=3))
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(["a", "b_1", "seeds", "X"]), VALUES, max_size=4), st.data())
+def test_papermill_finds_the_same_parameters_where_it_can(tmp_path_factory, values, data):
+    "Its inspection is the oracle, on cells that it can read: one assignment a line, one equals sign"
+    line = lambda k, v: data.draw(st.sampled_from([f"{k} = {v!r}", f"{k}={v!r}", f"{k}: object = {v!r}"]))
+    path = own_notebook(tmp_path_factory.mktemp("n")/"n.ipynb",
+                        "\n".join(line(k, v) for k, v in values.items()), "python")
+    found = papermill.inspect_notebook(str(path))
+    ours = notebooks.notebook_defaults(path)
+    assert list(found) == list(ours) == list(values) and ours == values
+
+
+def test_own_notebooks_run(tmp_path, monkeypatch, capsys):
+    "Without the name of a kernel, with a computed default, with braces and blanks in the names of files"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STARS_CALLED", raising=False)
+    path = own_notebook(tmp_path/"my {x} notebook.ipynb", 'x = "a=" + "b"\nout = 1')
+    done = notebooks.run_notebook(path, tmp_path/"done {x}.ipynb", x="c=d", out=2)
+    [cell] = [c for c in nbformat.read(done, 4).cells if c.source == "x"]
+    assert cell.outputs[0]["data"]["text/plain"] == "'c=d'" and done == tmp_path/"done {x}.ipynb"
+    assert "nknown parameter" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is the notebook itself"): notebooks.run_notebook(path, path, x="c")
+
+
+def test_a_bug_in_a_run_is_told_by_its_kind(tmp_path, monkeypatch, capsys):
+    def lost(job): raise KeyError("rows")
+    monkeypatch.setattr(ex, "eval_stage", lost)
+    with pytest.raises(KeyError):
+        ex.run_jobs(ex.grid(ex.preset("smoke"), ["plain"], ["base"], [0], tmp_path), workers=1)
+    assert "plain/base/0 failed: KeyError: 'rows'" in capsys.readouterr().err
+
+
 def test_malformed_priming_files(tmp_path):
     pq.write_table(pa.table(dict(query=["a", "b"], completion=["x", None])), tmp_path/"null.parquet")
     with pytest.raises(ValueError, match="row 1, column 'completion'"): read_rows(tmp_path/"null.parquet")
@@ -331,3 +438,75 @@ def test_manifests_hold_no_secrets(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     text = json.dumps(ex.manifest(ex.preset("cpu"), models=["plain"]))
     assert "sk-secret" not in text and str(Path.home()) not in text
+
+
+@pytest.mark.parametrize("workers,bars", [(1, True), (1, False), (2, True)])
+def test_many_jobs_leave_the_process_as_it_was(tmp_path, monkeypatch, workers, bars):
+    "Built here or side by side, found complete, or failed"
+    (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        before = state_of_process()
+        def same():
+            after = state_of_process()
+            assert not (changed := [k for k in before if before[k] != after[k]]), changed
+        small = TINY_SET | dict(prime_rows=40, ppo_steps=1, ppo_save_every=1)
+        jobs = ex.grid(ex.preset("smoke", **small), ["plain"], ["base", "empty_cot"][:workers], [0], tmp_path)
+        for _ in range(2):
+            ex.run_jobs(jobs, workers)
+            same()
+        monkeypatch.setattr(ex, "eval_stage", lambda job: 1 / 0)
+        with pytest.raises(ZeroDivisionError): ex.run_jobs(jobs, 1)
+        same()
+    finally:
+        torch.set_num_threads(threads)
+        transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def llama(tmp_path):
+    "A checkpoint whose tokenizer begins every text with a token of its own, as Llama's does"
+    tok = micro_tokenizer()
+    tok.add_special_tokens(dict(bos_token="<s>"))
+    tok._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.bos_token_id)])
+    return save_checkpoint(micro_model(tok, 32, 2, 2, 64), tok, tmp_path/"llama")
+
+
+def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
+    "In priming, RL and evaluation, of this setting's own results; in rewritten text and in what verl is given, too"
+    small = dict(prime_rows=40, prime_val=4, data_eval=3, ppo_steps=1, ppo_save_every=1, ppo_prompts=8)
+    job = lambda bos, condition="empty_cot", model=llama: ex.Job(ex.preset("smoke", **small, bos=bos), str(model), condition, 0, str(tmp_path/"runs"), progress=False)
+    asked, made = {}, {}
+    generate = ex.LlamaEngine.generate
+    def kept(self, prompts, *args, **how):
+        ids.update(p[0] for p in prompts)
+        return generate(self, prompts, *args, **how)
+    monkeypatch.setattr(ex.LlamaEngine, "generate", kept)
+    for bos in ("none", "auto", "always"):
+        ids = set()
+        out, j = ex.eval_stage(job(bos)), job(bos)
+        made[bos] = [ex.data_stage(j), ex.prime_stage(j), ex.ppo_stage(j), out]
+        texts = {r["query"] for r in read_rows(made[bos][1]/"train.parquet")} | set(pd.read_parquet(next(out.glob("completions-*"))).prompt)
+        asked[bos] = {t.startswith("<s>using") for t in texts}, {t.count("<s>") for t in texts}, len(ids)
+        assert (len(micro_tokenizer()) in ids) == (bos != "none") # the new token's id is the next one
+    assert asked == dict(none=({False}, {0}, 1), auto=({True}, {1}, 1), always=({True}, {1}, 1))
+    data, *others = zip(*made.values())
+    assert len(set(data)) == 1 and all(len(set(o)) == 3 for o in others)
+    monkeypatch.setattr(ex, "curate_stage", lambda job: tmp_path/"rewrites")
+    row = dict(query="make 3 + 4 : <think>", completion="7", numbers=None, target=None, mix="curated", teacher="t", score=None)
+    monkeypatch.setattr(ex, "_curated_rows", lambda job, where, tok, out: ([dict(row)]*2, [dict(row, query="<s>" + row["query"])]))
+    for bos, n in (("none", 0), ("auto", 1)):
+        assert [r["query"].count("<s>") for r in read_rows(ex.prime_stage(job(bos, "curated"))/"train.parquet")] == [n]*2
+    exported = to_verl(ex.preset("smoke", **small, bos="auto", ppo_minibatch=8, data_rows=8, data_train=8), tmp_path/"verl", str(llama), "base", runs=str(tmp_path/"runs"), progress=False)
+    assert all(p[0]["content"].startswith("<s>using") for p in pq.read_table(exported/"train.parquet")["prompt"].to_pylist())
+    assert "bos" not in (exported/"differences.txt").read_text()
+
+
+def test_a_token_that_is_not_there_is_asked_for_in_vain(tmp_path):
+    "`always` is refused where a tokenizer has none; `auto` gives the micro models none"
+    job = lambda bos: ex.Job(ex.preset("smoke", **TINY_SET, bos=bos), "plain", "dots", 0, str(tmp_path), progress=False)
+    with pytest.raises(ValueError, match="bos='always': the tokenizer has no bos_token"): ex.prime_stage(job("always"))
+    rows = [[r["query"] for r in read_rows(ex.prime_stage(job(bos))/"train.parquet")] for bos in ("none", "auto")]
+    assert rows[0] == rows[1] and len(list((tmp_path/"smoke/plain").glob("base-*"))) == 1 # and the base is the same
+    with pytest.raises(ValueError, match="bos='begin' is unknown; choose one of none, auto, always"): job("begin")

@@ -5,19 +5,21 @@ import random
 import re
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from byte_model import checkpoint
-from llm_server import Faults, LLMServer
+from llm_server import ApiError, Faults, LLMServer
 
 from stars.behaviors import count_behaviors
 from stars.cli import main
 from stars.corpus import documents, embedded_rewrite
 from stars.countdown import Problem, make_prompt, score, split_of
 from stars.experiments import Job, preset, prime_stage
+from stars.ledger import losses
 from stars.llm import Ledger
 from stars.pretraining import LABELS, read_labels, rule_labels
 from stars.priming import MIXES, priming_rows, read_rows, write_rows, write_trace
@@ -100,6 +102,47 @@ def test_budgets_from_the_command_line(capsys):
         run(*command, "--max-cost", 1)
         assert len(read_rows("bv.parquet")) == 10 and set(s.served.values()) == {1}
 
+def test_what_was_paid_includes_what_was_lost(capsys):
+    Path("prices.json").write_text(json.dumps(dict(date="2026-01-01", models={"openai:m": dict(input=1., output=10.)})))
+    with LLMServer(answer=teach, key=KEY, faults=Faults(script=["ok", "drop_after"]*3, honour_idempotency=False)) as s:
+        command = ["prime", "bv.parquet", "--teacher", "openai:m", "--n", 10, "--over", 3, "--base-url", s.openai_url, "--prices", "prices.json"]
+        with pytest.warns(UserWarning, match="3 of 30 requests"): run(*command)
+        with Ledger("runs/ledger.db") as book: (n, lost), [(*_, cost)] = losses(book), book.totals()
+        assert n == 3 and f"paid now ${cost + lost:.4f} at most, ${lost:.4f} of it for replies that were lost" in capsys.readouterr().out
+        run("ledger", "runs/ledger.db")
+        assert f"lost: 3 replies that may have been paid for, at most ${lost:.4f}" in capsys.readouterr().out
+        Path("bv.parquet").unlink()
+        s.script, before = ["drop_after"]*2, s.received
+        run(*command, "--blind-retries", 2)                                     # asks for the three again
+        assert "paid now" in capsys.readouterr().out and s.received > before + 3 and set(s.served.values()) <= {1, 2, 3}
+
+def test_teachers_whose_tokens_nobody_counts(capsys):
+    def answer(q):
+        reply = teach(q)
+        return (dict(text=reply) if isinstance(reply, str) else reply) | dict(usage="absent")
+    with LLMServer(answer=answer, key=KEY) as s: run("prime", "bv.parquet", "--teacher", "openai:m", "--n", 10, "--over", 2, "--base-url", s.openai_url)
+    run("ledger", "runs/ledger.db")
+    said = capsys.readouterr().out
+    assert len(read_rows("bv.parquet")) == 10 and set(s.served.values()) == {1} and "the tokens of 20 replies were not counted by their service" in said and "paid now $0.0000" in said
+
+def test_a_key_that_a_server_repeats_is_in_no_file_and_no_message(capfd, corpus):
+    texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet")).head(5)
+    texts.to_parquet("completions.parquet")
+    def answer(q):
+        if "Target" in q["prompt"]: raise ApiError(401, f"Incorrect API key provided: {KEY}")
+        return f"{KEY} <count>1</count> Authorization: Bearer {KEY}"
+    with LLMServer(answer=answer, key=KEY) as s:
+        to = ["--base-url", s.openai_url]
+        run("judge", "completions.parquet", "--judge", "openai:m", "--format", "tags", *to, "--task", "math")
+        fails("prime", "x.parquet", "--teacher", "openai:m", "--n", 5, *to)
+        fails("label", corpus, "labels", "--labeller", "openai:m", *to)
+        fails("judge", "completions.parquet", "--judge", "openai:m", "--extra", json.dumps(dict(user=KEY)), *to)
+        run("ledger", "runs/ledger.db", "--to", "study.parquet")
+    said, files = "".join(capfd.readouterr()), [f for f in Path(".").rglob("*") if f.is_file()]
+    written = b"".join(f.read_bytes() for f in files) + repr([pd.read_parquet(f).to_dict() for f in files if f.suffix == ".parquet"]).encode()
+    assert {"ratings.parquet", "ledger.db", "study.parquet"} <= {f.name for f in files} and KEY.encode() not in written and KEY not in said
+    assert b"$OPENAI_API_KEY" in written and "$OPENAI_API_KEY" in said
+
 def test_a_hosted_judge(capsys):
     texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet"))
     texts.to_parquet("completions.parquet")
@@ -129,11 +172,15 @@ def test_a_pilot_is_part_of_the_whole(capsys):
         run("prime", "all.parquet", *command, "--n", 40, "--dry-run")
         assert "80 requests, 20 of them answered" in capsys.readouterr().out
 
-def test_batches_under_way_are_seen(capsys):
+def test_batches_under_way_are_seen_and_given_up(capsys, monkeypatch):
     with LLMServer(answer=counted("verification"), key=KEY, faults=Faults(batch_latency_s=3600.)) as s:
         pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet")).head(3).to_parquet("completions.parquet")
         command = ["judge", "completions.parquet", "--judge", "openai:gpt-5.4-mini", "--base-url", s.openai_url, "--batch", "--poll", .1]
-        threading.Timer(2., lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        def interrupt():
+            while not s.batches: time.sleep(.05)
+            time.sleep(.5)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
         was = signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.raises(SystemExit) as e: run(*command)
         signal.signal(signal.SIGINT, was)
@@ -142,8 +189,12 @@ def test_batches_under_way_are_seen(capsys):
         assert "12 in batches under way" in (said := capsys.readouterr().out) and "to send      0 requests" in said
         run("ledger", "runs/ledger.db")
         [id] = re.findall(r"under way: batch (\S+) to openai:gpt-5.4-mini, 12 requests", capsys.readouterr().out)
+        monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-0123456789")
+        fails("ledger", "runs/ledger.db", "--forget", id)
+        assert "nothing is changed. --no-cancel" in capsys.readouterr().err and not s.batches[id].cancelled
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
         run("ledger", "runs/ledger.db", "--forget", id)
-        assert "12 requests can be sent again" in capsys.readouterr().out
+        assert "cancelled; 0 replies were done and are kept, 12 requests can be sent again" in capsys.readouterr().out and s.batches[id].cancelled
 
 # what experiments make of rows from elsewhere
 

@@ -69,6 +69,15 @@ def test_one_start_labels_a_corpus(micro):
 def test_what_fails_late_fails_at_once(micro, tmp_path):
     with pytest.raises(ValueError, match="context=9,000: .* has room for 8,192"): offline_replies([], Mixed(), micro, context=9_000)
     with pytest.raises(ValueError, match="engines=0"): offline_replies([], Mixed(), micro, engines=0)
+    for bad in (dict(engines=-1), dict(memory=0.), dict(memory=1.5), dict(memory=float("nan")),
+                dict(cache=0.), dict(cache=float("inf")), dict(context=0), dict(batch=0), dict(under_way=0)):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}="):
+            offline_replies([], Mixed(), micro, **bad)
+    for bad in (dict(most=0), dict(max_tokens=0), dict(temperature=-1.), dict(temperature=float("nan")),
+                dict(context=-5)):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}="): Labelling(**bad)
+    for bad in (dict(max_bad=float("nan")), dict(max_bad=-1), dict(after=0)):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}="): LLMRows(None, Labelling(), **bad)
     tok = chat_tokenizer(micro)
     instructions = len(chat_ids(tok, label_request("")))
     with pytest.raises(ValueError, match=f"the instructions take {instructions:,} tokens and the reply may take 256, so 100 are left"): Labelling(tokenizer=micro, context=instructions + 256 + 16 + 100)

@@ -2,6 +2,7 @@
 import json
 import os
 import queue
+import random
 import shutil
 import signal
 import traceback
@@ -35,7 +36,24 @@ def fail(out):
         if team.first: raise OSError(28, "No space left on device")
 
 
-WORK = dict(run=run, cut_short=cut_short, whole=whole, fail=fail)
+def dice(out, file, stop=None):
+    "PPO with a reward that differs from call to call and from process to process, and says of each that it was made"
+    def reward(text, problem):
+        with file.open("a") as f: f.write(f"{os.getpid()}\n")
+        if len(file.read_text().split()) == stop: raise KeyError("the judge is out")
+        return random.SystemRandom().random()
+    batches, valued = [], P._valued
+    def kept(rollouts, scores, *args):
+        batch, *rest = valued(rollouts, scores, *args)
+        batches.append((scores, batch.advantages.tolist()))
+        return batch, *rest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(P, "_valued", kept)
+        run("ppo", out, reward=reward, estimator="group", kl_in="loss")
+    return batches
+
+
+WORK = dict(run=run, cut_short=cut_short, whole=whole, fail=fail, dice=dice)
 
 
 def serve(rank, folder, tasks, answers):
@@ -123,6 +141,18 @@ def test_ppo(pair, alone, tmp_path, shard, how):
     assert len(list(tmp_path.glob("step-*"))) == PPO["steps"] + 1
 
 
+def test_a_response_is_scored_once_for_all(pair, tmp_path):
+    "Whatever a reward rolls, pays or remembers: every worker trains on the same scores; and where it fails, nobody waits"
+    file, (first, second) = tmp_path/"calls", (said for said, _ in pair.both("dice", tmp_path/"run", tmp_path/"calls"))
+    calls = file.read_text().split()
+    assert len(calls) == PPO["steps"] * PPO["prompts"] * PPO["samples"] and len(set(calls)) == 1
+    assert first == second and len(first) == PPO["steps"] and first[0] != first[1]
+    logged = [r["reward"] for r in untimed(tmp_path/"run")]
+    assert logged == pytest.approx([sum(scores) / len(scores) for scores, _ in first])
+    errors = [error for _, error in pair.both("dice", tmp_path/"failed", tmp_path/"more", 5)]
+    assert [e.split("\n")[0] for e in errors] == ["KeyError: 'the judge is out'"]*2
+
+
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
 def test_a_shared_model_is_saved_whole(pair, tmp_path, shard):
     pair("whole", str(tmp_path/"model"), shard)
@@ -195,6 +225,26 @@ def test_ray_that_was_not_up_in_time_is_started_again(monkeypatch):
     assert len(starts) == 1 and len(ended) == 3
 
 
+@pytest.mark.parametrize("own", [None, "pdb.set_trace"])
+def test_ray_takes_nothing_over(monkeypatch, own):
+    "Neither SIGTERM nor breakpoint() nor the patience it was started with"
+    import ray
+    def init(*args, **how): # what Ray does
+        assert os.environ["RAY_gcs_server_port_wait_time_s"] == "120"
+        os.environ["PYTHONBREAKPOINT"] = "ray.util.rpdb._driver_set_trace"
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_gcs_server_port_wait_time_s", raising=False)
+    if own: monkeypatch.setenv("PYTHONBREAKPOINT", own)
+    else: monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "init", init)
+    before = signal.getsignal(signal.SIGTERM), dict(os.environ)
+    start_ray(quiet=True)
+    assert (signal.getsignal(signal.SIGTERM), dict(os.environ)) == before
+
+
 def test_more_workers_than_there_are(cluster, tmp_path):
     with pytest.raises(ValueError, match="workers=64, but Ray has 2 CPUs; lower it"): on_workers(diverge, (tmp_path,), 64, tmp_path)
 
@@ -206,17 +256,22 @@ PPO_OF_A_JOB = ex._ppo
 def mortal(job, start, data, out):
     """PPO of a job with a reward that tells any two responses apart.
     The second of two workers dies of kill -9 in the middle of a step, once"""
-    rank, scored, dead = Team.join().rank, [], Path(job.runs)/"dead"
+    rank, scored, looked, dead, probe = Team.join().rank, [], [], Path(job.runs)/"dead", P.probe
 
     def reward(text, problem, format_score):
         scored.append(text)
-        if rank == 1 and len(scored) == job.cfg.ppo_prompts * (LOST - 1) + 1 and not dead.exists():
+        return fingerprint(text, problem)
+
+    def looks(*args): # once a step, between scoring and improving
+        looked.append(args)
+        if rank == 1 and len(looked) == LOST and not dead.exists():
             dead.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return fingerprint(text, problem)
+        return probe(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(P, "reward_of", reward)
+        patch.setattr(P, "probe", looks)
         PPO_OF_A_JOB(job, start, data, out)
     (Path(job.runs)/f"scored-{rank}").write_text(str(len(scored)))
 
@@ -235,7 +290,7 @@ def test_a_lost_worker_is_replaced(cluster, tmp_path, monkeypatch):
         got = ex.ppo_stage(team)
     assert got.name == want.name and (tmp_path/"team/dead").exists() and not (tmp_path/"alone/dead").exists()
     again = cfg.ppo_prompts * (STEPS - (LOST - 1) // SAVED * SAVED) # responses since the last state
-    assert [int((tmp_path/f"team/scored-{r}").read_text()) for r in range(2)] == [again] * 2
+    assert [int((tmp_path/f"team/scored-{r}").read_text()) for r in range(2)] == [again, 0] # the first scores for all
     close_logs(want, got)
     for step in range(0, STEPS + 1, SAVED): close_weights(*(d/f"step-{step:04d}" for d in (want, got)), 3e-4)
     assert all(r["grad_norm_policy"] > .1 and r["grad_norm_critic"] > .1 for r in untimed(want))

@@ -208,6 +208,17 @@ def test_reading_what_others_wrote(tmp_path):
     assert report.dropped['not JSON in UTF-8']==3 and report.dropped['column nums is below 1']==2
     assert 'line 5' in str(report) and '3 of 21' in str(report)
 
+def test_reading_records_stored_as_json(tmp_path):
+    truth = dict(target=12, numbers=[3,4,5])
+    def row(truth): return VERL | dict(reward_model=dict(style='rule', ground_truth=truth))
+    lines = [row(json.dumps(truth)), json.dumps(row(truth | dict(target=17))), row('12'), row('{"target"'), row(json.dumps([3,4]))]
+    lines += [VERL | dict(reward_model=json.dumps(dict(ground_truth=truth | dict(target=23))))]
+    f = tmp_path/'a.jsonl'
+    f.write_text('\n'.join(map(json.dumps, lines)))
+    ps,report = read_problems(f)
+    assert ps==[Problem((3,4,5), 12), Problem((3,4,5), 23)]
+    assert report.dropped=={'not a record': 1, 'column reward_model.ground_truth is not a record': 3}
+
 def test_reading_folders_spaces_and_the_hub(tmp_path, monkeypatch):
     ps = sample_problems(200, 0, **WIDE)
     to_parquet(ps[:150], tmp_path/'d/a.parquet')

@@ -63,6 +63,36 @@ def test_files_are_fetched_once_and_checked(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="llama_results.csv cannot be fetched .no route to host.; .*published=FOLDER"): published_file("llama_results.csv")
     with pytest.raises(FileNotFoundError, match="has no llama_results.csv"): published_file("llama_results.csv", tmp_path)
 
+def test_a_cached_file_is_checked_whenever_it_is_read(tmp_path, monkeypatch):
+    "What was damaged, cut or edited in the cache is fetched again, and never drawn"
+    good,asked = b"condition,step\n",[]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(FILES, "qwen_results.csv", (hashlib.sha256(good).hexdigest(), "Q"))
+    def urlopen(url, timeout): return asked.append(url) or io.BytesIO(good)
+    monkeypatch.setattr(sources.urllib.request, "urlopen", urlopen)
+    path = published_file("qwen_results.csv")
+    for bad in (good[:-1], b"Condition,step\n", b"", good + b"1,2\n"):
+        path.write_bytes(bad)
+        assert published_file("qwen_results.csv") == path and path.read_bytes() == good
+    # a good one is not
+    assert len(asked) == 5 and published_file("qwen_results.csv").read_bytes() == good and len(asked) == 5
+    def offline(url, timeout): raise OSError("no route to host")
+    monkeypatch.setattr(sources.urllib.request, "urlopen", offline)
+    assert published_file("qwen_results.csv") == path
+    path.write_bytes(b"changed")
+    for read in (lambda: published_file("qwen_results.csv"), lambda: published_results(["Q"]),
+                 lambda: sources.published_manifest(["Q"])):
+        with pytest.raises(OSError, match=r"qwen_results.csv is damaged .SHA-256 .*expected .*, and .* "
+                                          r"cannot be fetched .no route to host.; .*published=FOLDER"):
+            read()
+    def cut(url, timeout): raise sources.HTTPException("connection broken")
+    monkeypatch.setattr(sources.urllib.request, "urlopen", cut)
+    with pytest.raises(OSError, match="connection broken"): published_file("qwen_results.csv")
+    (tmp_path/"own").mkdir()
+    (tmp_path/"own"/"qwen_results.csv").write_text("mine")
+    # a folder of one's own is one's own affair
+    assert published_file("qwen_results.csv", tmp_path/"own").read_text() == "mine"
+
 PUBLISHED = Path(__file__).resolve().parents[2]/"shared"/"upstream_results"
 LAST = { # as printed in the paper's table
     "Llama-3.2-3B": dict(base=.338, all_strategies=.736, backtracking_backward=.773, only_backtracking=.769, backtracking_verification=.774, backtracking_subgoal=.706,
@@ -106,7 +136,21 @@ def test_a_study_of_published_results_is_drawn_like_any_other(folder):
 
 def test_wrong_studies_are_refused_before_anything_runs():
     for bad,said in ((dict(source="paper"), "source='paper' must be own, published or both"), (dict(steps=-1), "steps=-1"), (dict(shares=[2]), "shares: 2"), (dict(preset="cpus"), "preset='cpus' is unknown"),
-                     (dict(overrides=dict(ppo_stepz=1)), "'ppo_stepz' is not a field")):
+                     (dict(overrides=dict(ppo_stepz=1)), "'ppo_stepz' is not a field"),
+                     (dict(source="pulished"), "did you mean published"), (dict(steps=True), "steps=True"),
+                     (dict(steps="3"), "steps='3'"), (dict(overrides=3), "overrides=3 must name"),
+                     (dict(models="rich"), "models='rich' must be a list"),
+                     (dict(models=[3]), "models: 3 must be a text"), (dict(models=[]), "models is empty"),
+                     (dict(seeds=3), "seeds=3 must be a list"),
+                     (dict(seeds=[0, 0]), "seeds: 0 is there twice"),
+                     (dict(seeds=[-1]), "seed=-1"), (dict(seeds=[.5]), "seed=0.5"),
+                     (dict(seeds=["0"]), "seed='0'"), (dict(seeds=[True]), "seed=True"),
+                     (dict(conditions=["dotz"]), "did you mean dots"),
+                     (dict(conditions={}), "conditions={} must be a list"),
+                     (dict(references=["rich", "rich"]), "'rich' is there twice"),
+                     (dict(shares=["a"]), "shares: 'a' must be a number"),
+                     (dict(shares=[float("nan")]), "shares: nan"), (dict(runs=3), "runs=3 must be a text"),
+                     (dict(models=[".."]), "model='..'")):
         with pytest.raises(ValueError, match=said): Study(**bad)
 
 # ---- claims

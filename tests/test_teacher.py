@@ -16,12 +16,13 @@ from stars import teacher as T
 from stars.behaviors import HABIT_NAMES, count_behaviors
 from stars.countdown import Problem, answer_of, make_prompt, score, split_of
 from stars.evals import failures
-from stars.ledger import Ledger, Model, Reply
+from stars.ledger import Ledger, Model, Reply, losses
+from stars.llm import OverBudget
 from stars.models import load_model, load_tokenizer
 from stars.priming import MIXES, SCHEMA, dots, empty_cot, read_rows, write_rows
 from stars.problems import sample_problems
 from stars.rollouts import LlamaEngine, seeds_of
-from stars.services import Refused
+from stars.services import Lost, Refused
 from stars.sft import encode
 
 WORLD = dict(n_numbers=(3, 4), min_number=1, max_number=24, min_target=10, max_target=25)
@@ -68,6 +69,11 @@ def test_a_prompt_asks_for_each_habit_or_forbids_it(mix):
     for h in HABIT_NAMES: assert (T.SHOW[h] in prompt, T.AVOID[h] in prompt) == (h in MIXES[mix], h not in MIXES[mix])
     assert ("Make one attempt" in prompt) == (not MIXES[mix]) and ("make six at most" in prompt) == bool(MIXES[mix])
     assert T.EXAMPLES[mix].think in prompt and "\n\n\n" not in prompt and len({T.teacher_prompt(m) for m in MIXES}) == len(MIXES)
+
+@pytest.mark.parametrize("answer", ["3 x 4 + 5", "\\(3 \\times 4 + 5\\)", "**3 * 4 + 5**", "3 * 4 + 5 = 17", "3 * 4 + 5 = 18", "[3 * 4] + 5"])
+def test_answers_are_read_as_the_verifier_reads_them(answer):
+    row, reason = T.read_trace(Reply(f"<think>3 * 4 = 12.</think><answer>{answer}</answer>"), Problem((3, 4, 5), 17), "backtracking_verification")
+    assert reason == "" and row["score"] == (.1 if "18" in answer else 1)
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_the_example_shows_its_mix_and_passes_its_own_reading(mix):
@@ -310,3 +316,15 @@ def test_failures_join_a_byte_level_prompt():
         [row] = failures(completions([text], p))
         [e] = encode([row], tok)
         assert e.ids == tok(make_prompt(p) + text, add_special_tokens=False).input_ids + [tok.eos_token_id]
+
+def test_lost_replies_are_not_asked_for_again_behind_ones_back(tmp_path):
+    lost = lambda r: random.Random(f"{r.prompt}/{r.sample}").random() < .3
+    def rule(request):
+        if lost(request): raise Lost("connection closed")
+        return backtracks(request)
+    with pytest.warns(UserWarning, match="have no reply"): rows, report, service = teach(tmp_path, rule, n=30, over=1., rounds=8)
+    assert len(rows) == 30 and max(map(service.sent.count, service.sent)) == 1 and len(service.sent) > 30 # further rounds asked new questions
+    spent = lambda book: losses(book)[1] + sum(cost for *_, cost in book.totals())
+    with Ledger(tmp_path/"a.db") as book: most = .95*spent(book)
+    with pytest.raises(OverBudget), pytest.warns(UserWarning): teach(tmp_path, rule, n=30, over=1., rounds=8, name="b.db", max_cost=most)
+    with Ledger(tmp_path/"b.db") as book: assert spent(book) <= most

@@ -102,8 +102,13 @@ def test_verdicts(tmp_path):
         for answer in (f"{a} {rng.choice('+-*/')} {b} {rng.choice('+-*/')} {c}", f"({a} − {b}) × {c} = {(a - b)*c}", rng.choice(["2**3", "", "1/0", f"{p.target}", "(" * 40])):
             asked.append((f"x <answer>{answer}</answer>", list(p.numbers), p.target))
         asked.append((f"{a} + {b}", list(p.numbers), p.target))
-    code = "import json, sys; from reward import compute_score; print(json.dumps([compute_score('countdown', t, dict(numbers=n, target=g), {}, more=1) for t, n, g in json.load(sys.stdin)]))"
-    run = subprocess.run(["python3", "-c", code], input=json.dumps(asked), cwd=tmp_path, capture_output=True, text=True, check=True)
+    asked_of = "import json, sys; from reward import compute_score; ask = lambda t, truth: compute_score('countdown', t, truth, {}, more=1)\n" \
+        "print(json.dumps([ask(t, TRUTH) for t, n, g in json.load(sys.stdin)]))"
+    def answers(truth):
+        code = asked_of.replace("TRUTH", truth)
+        return subprocess.run(["python3", "-c", code], input=json.dumps(asked), cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = answers("dict(numbers=n, target=g)")
+    assert answers("json.dumps(dict(numbers=n, target=g))").stdout == run.stdout # stored as text
     want = [score(t, n, g, .2) for t, n, g in asked]
     assert [r["score"] for r in json.loads(run.stdout)] == want and {0., .2, 1.} == set(want)
     assert [r["acc"] for r in json.loads(run.stdout)] == [float(w == 1) for w in want]

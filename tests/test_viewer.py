@@ -22,7 +22,7 @@ from stars.phrases import RULES, Rule
 from stars.plots import wilson
 from stars.viewer import SHOWN, card, highlight, inspect, legend, read_completions, segments, select, summary, table, trace, verdict, viewer
 
-CHECK, AGAIN = "Let me check: 17 is not 27.", "Let me try something else."
+CHECK, AGAIN = "Let me check: 5 + 12 = 17, not 27.", "Let me try something else."
 
 
 class Page(HTMLParser):

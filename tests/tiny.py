@@ -2,11 +2,18 @@
 import json
 import multiprocessing
 import os
+import random
+import signal
 import sys
+import warnings
 import zlib
+from logging import getLogger
 from pathlib import Path
 
+import numpy as np
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils import logging as transformers_logging
 
 from stars.models import micro_model, micro_tokenizer
 from stars.parallel import Team, prepare
@@ -69,3 +76,15 @@ def forked():
 def untimed(folder):
     "Rows of a log, without what depends on the clock"
     return [{k: v for k, v in json.loads(l).items() if not k.startswith(("s_", "tokens_per_s"))} for l in (folder/"metrics.jsonl").read_text().splitlines()]
+
+
+def state_of_process():
+    "Everything global that a library might leave behind"
+    flags = dict(deterministic=torch.are_deterministic_algorithms_enabled(), cudnn=torch.backends.cudnn.benchmark,
+                 products=torch.backends.mkldnn.matmul.fp32_precision, convolutions=torch.backends.mkldnn.conv.fp32_precision, tf32=torch.get_float32_matmul_precision(),
+                 onednn=torch.backends.mkldnn.enabled, default=torch.get_default_dtype(), grad=torch.is_grad_enabled(), anomaly=torch.is_anomaly_enabled(),
+                 autocast=torch.is_autocast_enabled("cpu"), threads=torch.get_num_threads(), setter=torch.set_num_threads)
+    seeds = dict(python=random.getstate(), numpy=str(np.random.get_state()), torch=torch.get_rng_state().tolist())
+    said = dict(filters=list(warnings.filters), bars=transformers_logging.is_progress_bar_enabled(), hub=are_progress_bars_disabled(), verbosity=transformers_logging.get_verbosity(),
+                levels={n: getLogger(n).level for n in ("", "transformers", "ray", "vllm", "stars")})
+    return flags | seeds | said | dict(environ=dict(os.environ), folder=os.getcwd(), interrupt=signal.getsignal(signal.SIGINT), end=signal.getsignal(signal.SIGTERM))
