@@ -42,6 +42,7 @@ from stars import curation, datasets, judges, labellers, llm, parallel, plots, p
 from stars import experiments as ex
 from stars.behaviors import HABIT_NAMES, count_in
 from stars.countdown import Problem
+from stars.ledger import IN_THE_AIR
 from stars.models import micro_model, micro_tokenizer, save_checkpoint
 
 # names that nobody takes for a result; a state carries its hash
@@ -61,7 +62,7 @@ def book_of(path:Path)->dict:
     with closing(sqlite3.connect(path)) as db:
         return {what: sorted(map(list, db.execute(f"SELECT {what}"))) for what in (
             "key, text, finish, output_tokens, cost FROM replies", "key, prompt FROM requests",
-            "key, error FROM errors", "* FROM claims", "id FROM under_way")}
+            f"key, error, cost FROM errors WHERE error != '{IN_THE_AIR}'", "* FROM claims", "id FROM under_way")}
 
 
 READ = {".jsonl": lambda p: untimed(p.parent), ".db": book_of}
@@ -181,16 +182,18 @@ def buy_labels(root:Path):
 
 
 def recording(root:Path):
-    "A ledger that somebody else has exported: three replies, and what failed"
-    requests = [llm.Request(f"question {i}") for i in range(4)]
+    "A ledger that somebody else has exported: three replies, one of which was lost before, and what failed"
+    m, requests = llm.Model.parse("openai:m"), [llm.Request(f"question {i}") for i in range(4)]
     with llm.Ledger(root.parent/"other.db") as book:
-        for r in requests[:3]: book.record(llm.Model.parse("openai:m"), r, llm.Reply(r.prompt[::-1], cost=.1))
-        book.fail(book.note(llm.Model.parse("openai:m"), requests[3:])[0], "refused")
-        book.export(root.parent/"study.parquet")
+        keys = book.note(m, requests)
+        for r in requests[:3]: book.record(m, r, llm.Reply(r.prompt[::-1], cost=.1))
+        book.fail(keys[0], "no reply came", .1)
+        book.fail(keys[3], "refused")
+        book.export("study.parquet")
 
 
 def take_over(root:Path):
-    with llm.Ledger(root/"ledger.db") as book: book.load(root.parent/"study.parquet")
+    with llm.Ledger(root/"ledger.db") as book: book.load("study.parquet")
 
 
 def completions(step:int)->pd.DataFrame:
@@ -395,9 +398,16 @@ class Trial:
         return [f"{when} {what} {', '.join(names)}" for what, names in said.items() if names]
 
     def bought_twice(self, allowed:int)->list[str]:
-        sold = Counter((self.work/"sold").read_text().split()) if (self.work/"sold").exists() else {}
-        twice = [k for k, n in sold.items() if n > 1]
-        return [f"{len(twice)} replies were bought twice"] if len(twice) > allowed else []
+        "Replies that were bought again, and what is booked for those that were lost"
+        sold, book = self.work/"sold", self.root/"ledger.db"
+        if not sold.exists(): return []
+        twice = sum(n > 1 for n in Counter(sold.read_text().split()).values())
+        booked = 0
+        if book.exists():
+            with closing(sqlite3.connect(book)) as db:
+                [(booked,)] = db.execute("SELECT count(*) FROM errors WHERE error = ?", (IN_THE_AIR,))
+        wrong = [f"{twice} replies were bought twice"] * (twice > allowed)
+        return wrong + [f"{booked} losses are booked, {twice} replies were bought twice"] * (book.exists() and not twice <= booked <= allowed)
 
 
 # All of them

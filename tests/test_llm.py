@@ -24,7 +24,7 @@ import pytest
 from llm_server import ApiError, Faults, LLMServer, Reply as LLMReply
 
 from stars import llm, services
-from stars.ledger import OFFICIAL, losses, uncounted
+from stars.ledger import OFFICIAL, losses, request_key, uncounted
 from stars.llm import Ledger, Model, GivenUp, OverBudget, Reply, Request, Unusable, ask, estimate, give_up
 from stars.rollouts import EngineService, Rollout, local_service
 from stars.services import Busy, Lost, Rejected, _checked, cost_ceiling, price_of, read_prices
@@ -390,6 +390,21 @@ def test_what_failed_is_taken_over_once(tmp_path, book):
     with Ledger(tmp_path/"other.db") as other:
         for _ in range(2): other.load(recorded)
         assert other.noted() == (1, 1)
+        book.fail(request_key(Model.parse("openai:m"), questions(1)[0]), "no reply", .5) # lost, and perhaps paid for
+        for _ in range(2): other.load(book.export(tmp_path/"study.parquet"))
+        assert other.noted() == (1, 2) and losses(other) == (1, .5)
+
+def test_a_reply_lands_in_one_moment(book, monkeypatch):
+    "Killed right after it was written down, nothing stays booked for its flight"
+    def killed(*args): raise KeyboardInterrupt
+    write = Ledger._settle
+    def written(self, *args):
+        write(self, *args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Ledger, "_settle", written)
+    monkeypatch.setattr(llm, "land", killed)
+    with pytest.raises(KeyboardInterrupt): quick("openai:gpt-4o-mini", questions(1), book, service=Scripted(), concurrency=1)
+    assert len(book.replies(book.note(Model.parse("openai:gpt-4o-mini"), questions(1)))) == 1 and losses(book) == (0, 0)
 
 # a disk that fails
 
@@ -405,9 +420,9 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
 def test_a_reply_outlasts_a_moments_failure_of_the_disk(book, monkeypatch):
     "It is paid for: writing it is tried again before it is given up"
     write, fails, asked = Ledger._settle, iter([True, False, True, True, False]), []
-    def failing(self, replies):
+    def failing(self, *args):
         if next(fails, False): raise OSError("disk I/O error")
-        write(self, replies)
+        write(self, *args)
     class Counted(Scripted):
         def answer(self, request, key):
             asked.append(key)
