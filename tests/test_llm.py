@@ -336,7 +336,7 @@ def test_a_recording_answers_without_keys_or_network(tmp_path, book, monkeypatch
 @pytest.mark.parametrize("content", [b"not a database at all, just text", b""], ids=["text", "empty"])
 def test_what_is_no_ledger_is_refused(tmp_path, content):
     (tmp_path/"x.parquet").write_bytes(content)
-    with pytest.raises(ValueError, match="^[^\n]*x.parquet: [^\n]* it is no ledger as [^\n]*$"): Ledger(tmp_path/"x.parquet")
+    with pytest.raises(ValueError, match="^[^\n]*x.parquet: [^\n]* or is no exported ledger[^\n]*$"): Ledger(tmp_path/"x.parquet")
     if content:
         (tmp_path/"x.db").write_bytes(content * 100)
         with pytest.raises(ValueError, match="cannot be used: file is not a database"): Ledger(tmp_path/"x.db")
@@ -364,7 +364,7 @@ def test_a_recording_edited_by_hand_is_refused_in_one_line(tmp_path, book, chang
     for q in questions(3): book.record(Model.parse("openai:m"), q, Reply(q.prompt[::-1], cost=.1))
     df = pd.read_parquet(book.export(tmp_path/"study.parquet"))
     change(df).to_parquet(tmp_path/"study.parquet", index=False)
-    line = rf"^[^\n]*study.parquet: [^\n]*{says}[^\n]*changed by hand: export it again, or take the file as it was recorded$"
+    line = rf"^[^\n]*study.parquet: [^\n]*{says}[^\n]*; it was changed by hand, [^\n]* or export it again \(stars ledger LEDGER --to FILE\)$"
     with pytest.raises(ValueError, match=line): Ledger(tmp_path/"study.parquet")
     with Ledger(tmp_path/"other.db") as other:
         with pytest.raises(ValueError, match=line): other.load(tmp_path/"study.parquet")
