@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 RAY := RAY_worker_niceness=0 RAY_DASHBOARD_STARTUP_TIMEOUT_S=600
 
 .DEFAULT_GOAL := setup
-.PHONY: setup dev help reproduce test test-verl prepare lab docs bench clean
+.PHONY: setup dev help reproduce test test-faults test-verl prepare lab docs bench clean
 
 setup: .venv/.cpu ## the environment that runs everything (default)
 dev: .venv/.dev ## the same, with notebooks, tests, docs, Ray and vLLM
@@ -27,6 +27,9 @@ test: .venv/.dev ## exports and README agree with the notebooks, every notebook 
 	    --skip_folder_re '^(figures$$|[_.])' --skip_file_re '^([_.]|cluster)'
 	$(RAY) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing --path nbs/tutorials/cluster.ipynb
 	$(BIN)/python -m pytest
+
+test-faults: .venv/.dev ## every write, flush, rename and unlink of thirteen commands fails once, in four ways (Linux; an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
 
 test-verl: .venv/.dev .venv-verl/.done ## exports for verl, under verl's own code (in an environment of its own)
 	rm -rf build/verl

@@ -307,8 +307,9 @@ def eval_stage(job:Job)->Path:
         finally:
             if engine: engine.close()
         table = summarize(pd.concat(map(pd.read_parquet, sorted(out.glob("completions-*.parquet")))))
-        table.to_csv(out/"results.csv", index=False)
+        with replacing(out/"results.csv") as tmp: table.to_csv(tmp, index=False)
     return stage(job.dir, "eval", dict(seed=job.seed, max_tokens=cfg.ppo_max_tokens, rules=RULES_VERSION) | cfg.settings("template", "eval_"), dict(data=data.name, ppo=run_.name), run, **job.how)
+
 
 # %% ../nbs/10_experiments.ipynb #c013
 def _start_worker(parent:int, processes:int):

@@ -161,11 +161,11 @@ class _Run:
         known = self.ledger.answered(self.todo)
         return [k for k in self.todo if k not in known]
 
-    def keep(self, replies:dict[str, Reply])->float: # dollars
-        "Write replies down, with what they cost"
-        others = noted_requests(self.ledger, [k for k in replies if k not in self.todo]) # of other calls
+    def keep(self, replies:dict[str, Reply], flight:int|None=None)->float: # dollars
+        "Write replies down, with what they cost, in place of what was booked for the flight that brought them"
+        others = noted_requests(self.ledger, [k for k in replies if k not in self.todo]) # a batch brings replies of other calls, too
         billed = {k: replace(r, cost=self.bill(self.todo.get(k) or others[k], r)) for k, r in replies.items()}
-        self.ledger.settle(billed.items())
+        self.ledger.settle(billed.items(), flight)
         cost = sum(r.cost or 0. for r in billed.values())
         with self._lock:
             self.in_a_row, self.shown = 0, self.shown + cost
@@ -215,9 +215,7 @@ def _send(run:_Run, key:str, request:Request)->float: # dollars
     except (Busy, Refused, Unusable):
         land(run.ledger, flight)
         raise
-    cost = run.keep({key: reply})
-    land(run.ledger, flight)
-    return cost
+    return run.keep({key: reply}, flight)
 
 def _concurrent(run:_Run, concurrency:int, rpm:int|None, tpm:int|None, retries:int, blind:int):
     "Ask what is open, a few at a time"

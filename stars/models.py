@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import shutil
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
                           PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast)
 
 from .countdown import TEMPLATES
+from .files import replacing_folder
 
 from .priming import PHRASES
 
@@ -259,18 +259,15 @@ def save_checkpoint(
     write:bool=True,                   # False on all workers of a team but the first
 )->Path: # the same folder
     "Save a transformers checkpoint; the folder appears complete or not at all"
-    path, tmp = Path(path), Path(f"{path}.tmp")
+    path = Path(path)
     weights = {n: w.to("cpu", dtype or w.dtype).contiguous() for n, w in weights_of(model) if write} # every worker takes part in gathering shards, one keeps them
     if not write: return path
     try:
-        shutil.rmtree(tmp, ignore_errors=True)
-        model.save_pretrained(tmp, state_dict=weights)
-        tokenizer.save_pretrained(tmp)
-        _write_ends(tmp, model_ends(model, tokenizer.eos_token_id))
-        shutil.rmtree(path, ignore_errors=True)
-        tmp.rename(path)
+        with replacing_folder(path) as tmp:
+            model.save_pretrained(tmp, state_dict=weights)
+            tokenizer.save_pretrained(tmp)
+            _write_ends(tmp, model_ends(model, tokenizer.eos_token_id))
     except Exception as e: # a full disk comes as whatever its library makes of it
-        shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f"the checkpoint {path} could not be written ({e}). Make room: the same command goes on from the last state") from e
     return path
 

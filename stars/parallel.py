@@ -18,7 +18,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from pathlib import Path
@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .files import held
+from .files import flush, held
 from .arithmetic import share_cores
 from .models import digest, file_digest, without_dropout
 
@@ -232,9 +232,23 @@ def save_state(
 def _keep(out:Path, step:int, tmp:Path):
     "Give a state its name; the one before it stays, too"
     before, new = [s for s in saved_states(out) if int(s.name.split("-")[1]) < step], out/f"state-{step:06d}-{_content(tmp)}"
-    if new.exists(): shutil.rmtree(new) # damaged, and made again
+    flush(tmp)
+    if new.exists(): _drop(new) # damaged, and made again
     tmp.rename(new)
-    for old in set(saved_states(out)) - {new, *before[:1]}: shutil.rmtree(old)
+    flush(out, inside=False)
+    _drop(*set(saved_states(out)) - {new, *before[:1]})
+
+def _drop(*states:Path):
+    "Remove states: half removed, they would still bear the name"
+    for s in states:
+        aside = s.with_name(f".{s.name}.tmp")
+        with suppress(FileNotFoundError): s.rename(aside) # unless another process was quicker
+        shutil.rmtree(aside, ignore_errors=True)
+
+def _tidy(out:Path):
+    "Remove what a killed run left half done"
+    _drop(*saved_states(out)[2:])
+    for left in out.glob(".state*.tmp"): shutil.rmtree(left, ignore_errors=True)
 
 def load_state(
     out:str|Path,                                # folder of the run
@@ -245,6 +259,7 @@ def load_state(
     "Restore the newest state whose content is what it was; raises ValueError if it belongs to another model"
     good = None
     with team.as_one():
+        if team.first: _tidy(Path(out))
         for path in saved_states(out) if team.first else ():
             if _content(path) == path.name.rsplit("-", 1)[1]:
                 good = path
@@ -266,7 +281,8 @@ def drop_states(
     out:str|Path, # folder of a run that is complete
 ):
     "Remove what only a run that goes on needs"
-    for path in saved_states(out): shutil.rmtree(path)
+    _drop(*saved_states(out))
+    _tidy(Path(out))
 
 # %% ../nbs/04a_parallel.ipynb #c016
 def on_workers(

@@ -388,4 +388,5 @@ def save_figure(
     about = dict(manifest or {}, figure=name, title=figure_text(fig, "title"), caption=figure_text(fig, "caption"), columns=list(data.columns), rows=len(data),
                  csv_sha256=hashlib.sha256(files["csv"]).hexdigest())
     files["json"] = (json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n").encode()
+    (folder/f"{name}.json").unlink(missing_ok=True) # it comes last: files beside it belong together
     return {kind: write_bytes(folder / f"{name}.{kind}", b) for kind, b in files.items()}

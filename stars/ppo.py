@@ -438,7 +438,7 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
     checkpoint = lambda step: save_checkpoint(policy, tokenizer, out/f"step-{step:04d}", torch.bfloat16 if cfg.bf16 else None, write=team.first)
     done = resumed(load_state(out, modules, optimizers, team), made_by, out)
     if not done: checkpoint(0)
-    log = Log(out/"metrics.jsonl", done) if team.first else lambda **row: None
+    log = Log(out/"metrics.jsonl", done, team.first)
     sync(engine, team, policy)
     bar = tqdm(total=cfg.steps, initial=done, desc="ppo", disable=not progress)
     for step in range(done, cfg.steps):
@@ -479,6 +479,7 @@ def _ppo(policy:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, problems:Seq
         bar.set_postfix(acc=f"{row['accuracy']:.2f}", len=f"{row['response_tokens']:.0f}"); bar.update()
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             checkpoint(step + 1)
+            log.flush()
             save_state(out, step + 1, modules, optimizers, dict(made_by=made_by), team)
     bar.close()
     return out

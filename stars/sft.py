@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arithmetic import autocast, threads_for, warn_of_slow_half
-from .files import replacing
+from .files import flush, replacing
 from .models import check_steady, model_ends, n_params, save_checkpoint, token_logprobs, without_dropout
 from .parallel import Team, load_state, memory_for, save_state, saved_states
 
@@ -118,14 +119,26 @@ class Log:
     def __init__(self,
         path:str|Path, # file to write
         done:int=0,    # rows of an earlier run with `step` up to this are kept
+        write:bool=True, # False on all workers of a team but the first
     ):
-        self.path = Path(path)
+        self.path, self.write = Path(path), write
+        if not write: return
         kept = [r for r in read_log(path) if r["step"] <= done] if self.path.exists() and done else []
         with replacing(self.path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
 
     def __call__(self, **row):
-        try:
-            with self.path.open("a") as f: f.write(json.dumps(row) + "\n")
+        with self._room():
+            if self.write:
+                with self.path.open("a") as f: f.write(json.dumps(row) + "\n")
+
+    def flush(self):
+        "Wait until the rows are on the disk: a state is about to say that their steps are done"
+        with self._room():
+            if self.write: flush(self.path)
+
+    @contextmanager
+    def _room(self):
+        try: yield
         except OSError as e: raise OSError(f"{self.path} could not be written ({e}). Make room: the same command goes on from the last state") from e
 
 def resumed(
@@ -244,7 +257,7 @@ def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list
     total = per_epoch * cfg.epochs
     made_by = json.loads(json.dumps(dict(config=asdict(cfg), examples=len(examples), tokens=sum(lengths))))
     done = resumed(load_state(out, modules, opts, team), made_by, out)
-    log = Log(out/"metrics.jsonl", done) if team.first else lambda **row: None
+    log = Log(out/"metrics.jsonl", done, team.first)
     bar = tqdm(total=total, initial=done, desc="sft", disable=not progress)
     for epoch in range(done // per_epoch, cfg.epochs):
         order = batches(len(examples), cfg.batch_size, random.Random(f"{cfg.seed}/{epoch}"))
@@ -269,10 +282,11 @@ def _sft(model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, examples:list
                 with autocast(device, cfg.bf16 and device.type == "cuda"): row["val_loss"] = mean_loss(model, val, cfg.micro_tokens, team)
             log(**row)
             bar.set_postfix(loss=f"{loss:.3f}"); bar.update()
-            if (step + 1) % cfg.save_every == 0 and step + 1 < total: save_state(out, step + 1, modules, opts, dict(made_by=made_by), team)
+            if (step + 1) % cfg.save_every == 0 or step + 1 == total:
+                log.flush()
+                save_state(out, step + 1, modules, opts, dict(made_by=made_by), team)
     bar.close()
     model.eval()
-    if total > done: save_state(out, total, modules, opts, dict(made_by=made_by), team)
     save_checkpoint(model, tokenizer, out/"model", write=team.first)
     team.wait()
     return out/"model"

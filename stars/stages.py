@@ -24,7 +24,7 @@ import torch
 
 from . import __version__
 from .configs import Config
-from .files import held, write_json
+from .files import flush, held, room_for, write_json
 from .models import BASES, attention, digest
 from .notebooks import did_you_mean
 from .parallel import drop_states
@@ -71,7 +71,9 @@ def stage(
     "Run a stage unless it is already there"
     config, key = json.loads(json.dumps(config)), stage_key(name, config, inputs)
     final, partial_ = where/f"{name}-{key}", where/f"{name}-{key}.partial"
-    if final.exists(): return final
+    if final.exists():
+        if build: drop_states(final) # left by a run that was killed just after it was done
+        return final
     if not build: raise NotBuilt(final)
     where.mkdir(parents=True, exist_ok=True)
     with held(final, inf if wait else 0.):
@@ -79,10 +81,13 @@ def stage(
         partial_.mkdir(exist_ok=True)
         write_json(partial_/"config.json", config)
         start, made_by = time.time(), environment()
-        run(partial_)
+        with room_for(final): run(partial_)
         write_json(partial_/"manifest.json", dict(stage=name, hash=key, config=config, inputs=inputs, seconds_last_session=round(time.time() - start, 1),
                                                    finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), **made_by))
-        partial_.rename(final)
+        with room_for(final):
+            flush(partial_)
+            partial_.rename(final)
+            flush(where, inside=False)
         drop_states(final)
     return final
 

@@ -23,7 +23,7 @@ from . import countdown
 from .countdown import Problem
 from .datasets import from_parquet
 from .experiments import Config, Job, base_stage, data_stage, prime_stage, prompt_for
-from .files import write_bytes, write_json, write_table
+from .files import replacing_folder, write_bytes, write_json, write_table
 from .models import BASES, digest, load_tokenizer, token_ids
 from .priming import METHODS
 from .sft import SFTConfig, encode
@@ -292,11 +292,7 @@ def _write(path:Path, text:str):
 def _place(model:str, checkpoint:Path, out:Path)->str:
     "What verl is given as the model: a copy of a base, the place of a folder, or a hub id"
     if model not in BASES: return str(checkpoint.resolve()) if checkpoint.is_dir() else model
-    tmp = out/".model.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    shutil.copytree(checkpoint, tmp)
-    shutil.rmtree(out/"model", ignore_errors=True)
-    tmp.rename(out/"model")
+    with replacing_folder(out/"model") as tmp: shutil.copytree(checkpoint, tmp)
     return "$here/model"
 
 def to_verl(

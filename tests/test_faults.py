@@ -1,4 +1,6 @@
-"What a long run meets: no memory, numbers that are none, a full disk, another process, damaged files, kill -9. What the user reads, and how it goes on"
+"What a long run meets: no memory, numbers that are none, a full disk, another process, damaged files, kill -9, any fault of a disk. What the user reads, and how it goes on"
+import errno
+import json
 import math
 import os
 import random
@@ -16,7 +18,7 @@ import pytest
 import torch
 from tiny import TOK, cut_short, fingerprint, forked, model, run, untimed
 
-from stars import cli, experiments as ex, parallel, ppo as P, rollouts as R, sft as S
+from stars import cli, experiments as ex, files, parallel, plots, ppo as P, rollouts as R, sft as S, stages
 from stars.models import load_model
 from stars.rollouts import LlamaEngine
 from stars.sft import read_log
@@ -298,3 +300,195 @@ def test_killed_while_saving(tmp_path):
     assert go(out) == 0
     assert untimed(out) == untimed(tmp_path/"whole") and not list(out.glob("*tmp*"))
     assert (out/"step-0012/model.safetensors").read_bytes() == (tmp_path/"whole/step-0012/model.safetensors").read_bytes()
+
+
+# resumed at the joints
+
+@pytest.mark.parametrize("kind,how,stop", [
+    ("sft", dict(save_every=2), 4), # of 8 steps, 4 an epoch
+    ("sft", dict(save_every=4), 8), # the state of the last step is there, the model is not
+    ("sft", dict(save_every=3), 6), # in the middle of an epoch
+    ("ppo", dict(steps=5, prompts=5, minibatch=5), 4), # 20 problems: all of them were used once
+    ("ppo", {}, 3)], ids=["end of an epoch", "last step", "middle", "end of a pass over the problems", "last step of PPO"])
+def test_resumed_where_something_ends(tmp_path, kind, how, stop):
+    "The same weights and the same log, bit by bit; given once more, nothing is done again"
+    a, b = tmp_path/"whole", tmp_path/"cut"
+    run(kind, a, **how)
+    cut_short(kind, b, stop, **how)
+    assert parallel.saved_states(b)[0].name.startswith(f"state-{stop:06d}")
+    for _ in range(2):
+        run(kind, b, **how)
+        models = [p.relative_to(a) for p in a.rglob("model.safetensors")]
+        assert models and all((a/p).read_bytes() == (b/p).read_bytes() for p in models) and untimed(a) == untimed(b)
+        assert {p.name[:12] for p in a.iterdir()} == {p.name[:12] for p in b.iterdir()} # a state's name goes on with its hash
+
+
+# what lies on the disk
+
+def interrupted(*args, **kwargs): raise KeyboardInterrupt
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    "Its content first, then the name in its folder"
+    done, fsync, rename = [], os.fsync, os.replace
+    def flushed(fd):
+        done.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+    def renamed(a, b):
+        done.append((str(a), str(b)))
+        rename(a, b)
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    path = files.write_json(tmp_path/"x.json", [1])
+    [content, (tmp, to), folder] = done
+    assert content == tmp != to == str(path) and folder == str(tmp_path)
+    done.clear()
+    with files.replacing_folder(tmp_path/"model") as tmp:
+        (tmp/"deep").mkdir(parents=True)
+        (tmp/"deep/a").write_text("a")
+    assert {str(tmp), f"{tmp}/deep", f"{tmp}/deep/a"} == set(done[:3]) and done[3:] == [str(tmp_path)]
+
+
+def test_where_folders_cannot_be_flushed(tmp_path, monkeypatch):
+    "As on some network drives: a file's content must be flushed, its folder if the drive knows how"
+    fsync = os.fsync
+    def only_files(fd):
+        if Path(f"/proc/self/fd/{fd}").is_dir(): raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", only_files)
+    assert files.write_json(tmp_path/"x.json", [1]).read_text() == "[\n 1\n]\n"
+    def none(fd): raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(os, "fsync", none)
+    with pytest.raises(OSError, match=r"^[^\n]*x.json could not be written \(.*\). Make room"): files.write_json(tmp_path/"x.json", [2])
+    assert (tmp_path/"x.json").read_text() == "[\n 1\n]\n" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_no_room_for_a_file(tmp_path):
+    "Whoever writes, the line names the file"
+    table = files.pa.table(dict(x=range(10_000)))
+    files.write_json(tmp_path/"x", "old")
+    for write in (lambda p: files.write_bytes(p, bytes(10_000)), lambda p: files.write_json(p, [1] * 10_000), lambda p: files.write_table(table, p)):
+        with room(2_000), pytest.raises(OSError, match=r"^[^\n]*/x could not be written \([^\n]*File too large[^\n]*\). Make room: the same command goes on$"): write(tmp_path/"x")
+        assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path/"x").read_text() == '"old"\n'
+    with pytest.raises(FileNotFoundError), files.replacing(tmp_path/"x"): (tmp_path/"other").read_text() # another file's error stays what it is
+
+
+def test_an_older_folder_steps_aside(tmp_path, monkeypatch):
+    "Killed at any moment, there is the old one, the new one, or none: never half of one"
+    def write(text):
+        with files.replacing_folder(tmp_path/"model") as tmp:
+            tmp.mkdir()
+            for name in "ab": (tmp/name).write_text(text)
+    def there(): return {p.name: p.read_text() for p in (tmp_path/"model").iterdir()}
+    write("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", fails(3, shutil.rmtree, interrupted)) # after two that clear the way
+        with pytest.raises(KeyboardInterrupt): write("new")
+    assert there() == dict(a="new", b="new")
+    write("newer")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails(2, Path.rename, interrupted)) # the old one is aside
+        with pytest.raises(KeyboardInterrupt): write("newest")
+    assert there() == dict(a="newer", b="newer") and [p.name for p in tmp_path.iterdir()] == ["model"]
+    (tmp_path/"model").rename(tmp_path/"model.old.tmp") # killed there
+    with pytest.raises(RuntimeError), files.replacing_folder(tmp_path/"model"): raise RuntimeError("no room")
+    assert there() == dict(a="newer", b="newer")
+
+
+def test_a_state_loses_its_name_first(tmp_path, monkeypatch):
+    "Half removed, it is none; the next run removes the rest"
+    cut_short("sft", tmp_path, 4, save_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt): parallel.drop_states(tmp_path)
+    assert [s.name[:12] for s in parallel.saved_states(tmp_path)] == ["state-000002"] and list(tmp_path.glob(".state-000004*.tmp"))
+    run("sft", tmp_path, save_every=2)
+    assert not list(tmp_path.glob(".state*")) and len(parallel.saved_states(tmp_path)) == 2
+
+
+def test_a_stage_killed_just_after_it_was_done(tmp_path, monkeypatch):
+    "The states that it needs no more go when it is asked for again; looking it up changes nothing"
+    def go(build=True): return stages.stage(tmp_path, "sft", {}, {}, lambda out: run("sft", out, epochs=1), build)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "drop_states", interrupted)
+        with pytest.raises(KeyboardInterrupt): go()
+    assert parallel.saved_states(done := go(build=False))
+    assert go() == done and not parallel.saved_states(done) and {p.name for p in done.iterdir()} == {"config.json", "manifest.json", "metrics.jsonl", "model"}
+
+
+def test_a_figures_manifest_comes_last(tmp_path, monkeypatch):
+    "Where there is one, the files beside it are those that it describes"
+    def draw(height):
+        fig = plots.plt.figure(figsize=(1, 1))
+        fig.add_subplot().bar(["a"], [height])
+        plots.save_figure(fig, "fig", plots.pd.DataFrame(dict(x=[height])), tmp_path, dpi=20)
+        plots.plt.close(fig)
+    draw(1)
+    for at in range(1, 5):
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "write_bytes", fails(at, plots.write_bytes, interrupted))
+            with pytest.raises(KeyboardInterrupt): draw(2)
+        assert not (tmp_path/"fig.json").exists()
+    draw(2)
+    assert {p.name for p in tmp_path.iterdir()} == {f"fig.{kind}" for kind in ("png", "svg", "csv", "json")}
+
+
+# every fault of a disk
+
+def harness(tmp_path, *args, code=""):
+    "What `faults.py` finds, in a process of its own: it changes how that one writes"
+    here = Path(__file__).parent
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(here), *filter(None, sys.path)]), OMP_NUM_THREADS="1")
+    code = f"import faults\nfrom pathlib import Path\n{code}\nfaults.main()"
+    done = subprocess.run([sys.executable, "-c", code, *args, "--json", tmp_path/"found.json"], env=env, capture_output=True, text=True)
+    assert (tmp_path/"found.json").exists(), done.stdout + done.stderr
+    return json.loads((tmp_path/"found.json").read_text())
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the harness knows Linux's tables of functions")
+
+
+@LINUX
+@pytest.mark.slow
+def test_some_faults_of_every_command(tmp_path):
+    "`make test-faults` tries all of them"
+    found = harness(tmp_path, "--sample", "4")
+    assert len(found) > 10 and all(sum(r["met"].values()) == 5 for r in found.values()) # four, and a power failure when all is done
+    assert not [line for r in found.values() for line in r["wrong"]]
+
+
+CARELESS = """
+write = faults.stages.write_json
+def in_place(root): (root/"x.json").write_text("[1, 2, 3]")
+def unflushed(root):
+    (root/".x.tmp").write_text("[1, 2, 3]")
+    (root/".x.tmp").rename(root/"x.json")
+def leaves(root):
+    (root/f".{faults.os.getpid()}").touch()
+    write(root/"x.json", 1)
+    (root/f".{faults.os.getpid()}").unlink()
+def stuck(root):
+    if (root/"y.json").exists(): return
+    if (root/"x.json").exists(): raise ValueError(f"{root}/x.json exists")
+    write(root/"x.json", 1)
+    write(root/"y.json", 2)
+def apart(root):
+    write(root/"about.json", "what y.json holds")
+    write(root/"y.json", 2)
+def silent(root):
+    with faults.suppress(OSError): write(root/"x.json", 1)
+def forgetful(root):
+    if not (root/"x.json").exists(): write(root/"x.json", faults.Shop(root.parent, str).reply("key", "prompt", "batch").text)
+faults.COMMANDS = {f.__name__: faults.Command(f, whole={"": "about.json"}) for f in (in_place, unflushed, leaves, stuck, apart, silent, forgetful)}
+"""
+
+
+@LINUX
+def test_the_harness_finds_what_is_careless(tmp_path):
+    found = {name: r["wrong"] for name, r in harness(tmp_path, code=CARELESS).items()}
+    for name, kind, said in [
+            ("in_place", "full", "x.json is half-written"), ("in_place", "ends", "x.json is half-written"), ("in_place", "error", "it says: OSError: [Errno 5]"),
+            ("unflushed", "power", "x.json is half-written"), ("leaves", "ends", "also has ."), ("stuck", "ends", "given again: ValueError"),
+            ("apart", "ends", "not whole"), ("silent", "error", "but it lacks x.json"), ("forgetful", "ends", "1 replies were bought twice")]:
+        assert [line for line in found[name] if line.startswith(f"{name}, {kind} at") and said in line], (name, kind, found[name])
+    assert not [line for line in found["unflushed"] if "half-written" in line and ", power at" not in line] # a rename is one step

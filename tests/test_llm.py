@@ -1,6 +1,7 @@
 "Official SDKs against servers that speak the true wire formats and misbehave; clients that are killed"
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -17,12 +18,13 @@ from urllib.parse import quote
 
 import genai_prices
 import httpx2
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from llm_server import ApiError, Faults, LLMServer, Reply as LLMReply
 
 from stars import llm, services
-from stars.ledger import OFFICIAL, losses, uncounted
+from stars.ledger import OFFICIAL, losses, request_key, uncounted
 from stars.llm import Ledger, Model, GivenUp, OverBudget, Reply, Request, Unusable, ask, estimate, give_up
 from stars.rollouts import EngineService, Rollout, local_service
 from stars.services import Busy, Lost, Rejected, _checked, cost_ceiling, price_of, read_prices
@@ -353,11 +355,99 @@ def test_a_recording_answers_without_keys_or_network(tmp_path, book, monkeypatch
 @pytest.mark.parametrize("content", [b"not a database at all, just text", b""], ids=["text", "empty"])
 def test_what_is_no_ledger_is_refused(tmp_path, content):
     (tmp_path/"x.parquet").write_bytes(content)
-    with pytest.raises(Exception): Ledger(tmp_path/"x.parquet")
+    with pytest.raises(ValueError, match="^[^\n]*x.parquet: [^\n]* it is no ledger as [^\n]*$"): Ledger(tmp_path/"x.parquet")
     if content:
         (tmp_path/"x.db").write_bytes(content * 100)
         with pytest.raises(ValueError, match="cannot be used: file is not a database"): Ledger(tmp_path/"x.db")
     with pytest.raises(ValueError, match="does not exist"): Ledger(tmp_path/"none.parquet")
+
+def edited(**changed): return lambda df: df.assign(**{k: [v, *df[k][1:]] for k, v in changed.items()})
+def everywhere(**changed): return lambda df: df.assign(**{k: [v] * len(df) for k, v in changed.items()})
+def retyped(**types): return lambda df: df.astype(types)
+PARAMS = dict(extra={}, max_tokens=50, temperature=None, schema=None, sample=0)
+
+@pytest.mark.parametrize("change,says", [
+    (edited(prompt="another question"), "row 0: it has the key .*, but its request makes"), (edited(system=""), "row 0: it has the key"), (edited(key="abc"), "row 0: it has the key abc"),
+    (edited(params="{"), r"row 0: its request cannot be read \(JSONDecodeError"), (edited(params="[]"), "its request cannot be read"), (edited(params="null"), "its request cannot be read"),
+    (edited(params=json.dumps(PARAMS | dict(max_tokens="x"))), "its request cannot be read"), (edited(params=json.dumps(PARAMS | dict(extra=[1]))), "its request cannot be read"),
+    (edited(params=json.dumps(PARAMS | dict(more=1))), "its request cannot be read .*more"), (edited(params=json.dumps({k: v for k, v in PARAMS.items() if k != "extra"})), "its request cannot be read"),
+    (edited(params="[" * 100_000), "its request cannot be read"), (edited(model="m"), "its request cannot be read .*service:name"), (edited(prompt=" "), "its request cannot be read .*empty"),
+    (edited(text=None), "row 0: text is empty"), (edited(prompt=None), "row 0: prompt is empty"), (edited(finish=None), "finish is empty"), (edited(cache_read=None), "cache_read is empty"),
+    (edited(finish="done"), "finish='done' is none of stop, length, refusal and error"), (edited(input_tokens=-3), "input_tokens=-3 must be at least 0"),
+    (edited(cost=-1.), "cost=-1.0 must be at least 0"), (edited(cost=math.inf), "cost=inf"), (edited(output_tokens=2.5), "column output_tokens is not all int64"),
+    (everywhere(output_tokens="many"), "column output_tokens"), (everywhere(cost="free"), "column cost"), (everywhere(text={"a": 1}), "column text is not all string"),
+    (lambda df: pd.concat([df, df[:1]]), "row 3: the key .* stands in an earlier row"), (lambda df: df.drop(columns="params"), "it lacks params"),
+    (lambda df: df.rename(columns=dict(text="reply")), "it lacks text")])
+def test_a_recording_edited_by_hand_is_refused_in_one_line(tmp_path, book, change, says):
+    "Wherever it is read, and nothing of the row is taken"
+    for q in questions(3): book.record(Model.parse("openai:m"), q, Reply(q.prompt[::-1], cost=.1))
+    df = pd.read_parquet(book.export(tmp_path/"study.parquet"))
+    change(df).to_parquet(tmp_path/"study.parquet", index=False)
+    line = rf"^[^\n]*study.parquet: [^\n]*{says}[^\n]*changed by hand: export it again, or take the file as it was recorded$"
+    with pytest.raises(ValueError, match=line): Ledger(tmp_path/"study.parquet")
+    with Ledger(tmp_path/"other.db") as other:
+        with pytest.raises(ValueError, match=line): other.load(tmp_path/"study.parquet")
+        assert set(other.replies(df.key)) <= set(df.key[1:])
+
+@pytest.mark.parametrize("change", [retyped(output_tokens="int32"), retyped(cost="float32"), lambda df: df.sort_values("key"), lambda df: df.assign(note="mine"), lambda df: df[::-1],
+                                    lambda df: df[["text", *df.columns.drop("text")]]], ids=["int32", "float32", "sorted", "another column", "backwards", "columns moved"])
+def test_a_recording_that_says_the_same_is_read(tmp_path, book, change):
+    for q in questions(3): book.record(Model.parse("openai:m"), q, Reply(q.prompt[::-1], cost=.5))
+    change(pd.read_parquet(book.export(tmp_path/"study.parquet"))).to_parquet(tmp_path/"study.parquet", index=False)
+    with Ledger(tmp_path/"study.parquet") as replay: assert right(quick("openai:m", questions(3), replay), questions(3))
+
+def test_a_recording_cut_short_is_refused(tmp_path, book):
+    for q in questions(200): book.record(Model.parse("openai:m"), q, Reply(q.prompt[::-1]))
+    raw = book.export(tmp_path/"study.parquet").read_bytes()
+    for damaged in (raw[:-100], raw[100:], raw[:50] + b"damage" * 20 + raw[170:]):
+        (tmp_path/"study.parquet").write_bytes(damaged)
+        with pytest.raises(ValueError, match="^[^\n]*study.parquet: [^\n]*export it again[^\n]*$"): Ledger(tmp_path/"study.parquet")
+
+def test_what_failed_is_taken_over_once(tmp_path, book):
+    book.fail(book.note(Model.parse("openai:m"), questions(1))[0], "refused")
+    recorded = book.export(tmp_path/"study.parquet")
+    with Ledger(tmp_path/"other.db") as other:
+        for _ in range(2): other.load(recorded)
+        assert other.noted() == (1, 1)
+        book.fail(request_key(Model.parse("openai:m"), questions(1)[0]), "no reply", .5) # lost, and perhaps paid for
+        for _ in range(2): other.load(book.export(tmp_path/"study.parquet"))
+        assert other.noted() == (1, 2) and losses(other) == (1, .5)
+
+def test_a_reply_lands_in_one_moment(book, monkeypatch):
+    "Killed right after it was written down, nothing stays booked for its flight"
+    def killed(*args): raise KeyboardInterrupt
+    write = Ledger._settle
+    def written(self, *args):
+        write(self, *args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Ledger, "_settle", written)
+    monkeypatch.setattr(llm, "land", killed)
+    with pytest.raises(KeyboardInterrupt): quick("openai:gpt-4o-mini", questions(1), book, service=Scripted(), concurrency=1)
+    assert len(book.replies(book.note(Model.parse("openai:gpt-4o-mini"), questions(1)))) == 1 and losses(book) == (0, 0)
+
+# a disk that fails
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    "What has arrived is kept, and with room the same call goes on"
+    with Ledger(tmp_path/"ledger.db") as book:
+        quick("openai:m", questions(3), book, service=Scripted())
+        book._db.execute(f"PRAGMA max_page_count={book._db.execute('PRAGMA page_count').fetchone()[0]}")
+        with pytest.raises(OSError, match=r"^[^\n]*ledger.db could not be written \(database or disk is full\). Make room[^\n]*$"): quick("openai:m", questions(500), book, service=Scripted())
+        book._db.execute("PRAGMA max_page_count=1000000")
+        assert right(quick("openai:m", questions(500), book, service=Scripted()), questions(500))
+
+def test_a_reply_outlasts_a_moments_failure_of_the_disk(book, monkeypatch):
+    "It is paid for: writing it is tried again before it is given up"
+    write, fails, asked = Ledger._settle, iter([True, False, True, True, False]), []
+    def failing(self, *args):
+        if next(fails, False): raise OSError("disk I/O error")
+        write(self, *args)
+    class Counted(Scripted):
+        def answer(self, request, key):
+            asked.append(key)
+            return super().answer(request, key)
+    monkeypatch.setattr(Ledger, "_settle", failing)
+    assert right(quick("openai:m", questions(4), book, service=Counted(), concurrency=1), questions(4)) and len(asked) == 4
 
 @BOTH
 def test_replies_that_are_none(service, book):
