@@ -29,7 +29,8 @@ from .priming import METHODS, MIXES, write_rows
 from .problems import sample_problems, whole
 
 # %% ../nbs/12a_asking.ipynb #c004l
-llm, ledger_, teacher_, rollouts, judges, agreement, viewer = (Later(f"stars.{m}") for m in ("llm", "ledger", "teacher", "rollouts", "judges", "agreement", "viewer"))
+llm, ledger_, teacher_, rollouts = (Later(f"stars.{m}") for m in ("llm", "ledger", "teacher", "rollouts"))
+judges, agreement, viewer = (Later(f"stars.{m}") for m in ("judges", "agreement", "viewer"))
 pretraining, labellers, rewriting, curation, models = (Later(f"stars.{m}") for m in ("pretraining", "labellers", "rewriting", "curation", "models"))
 
 # %% ../nbs/12a_asking.ipynb #c015
@@ -43,7 +44,7 @@ def _object(name:str, text:str)->dict:
 @dataclass(frozen=True)
 class Asking:
     "How a hosted model is asked"
-    base_url:str|None=None   # address of another server that speaks the same API: for openai: it ends in /v1, for anthropic: it does not (default: OPENAI_BASE_URL or ANTHROPIC_BASE_URL, if set)
+    base_url:str|None=None   # address of another server that speaks the same API: for openai: it ends in /v1, for anthropic: it does not (default: that in OPENAI_BASE_URL or ANTHROPIC_BASE_URL)
     batch:bool=False         # in batches: half the price, within a day
     dry_run:bool=False       # only say what it would cost
     max_cost:float|None=None # dollars for these requests, earlier attempts included
@@ -68,7 +69,8 @@ class Asking:
         "A model by name, with the address and fields given; `local:` and a folder is a checkpoint on this machine"
         self.check()
         extra = _object("--extra", self.extra)
-        how = {n: getattr(self, n) for n in ("batch", "max_cost", "concurrency", "rpm", "tpm", "poll", "blind_retries", "prices")}
+        names = "batch", "max_cost", "concurrency", "rpm", "tpm", "poll", "blind_retries", "prices"
+        how = {n: getattr(self, n) for n in names}
         try: model = llm.Model.parse(name, self.base_url, extra)
         except ValueError as e:
             raise ValueError(f"{e}{did_you_mean(name.partition(':')[0], SERVICES)}") from None
@@ -91,9 +93,13 @@ class Paid:
     lost:float    # dollars at most for those that never did
 
     @classmethod
-    def by(cls, book:"llm.Ledger")->"Paid": return cls(sum(cost or 0. for *_, cost in book.totals()), ledger_.losses(book)[1])
-    def since(self, before:"Paid")->"Paid": return Paid(self.replies - before.replies, self.lost - before.lost)
-    def __str__(self)->str: return f"${self.replies + self.lost:.4f}" + (f" at most, ${self.lost:.4f} of it for replies that were lost" if self.lost else "")
+    def by(cls, book:"llm.Ledger")->"Paid":
+        return cls(sum(cost or 0. for *_, cost in book.totals()), ledger_.losses(book)[1])
+    def since(self, before:"Paid")->"Paid":
+        return Paid(self.replies - before.replies, self.lost - before.lost)
+    def __str__(self)->str:
+        lost = f" at most, ${self.lost:.4f} of it for replies that were lost" if self.lost else ""
+        return f"${self.replies + self.lost:.4f}{lost}"
 
 # %% ../nbs/12a_asking.ipynb #c021
 def prime(out:tyro.conf.Positional[Path|None]=None, condition:Annotated[str, tyro.conf.arg(aliases=["--mix"])]="backtracking_verification", seed:int=0, set_:Set=(),
@@ -143,10 +149,13 @@ def _teach(out:Path, teacher:str, condition:str, seed:int, set_:tuple[str, ...],
     (who, how), settings = asking.open(teacher), dict(over=over, max_tokens=asking.max_tokens, temperature=asking.temperature)
     with llm.Ledger(asking.ledger) as book:
         if asking.dry_run: return asking.say(who, teacher_.teacher_requests(mix, drawn, n, seed, **settings), book)
-        wrong, before = (lambda row: row["score"] < 1) if condition == "incorrect_only" else lambda row: True, Paid.by(book)
+        wrong = (lambda row: row["score"] < 1) if condition == "incorrect_only" else lambda row: True
+        before = Paid.by(book)
         rows, report = teacher_.ask_teacher(mix, drawn, n, seed, who, book, keep=wrong, forbid=not any_habits, **settings, **how)
         paid = Paid.by(book).since(before)
-    print(f"{write_rows([{**r, 'mix': condition} for r in rows], out)}: {len(rows):,} rows\n{teacher_.report_table([report]).T.to_string(header=False)}\npaid now {paid}")
+    written = write_rows([{**r, 'mix': condition} for r in rows], out)
+    table = teacher_.report_table([report]).T.to_string(header=False)
+    print(f"{written}: {len(rows):,} rows\n{table}\npaid now {paid}")
 
 # %% ../nbs/12a_asking.ipynb #c022
 def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(metavar="SERVICE:NAME")], task:Literal["countdown", "math"]="countdown", format:Literal["auto", "json", "tags"]="auto",
@@ -188,12 +197,18 @@ def judge(source:tyro.conf.Positional[Path], judge:Annotated[str, tyro.conf.arg(
 def _forget(book:"llm.Ledger", id:str, cancel:bool, prices:Path|None)->str:
     "Give a batch up, and say what became of it"
     try: done = llm.give_up(book, id, cancel, prices=prices)
-    except (ConnectionError, llm.Unusable) as e: raise type(e)(f"{e}; nothing is changed. --no-cancel forgets {id} here without reaching the service, and it may run on and be billed") from None
-    if not done.cancelled: return f"{id}: not cancelled; it may run on and be billed, at most ${done.lost:,.4f}, which is booked; {done.free:,} requests can be sent again"
-    if not done.free + done.kept: return f"{id}: is being cancelled; the same command looks again, and so does the one that handed it in"
-    return f"{id}: cancelled; {done.kept:,} replies were done and are kept, {done.free:,} requests can be sent again"
+    except (ConnectionError, llm.Unusable) as e:
+        raise type(e)(f"{e}; nothing is changed. --no-cancel forgets {id} here without reaching the service, "
+                      "and it may run on and be billed") from None
+    again = f"{done.free:,} requests can be sent again"
+    if not done.cancelled:
+        return f"{id}: not cancelled; it may run on and be billed, at most ${done.lost:,.4f}, which is booked; {again}"
+    if not done.free + done.kept:
+        return f"{id}: is being cancelled; the same command looks again, and so does the one that handed it in"
+    return f"{id}: cancelled; {done.kept:,} replies were done and are kept, {again}"
 
-def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=None, load:Path|None=None, forget:str|None=None, cancel:bool=True, prices:Path|None=None):
+def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=None, load:Path|None=None,
+           forget:str|None=None, cancel:bool=True, prices:Path|None=None):
     """What was asked of language models, answered and paid.
 
     Export it for others to replay, or take over what others recorded.
@@ -204,9 +219,9 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
         path: the ledger (an SQLite file, or an exported .parquet)
         to: parquet file to export to
         load: exported ledger to take over
-        forget: id of a batch under way that is given up: cancelled at the service; its requests will be sent again
+        forget: id of a batch under way that is given up: cancelled at the service, its requests sent again
         cancel: with --forget; --no-cancel forgets it here, and it may run on and be billed
-        prices: with --forget: price table, for what is booked where it may run on (default: the one that comes with the package)
+        prices: with --forget: price table, for what is booked where it may run on
     """
     if load and not load.is_file(): raise ValueError(f"--load {load} does not exist")
     if (load or forget) and path.suffix == ".parquet": raise ValueError(f"{path} is a recorded ledger and does not change; --load and --forget need an SQLite file")
@@ -223,7 +238,8 @@ def ledger(path:tyro.conf.Positional[Path]=Path("runs/ledger.db"), to:Path|None=
         at = {m: f" at {' and '.join(a)}" for m, a in ledger_.addresses(book).items()}
         for model, mode, replies, tokens_in, tokens_out, cost in book.totals():
             print(f"{model}{at.get(model, '')}, {mode}: {replies:,} replies, {tokens_in:,} tokens in, {tokens_out:,} out" + ("" if cost is None else f", ${cost:,.4f}"))
-        if n := ledger_.uncounted(book): print(f"the tokens of {n:,} replies were not counted by their service")
+        if n := ledger_.uncounted(book):
+            print(f"the tokens of {n:,} replies were not counted by their service")
         lost, most = ledger_.losses(book)
         if lost: print(f"lost: {lost:,} replies that may have been paid for, at most ${most:,.4f}")
         if to: print(book.export(to))
@@ -274,7 +290,8 @@ class Serving:
 
     def decides(self, name:str, asking:Asking, *prompts:str)->dict: # what decides the replies
         known, folder = dict(format=self.format, max_tokens=asking.max_tokens, temperature=asking.temperature, prompts=models.digest(prompts)), Path(name.removeprefix("vllm:"))
-        if not name.startswith("vllm:"): return known | dict(base_url=asking.base_url or llm.Model.parse(name).base_url, extra=asking.extra)
+        if not name.startswith("vllm:"):
+            return known | dict(base_url=asking.base_url or llm.Model.parse(name).base_url, extra=asking.extra)
         return known | dict(context=self.context, chat=self.chat, weights=[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob("*.safetensors"))])
 
 ServingArgs = tyro.conf.OmitArgPrefixes[Serving]

@@ -296,15 +296,15 @@ def _demands(low, ends):
 # %% ../nbs/01_behaviors.ipynb #c014c
 _COMPARED = Rule("verification", "compared", ())
 _GOAL = MACROS["GOAL"]
-_JUDGES = (r"(?:in)?correct|right|wrong|yes|yep|yeah|no(?! wait)|nope|nah|not|false|(?:in)?valid|bad|success|fail(?:s|ed|ure)?|match(?:es)?|"
-           r"mismatch|miss(?:es|ed)?|closer?|off|over|under|above|below|short|(?:too|very|still) (?:high|low|big|small|large|much|little|far)|"
-           r"(?:larg|bigg|small|great|high|low)er|more than|less than|exceed(?:s|ing)?|works?|hits?|bingo|equals? the|(?:is|does|do|did|are|was)(?:n't| not)|"
+_JUDGES = (r"(?:in)?correct|(?<!all )right|wrong(?! (?:path|way|turn|track|road))|yes|yep|yeah|(?:no|nope|nah)(?!,? (?:wait|let|i|we|scrap|drop|point|more))|"
+           r"not(?! (?:getting|going|to|continu\w+|follow\w+))|false|(?:in)?valid|bad|success|fail(?:s|ed|ure)?|match(?:es)?|"
+           r"mismatch|miss(?:es|ed)?|closer?|off(?! the| of| with)|over|under|above|below|short|(?:too|very|still) (?:high|low|big|small|large|much|little|far)|"
+           r"(?:larg|bigg|small|great|high|low)er|more than|less than|exceed(?:s|ing)?|works?|hits?|bingo|equals? the|(?:is|does|do|did|are|was)(?:n't| not)(?! (?:take|go|lead|get|help|seem|look))|"
            r"(?:ok(?:ay)?|good|great|perfect|high|low|big|small|large)(?=\W*$)|yup|legit|neither|none|impossible")
 _LEAD = (r"\W{0,6}(?:-?[\d./]{1,9}\W{1,4})?(?:(?:which|that|this|it|so|and|but|the|result|value|still|again|also|is|was|are|we|get|clearly|definitely|just|way|"
          r"far|an?|bit|much|slightly|even|well|hmm|oh|ah|sadly|sorry|unfortunately|again|that's|it's|exactly|quite|answer)\b[ ,]{1,3}){0,6}")
 _NOT_MADE = f"(?<![a-z{TARGET}-])" + "".join(f"(?<!{w} )" for w in "to get,to make,to reach,to hit,leaving,gives,giving,get,gets,getting,makes,making,yields,it's,us,is,are,be,leaves,supplies,intermediate".split(",")) # no result
 _AFTER_VALUE = re.compile(rf"^{_LEAD}(?:{_JUDGES})\b|[<>≠≤≥](?=\s?[\d{TARGET}])|!=|=/=|{_NOT_MADE}{_GOAL}|\b(?:(?:which|that|this) (?:is|was|makes|gives)|it (?:is|was)) {_GOAL}(?! ?:)", re.M)
-_JUDGE = re.compile(rf"\b(?:{_JUDGES})\b|{_NOT_MADE}{_GOAL}")
 _REMARK = re.compile(rf"{_LEAD}(?:{_JUDGES})\b")
 _NAMES_GOAL = re.compile(f"(?<![a-z{TARGET}-]){_GOAL}")
 _PLANS = re.compile(rf"\b(?:to (?:get|make|reach|hit|obtain|form)|aim|look for|sub-?goal|first|try|let|let's|how|from|make|use|if|work|start|back|next|answer|could|can|would|add|subtract|multiply|divide|plus|minus|"
@@ -315,6 +315,8 @@ def _planned(low, a, b):
     "Does a stretch of text say what to do next?"
     return _PLANS.search(low, a, b) or " so " in low[a:b]
 
+_PATHS = set("path way road alley route cul-de-sac luck point beginning dropping through further forward along idea".split()) # "no way forward" turns back
+
 def _judged(low, e, stop, ends):
     "Where, after an equation and before `stop`, its value is compared with the target"
     c = bisect_right(ends, e.end - 1)
@@ -322,8 +324,8 @@ def _judged(low, e, stop, ends):
     if m and not _planned(low, e.end, e.end + m.start()): yield e.end + m.start(), e.end + m.end()
     while c + 1 < len(ends) and not low[ends[c]:ends[c+1]].strip(): c += 1 # an empty line
     remark = low[ends[c]:min(ends[c+1], stop)] if c + 1 < len(ends) else ""
-    words = len(remark.split())
-    if words <= 12 and (_REMARK.match(remark) or _NAMES_GOAL.search(remark) and not _PLANS.search(remark)):
+    words = re.findall(r"[a-z'-]+", remark)
+    if len(words) <= 12 and _PATHS.isdisjoint(words) and (_REMARK.match(remark) or _NAMES_GOAL.search(remark) and not _PLANS.search(remark)):
         yield ends[c] + len(remark) - len(remark.lstrip()), ends[c] + len(remark.rstrip())
 
 # %% ../nbs/01_behaviors.ipynb #c014cc
@@ -331,19 +333,21 @@ _JOINS = set("""a about again alternatively also an and another approach are as 
     first for from gives has have here how i if in instead is it let let's make makes maybe me my next now number numbers of on one option path idea route way line or other our out perhaps
     plus possibility result second so step still take that the their then these third this to together too try trying up us use used uses using wait want we what
     which will with would yields you add adding subtract subtracting multiply multiplying divide dividing sum product difference quotient get gets getting
-    hence thus therefore text quad qquad frac times left right leaves leaving""".split())
+    hence thus therefore after before all done text quad qquad frac times left right leaves leaving""".split())
+_TURNS = set("i i'm i'll i've i'd me my we us let's back away aside enough leave put turn stop off here okay alright".split())
 _CONTENT = re.compile(r"[a-z][a-z']*|[^\w\s,.:;()|\[\]{}\\$'\"*/+=<>?!#&~^`_-]")
 
 def _given_up(low, e, stop, turn, ends):
     "Where, between the result of an attempt and the next attempt (or the words `turn` that announce it), something is said"
     stop = min(stop, turn, e.end + 80)
-    if m := _JUDGE.search(low, e.end, stop): return [] if _planned(low, e.end, m.end() + 2) else [(m.start(), m.end())]
     announced = bisect_right(ends, turn) # "I'll drop that" is no judgement: the clause that turns back does not count
     if announced and stop == turn: stop = max(e.end, min(stop, ends[announced - 1]))
     for m in _CONTENT.finditer(low, e.end, stop):
-        if m[0] not in _JOINS:
-            end = min(ends[bisect_right(ends, m.start())], stop)
-            return [] if _planned(low, e.end, end) else [(m.start(), end)]
+        if m[0] in _JOINS: continue
+        end = min(ends[bisect_right(ends, m.start())], stop)
+        words = re.findall(r"[a-z'-]+", low[e.end:end])
+        if len(words) > 8 or not _PATHS.isdisjoint(words) or not _TURNS.isdisjoint(words) or _planned(low, e.end, end): return []
+        return [(m.start(), end)]
     return []
 
 def _compared(low, eqs, ends, numbers, target, turns):
@@ -404,7 +408,7 @@ def _one_per_retry(said, eqs):
         if habit != "backtracking":
             kept[habit, c] = act
             continue
-        again = before is not None and c - before[0] <= 2 and bisect_left(begins, before[1]) == bisect_left(begins, act[0])
+        again = before is not None and c - before[0] <= (2 if eqs else 1) and bisect_left(begins, before[1]) == bisect_left(begins, act[0])
         if again and c - before[0] == 2: again = not any(h == "verification" and c == d + 1 for h, d in said)
         before = c, act[0]
         if not again: kept[habit, c] = act
@@ -419,7 +423,8 @@ def _from_target(low, eqs, numbers, target):
     "Equations that start from the target before it is reached, or from what was derived so, and either taken apart, as in 24 = 3 * 8"
     forward, derived, reached = set(numbers), {target}, len(low)
     for e in eqs:
-        wished = {n for n in e.operands if numbers and e.value == target and n not in forward and not _mentioned(n, low, e.start)} # 90 - 56 = 34: 56 is wanted
+        wished = set() # 90 - 56 = 34: 56 is wanted
+        if e.value == target and forward & set(e.operands): wished = {n for n in e.operands if n not in forward and not _mentioned(n, low, e.start)}
         if wished or target in e.operands or derived & set(e.operands) - forward:
             yield e.start, e.end, _BACKWARD
             derived |= wished or {e.value}
@@ -438,7 +443,7 @@ def _mentioned(n, low, before):
 
 # %% ../nbs/01_behaviors.ipynb #c014q
 _SIGNS = re.compile(
-    r"[\d)a-z]\s?[+*×·÷^]\s?[\d(a-z\\]|\d\s[-−–]\s\d|[√∫∑∞∈∀∃∎ℝ²³∠]|\\(?:frac|sum|int|sqrt|lim|mathbb|binom)|\bc\(\d|"
+    r"[\d)a-z]\s?[+*×·÷^]\s?[\d(a-z\\]|\d\s[-−–]\s\d|\d (?:is not|isn't|equals) -?\d|[√∫∑∞∈∀∃∎ℝ²³∠]|\\(?:frac|sum|int|sqrt|lim|mathbb|binom)|\bc\(\d|"
     r"[\d)a-z|\]²³'}!]\s?(?:[=≈≤≥≡≠<>]|\\(?:le|ge|equiv|neq?|approx|in|to|cdot|times))\s?[-−|√]?[\d(a-z\\]")
 _TERMS = re.compile(
     r"\b(?:theorem|lemma|proofs?|prove[sd]?|equations?|integers?|primes?|divisible|divisors?|polynomials?|triangles?|integrals?|derivatives?|"

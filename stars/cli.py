@@ -219,7 +219,7 @@ def sweep(conditions:str, models:str="", seeds:str="", preset:str="cpu", gpus_pe
     print(f"{len(result) - failed} of {len(result)} runs are done" + (f"; tracebacks of the others: {jobs[0].store/'sweep.json'}" if failed else ""))
     if failed: sys.exit(1)
 
-# %% ../nbs/12_cli.ipynb #c007
+# %% ../nbs/12_cli.ipynb #c044
 def _parameter(text:str):
     "A value from the command line: JSON where it is JSON, else the string itself"
     try: return json.loads(text)
@@ -241,6 +241,7 @@ def _check_places(runs:Path, figures:Path):
     check_path(runs, "--runs", write=False)
     check_path(figures, "--figures")
 
+# %% ../nbs/12_cli.ipynb #c007
 def figure(name:tyro.conf.Positional[str], preset:str="cpu", runs:Path=Path("runs"), figures:Path=Path("figures"), p:FigureParams=(), set_:Set=()):
     """One figure, with the runs it needs.
 

@@ -245,6 +245,13 @@ class Config:
             except ValueError as e: raise ValueError(_named(prefix, str(e))) from None
         return self
 
+ELSEWHERE = dict(base_batch_size="base_batch", base_max_length="base_context", cpt_micro_tokens="sft_micro_tokens") # fields that are not prefix_name
+
+def _named(prefix:str, message:str)->str:
+    "What a trainer says about its own fields, with this record's names for them"
+    return re.sub(r"\w+(?==)", lambda m: ELSEWHERE.get(f"{prefix}_{m[0]}", f"{prefix}_{m[0]}"), message)
+
+# %% ../nbs/10_configs.ipynb #c012
 def _check_numbers(cfg:Config):
     "Raise ValueError for a number that no trainer looks at, and for lists with nothing, or something twice"
     for f in fields(cfg):
@@ -273,12 +280,6 @@ def check_list(
     if not given and not empty: raise ValueError(f"{name} is empty; name at least one")
     if again := [x for i, x in enumerate(given) if not twice and x in given[:i]]:
         raise ValueError(f"{name}: {again[0]!r} is there twice; list each once")
-
-ELSEWHERE = dict(base_batch_size="base_batch", base_max_length="base_context", cpt_micro_tokens="sft_micro_tokens") # fields that are not prefix_name
-
-def _named(prefix:str, message:str)->str:
-    "What a trainer says about its own fields, with this record's names for them"
-    return re.sub(r"\w+(?==)", lambda m: ELSEWHERE.get(f"{prefix}_{m[0]}", f"{prefix}_{m[0]}"), message)
 
 # %% ../nbs/10_configs.ipynb #c008
 PRESETS = dict(

@@ -32,18 +32,20 @@ from .files import replacing
 # %% ../nbs/02_ledger.ipynb #c004k
 def _keys()->dict[str, str]: # variable → value
     "Keys in the environment; a word, as servers without keys are given, is none"
-    kinds, word = ("_API_KEY", "_AUTH_TOKEN", "_ADMIN_KEY", "_ACCESS_KEY", "_TOKEN"), re.compile(r"[A-Za-z]{,15}|.{,5}")
-    return {k: v for k, v in os.environ.items() if k.endswith(kinds) and not word.fullmatch(v)}
+    kinds, word = ("_API_KEY", "_AUTH_TOKEN", "_ADMIN_KEY", "_ACCESS_KEY", "_TOKEN"), r"[A-Za-z]{,15}|.{,5}"
+    return {k: v for k, v in os.environ.items() if k.endswith(kinds) and not re.fullmatch(word, v)}
 
 def _spellings(key:str)->str:
     "A pattern for a key as it is, in JSON or in an address, and in JSON in JSON"
-    return "".join(c if c.isalnum() else rf"(?:\\*{re.escape(c)}|(?i:%{ord(c):02x}|\\+u{ord(c):04x}))" for c in key)
+    odd = lambda c: rf"(?:\\*{re.escape(c)}|(?i:%{ord(c):02x}|\\+u{ord(c):04x}))"
+    return "".join(c if c.isalnum() else odd(c) for c in key)
 
 def secret_free(
     text:str, # from a server, or about one
 )->str: # each key replaced by the name of its variable
     "A text without API keys, however they are written"
-    for name, key in sorted(_keys().items(), key=lambda item: -len(item[1])): text = re.sub(_spellings(key), f"${name}", text)
+    for name, key in sorted(_keys().items(), key=lambda item: -len(item[1])):
+        text = re.sub(_spellings(key), f"${name}", text)
     return text
 
 
@@ -56,9 +58,11 @@ OFFICIAL = dict(anthropic="https://api.anthropic.com", openai="https://api.opena
 def _address(url:str)->str:
     "An address as servers read it; raises ValueError where it holds more, or less, than an address"
     parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query or parts.fragment: # what stands there could be a secret: it is not repeated
-        raise ValueError("base_url (--base-url): user names, passwords, ? and # do not belong there; a key goes into the environment (OPENAI_API_KEY, ANTHROPIC_API_KEY)")
-    if parts.scheme not in ("http", "https") or not parts.hostname: raise ValueError(f"base_url={url!r} is no address; write it as http://localhost:8000/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment: # that could be a secret: it is not repeated
+        raise ValueError("base_url (--base-url): user names, passwords, ? and # do not belong there; "
+                         "a key goes into the environment (OPENAI_API_KEY, ANTHROPIC_API_KEY)")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"base_url={url!r} is no address; write it as http://localhost:8000/v1")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     port = "" if parts.port in (None, dict(http=80, https=443)[parts.scheme]) else f":{parts.port}"
     return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
@@ -68,14 +72,16 @@ class Model:
     "Who is asked"
     service:str                  # one of `SERVICES`; "openai" is any server that speaks OpenAI's chat API
     name:str                     # as the service knows it
-    base_url:str|None=None       # of the server; "": the official one (default: OPENAI_BASE_URL or ANTHROPIC_BASE_URL, as for the SDKs, else the official one)
+    base_url:str|None=None       # of the server; "": the official one (default: OPENAI_BASE_URL or ANTHROPIC_BASE_URL, if set)
     extra:dict=field(default_factory=dict) # further fields of the API's request body
 
     def __post_init__(self):
         for what, given in dict(name=self.name, base_url=self.base_url, extra=self.extra).items():
-            if secret_free(text := json.dumps(given, default=str)) != text: raise ValueError(f"{what} holds an API key; keys belong in the environment, where they are already")
+            if secret_free(text := json.dumps(given, default=str)) != text:
+                raise ValueError(f"{what} holds an API key; keys belong in the environment, where they are already")
         if self.service in OFFICIAL:
-            url = os.environ.get(f"{self.service.upper()}_BASE_URL") if self.base_url is None else self.base_url
+            url = self.base_url
+            if url is None: url = os.environ.get(f"{self.service.upper()}_BASE_URL")
             url = _address(url) if url else ""
             object.__setattr__(self, "base_url", None if url in ("", OFFICIAL[self.service]) else url)
         if taken := _OURS & self.extra.keys(): # names only: a value could be a secret
@@ -163,7 +169,8 @@ def _insert_requests(ledger:"Ledger", rows:Iterable[tuple]):
             for key, model, params, system, prompt in piece:
                 digest = hashlib.sha256(system.encode()).hexdigest()[:16]
                 run("INSERT OR IGNORE INTO systems VALUES (?, ?)", (digest, system))
-                run("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", (key, model, params, digest, prompt))
+                row = key, model, params, digest, prompt
+                run("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", row)
 
 @dataclass(frozen=True)
 class Batch:
@@ -245,8 +252,9 @@ class Ledger:
         "Remember what will be asked; returns the keys, as `recorded_keys` does"
         keys = recorded_keys(self, model, requests)
         about = dict(base_url=model.base_url, extra=model.extra)
-        params = lambda r: json.dumps(about | {p: getattr(r, p) for p in _PARAMS}) # as it came: a schema's order is part of the key
-        _insert_requests(self, ((key, str(model), params(r), r.system, r.prompt) for key, r in zip(keys, requests)))
+        params = lambda r: json.dumps(about | {p: getattr(r, p) for p in _PARAMS}) # a schema in its order
+        rows = ((key, str(model), params(r), r.system, r.prompt) for key, r in zip(keys, requests))
+        _insert_requests(self, rows)
         return keys
 
     def replies(self, keys:Iterable[str])->dict[str, Reply]:
@@ -387,7 +395,8 @@ class Ledger:
     def open_batches(self, model:Model, keys:Iterable[str])->dict[Batch, list[str]]:
         "Batches under way that hold some of the keys, each with all its keys"
         with self._lock:
-            inside = {b: self.keys_in(b) for b in [Batch(*row) for row in self._db.execute("SELECT * FROM under_way WHERE model = ?", (str(model),))]}
+            rows = self._db.execute("SELECT * FROM under_way WHERE model = ?", (str(model),)).fetchall()
+        inside = {b: self.keys_in(b) for b in (Batch(*row) for row in rows)}
         wanted = set(keys)
         return {b: ks for b, ks in inside.items() if not wanted.isdisjoint(ks)}
 
@@ -397,14 +406,15 @@ class Ledger:
 
     def keys_in(self, batch:Batch)->list[str]:
         "What a batch holds"
-        with self._lock: return [k for k, in self._db.execute("SELECT key FROM items WHERE batch = ?", (batch.name,))]
+        with self._lock: rows = self._db.execute("SELECT key FROM items WHERE batch = ?", (batch.name,)).fetchall()
+        return [k for k, in rows]
 
     def batch_ids(self)->set[str]:
         "The services' names of all batches ever submitted"
         with self._lock: return {i for i, in self._db.execute("SELECT id FROM batches WHERE id IS NOT NULL")}
 
     def export(self, path:str|Path)->Path:
-        "Write every request that has a reply, or else failed, with what came back, to a parquet file from which `Ledger(path)` replays; replies that were lost and paid for are rows of their own"
+        "Write all replies, failures and losses, with their requests, to a parquet file from which `Ledger(path)` replays"
         last = ("SELECT key, error, 'error', 0, 0, 0, 0, nullif(sum(cost), 0), '', '', max(at) FROM errors " # in the order of the columns of `replies`
                 "GROUP BY key HAVING sum(cost) > 0 OR key NOT IN (SELECT key FROM replies)")
         with self._lock, replacing(path) as tmp, pq.ParquetWriter(tmp, _SCHEMA, compression="zstd") as out:
@@ -480,23 +490,28 @@ def recorded_keys(
     model:Model,                # who would be asked
     requests:Sequence[Request], # what
 )->list[str]: # a key for each
-    "Under which keys the replies are, or will be; raises LookupError where a recording does not say whose are meant"
+    "Under which keys replies are, or will be; raises LookupError where a recording has several servers'"
     keys = [request_key(model, r) for r in requests]
     if model.base_url: # a ledger from before addresses were noted
         bare = [request_key(replace(model, base_url=""), r) for r in requests]
-        old = {k for k, in ledger._in("SELECT key FROM requests WHERE json_type(params, '$.base_url') IS NULL AND key IN", bare)}
+        unknown = "SELECT key FROM requests WHERE json_type(params, '$.base_url') IS NULL AND key IN"
+        old = {k for k, in ledger._in(unknown, bare)}
         old &= _in_hand(ledger, old) - _in_hand(ledger, keys)
         return [b if b in old else k for k, b in zip(keys, bare)]
     if not ledger.replay or model.service not in OFFICIAL or _in_hand(ledger, keys): return keys
-    elsewhere = {a: [request_key(replace(model, base_url=a), r) for r in requests] for a in addresses(ledger).get(str(model), [])}
+    there = [replace(model, base_url=a) for a in addresses(ledger).get(str(model), [])]
+    elsewhere = {m.base_url: [request_key(m, r) for r in requests] for m in there}
     elsewhere = {a: ks for a, ks in elsewhere.items() if _in_hand(ledger, ks)}
-    if len(elsewhere) > 1: raise LookupError(f"{ledger.path} has replies of {model} at {' and at '.join(elsewhere)}; base_url (--base-url) says whose are meant")
+    if len(elsewhere) > 1:
+        raise LookupError(f"{ledger.path} has replies of {model} at {' and at '.join(elsewhere)}; "
+                          "base_url (--base-url) says whose are meant")
     return elsewhere.popitem()[1] if elsewhere else keys
 
 def _in_hand(ledger:Ledger, keys:Iterable[str])->set[str]:
     "Those of the keys that have a reply, failed when they were recorded, or lie in a batch under way"
     keys = list(keys)
-    under_way = {k for k, in ledger._in("SELECT key FROM items JOIN under_way ON batch = name WHERE key IN", keys)}
+    inside = "SELECT key FROM items JOIN under_way ON batch = name WHERE key IN"
+    under_way = {k for k, in ledger._in(inside, keys)}
     return under_way | ledger.answered(keys) | (ledger.errors(keys).keys() if ledger.replay else set())
 
 def addresses(
@@ -504,7 +519,8 @@ def addresses(
 )->dict[str, list[str]]: # by model, those that are not the official one
     "Where models were asked"
     where = "json_extract(params, '$.base_url')"
-    with ledger._lock: rows = ledger._db.execute(f"SELECT DISTINCT model, {where} FROM requests WHERE {where} IS NOT NULL ORDER BY model, 2").fetchall()
+    query = f"SELECT DISTINCT model, {where} FROM requests WHERE {where} IS NOT NULL ORDER BY model, 2"
+    with ledger._lock: rows = ledger._db.execute(query).fetchall()
     return {model: [a for m, a in rows if m == model] for model, _ in rows}
 
 
@@ -533,7 +549,8 @@ def losses(
     ledger:Ledger, # any
 )->tuple[int, float]: # how many, and dollars at most
     "Replies that were lost and perhaps paid for, as far as prices are known"
-    with ledger._lock: return ledger._db.execute("SELECT count(*), coalesce(sum(cost), 0.) FROM errors WHERE cost > 0").fetchone()
+    query = "SELECT count(*), coalesce(sum(cost), 0.) FROM errors WHERE cost > 0"
+    with ledger._lock: return ledger._db.execute(query).fetchone()
 
 
 # %% ../nbs/02_ledger.ipynb #c009q
@@ -550,13 +567,16 @@ def uncounted(
     ledger:Ledger, # any
 )->int: # how many
     "Replies whose tokens the service did not count"
-    with ledger._lock: return ledger._db.execute("SELECT count(*) FROM replies WHERE input_tokens IS NULL OR output_tokens IS NULL").fetchone()[0]
+    query = "SELECT count(*) FROM replies WHERE input_tokens IS NULL OR output_tokens IS NULL"
+    with ledger._lock: return ledger._db.execute(query).fetchone()[0]
 
 def noted_requests(
     ledger:Ledger,      # that has noted them
     keys:Iterable[str], # of some requests
 )->dict[str, Request]: # by key
     "Requests as they were noted"
-    rows = ledger._in("SELECT key, params, systems.text, prompt FROM requests JOIN systems ON system = systems.id WHERE key IN", keys)
-    return {key: Request(prompt, system, **{p: json.loads(params)[p] for p in _PARAMS}) for key, params, system, prompt in rows}
+    rows = ledger._in("SELECT key, params, systems.text, prompt FROM requests "
+                      "JOIN systems ON system = systems.id WHERE key IN", keys)
+    settings = lambda params: {p: json.loads(params)[p] for p in _PARAMS}
+    return {key: Request(prompt, system, **settings(params)) for key, params, system, prompt in rows}
 

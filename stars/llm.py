@@ -23,9 +23,11 @@ from pathlib import Path
 from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, stop_any, wait_exponential_jitter
 from tqdm.auto import tqdm
 
-from .ledger import Batch, Ledger, Model, Reply, Request, addresses, land, noted_model, noted_requests, recorded_keys, request_key, take_off
-from .services import (RESPONSES, Busy, Failure, Gone, Lost, Price, Refused, Rejected, Service, Unusable, connect, cost_ceiling, input_ceiling,
-                            only_responses, price_changing, price_of, read_prices, used_up)
+from .ledger import (Batch, Ledger, Model, Reply, Request, addresses, land, noted_model, noted_requests,
+                          recorded_keys, request_key, take_off)
+from .services import (RESPONSES, Busy, Failure, Gone, Lost, Price, Refused, Rejected, Service, Unusable,
+                            connect, cost_ceiling, input_ceiling, only_responses, price_changing, price_of,
+                            read_prices, used_up)
 
 # %% ../nbs/02b_llm.ipynb #c018
 _all_ = ["Ledger", "Model", "Request", "Reply", "Refused", "Unusable"] # what users of `ask` need from the chapters before
@@ -66,8 +68,9 @@ def estimate(
     known = ledger.answered(unique)
     inside = {k for keys in ledger.open_batches(model, unique).values() for k in keys} & unique.keys() - known
     todo = [r for k, r in unique.items() if k not in known | inside]
-    price, typical = None if price_changing(model) else price_of(model, prices), {s: ledger.typical(model, s) for s in {r.system for r in todo}}
-    if price and not all(price.holds(input_ceiling(r)) for r in todo): price = None # known for shorter prompts only
+    price = None if price_changing(model) else price_of(model, prices)
+    if price and not all(price.holds(input_ceiling(r)) for r in todo): price = None # it is that of shorter ones
+    typical = {s: ledger.typical(model, s) for s in {r.system for r in todo}}
     likely = [typical[r.system] for r in todo] if todo and all(typical.values()) else None
     by_mode = lambda cost: {mode: None if price is None else sum(cost(mode)) for mode in ("concurrent", "batch")}
     return Estimate(str(model), len(unique), len(known), len(inside), (sum(map(input_ceiling, todo)), sum(r.max_tokens for r in todo)),
@@ -112,7 +115,7 @@ def _too_little(most:float, spent:float, want:float)->str:
 
 # %% ../nbs/02b_llm.ipynb #c011
 GIVE_UP = 20 # failures in a row after which a service is taken to be down
-REFUSALS = 10, 50 # in a row, before any request was answered and later, after which they are taken to be about all requests
+REFUSALS = 10, 50 # in a row, before any reply and later, that are taken to be about all requests
 
 def _spread(keys:Sequence[str])->list[str]:
     "The same keys in an order in which neighbours come from far apart"
@@ -121,13 +124,17 @@ def _spread(keys:Sequence[str])->list[str]:
     return [keys[i*step % n] for i in range(n)]
 
 class _Refusals:
-    "Counts refusals in a row, in the order of asking; raises Unusable when they are not about single requests"
+    "Counts refusals in a row, in the order of asking; raises Unusable when they are about all requests"
     def __init__(self, model:Model): self.model, self.row, self.answered = model, 0, False
-    def next(self, outcome:"Refused|bool", known:bool): # True: a reply; False: neither that nor a refusal; has it failed in an earlier call?
+    def next(self,
+        outcome:"Refused|bool", # True: a reply; False: neither that nor a refusal
+        known:bool,             # has this request failed in an earlier call?
+    ):
         if outcome is True: self.row, self.answered = 0, True
         if known or not isinstance(outcome, Refused): return
         self.row += 1
-        if self.row >= REFUSALS[self.answered]: raise Unusable(f"{self.model}: {self.row} requests in a row were refused, the last with: {outcome}")
+        if self.row >= REFUSALS[self.answered]:
+            raise Unusable(f"{self.model}: {self.row} requests in a row were refused, the last with: {outcome}")
 
 # %% ../nbs/02b_llm.ipynb #c011r
 class _Run:
@@ -141,12 +148,13 @@ class _Run:
 
     def ceiling(self, request:Request, mode:str)->float: # dollars; 0 where no price is known
         "What a reply costs at most, lost or not"
-        return cost_ceiling(self.price, request, mode) if self.price and self.price.holds(input_ceiling(request)) else 0.
+        known = self.price and self.price.holds(input_ceiling(request))
+        return cost_ceiling(self.price, request, mode) if known else 0.
 
     def bill(self, request:Request, reply:Reply)->float|None: # dollars; None where no price is known
         "What a reply cost; at its ceiling where the service did not count its tokens"
         if self.price is None: return reply.cost
-        if reply.input_tokens is None or reply.output_tokens is None: return self.ceiling(request, reply.mode) or None
+        if None in (reply.input_tokens, reply.output_tokens): return self.ceiling(request, reply.mode) or None
         return self.price.cost(reply) if self.price.holds(reply.input_tokens) else None
 
     def open(self)->list[str]: # keys without a reply
@@ -198,7 +206,7 @@ def _patient(retries:int, blind:int, stop:threading.Event, lost:list)->Retrying:
 
 # %% ../nbs/02b_llm.ipynb #c011s
 def _send(run:_Run, key:str, request:Request)->float: # dollars
-    "Ask once, and write down what comes back; what it may cost is booked before it is sent, and stays so if nobody knows what became of it"
+    "Ask once, and write down what comes back; the ceiling is booked first, and stays so where nobody knows"
     flight = take_off(run.ledger, key, run.ceiling(request, "concurrent"))
     try: reply = run.service.answer(request, key)
     except Lost as e:
@@ -248,8 +256,10 @@ def _concurrent(run:_Run, concurrency:int, rpm:int|None, tpm:int|None, retries:i
             raise ValueError(f"{len(todo):,} requests to {run.model} are in batches under way; batch=True (--batch) waits for them")
         with ThreadPoolExecutor(concurrency) as pool:
             try:
-                order = _spread([k for k in todo if k not in before]) + _spread([k for k in todo if k in before])
-                for k, task in [(k, pool.submit(one_of_many, k)) for k in order if k not in inside]: refusals.next(task.result(), k in before)
+                out = [k for k in todo if k not in inside]
+                order = _spread([k for k in out if k not in before]) + _spread([k for k in out if k in before])
+                for k, task in [(k, pool.submit(one_of_many, k)) for k in order]:
+                    refusals.next(task.result(), k in before)
             except BaseException: # nothing new is sent; what is in the air arrives and is kept
                 stop.set()
                 pool.shutdown(cancel_futures=True)
@@ -287,7 +297,8 @@ def _collect(run:_Run, batch:Batch, keys:list[str], cancelled:bool=False)->dict[
     except Gone as e:
         raise Unusable(f"batch {batch.id} is unknown here ({e}): another key or workspace handed it in. Use that one, or give the batch up: "
                        f"stars ledger {run.ledger.path} --forget {batch.id}") from None
-    failed, new, replies = dict.fromkeys(keys, Failure("the batch ended without it", lost=not cancelled)), set(keys) - run.ledger.answered(keys), {}
+    failed = dict.fromkeys(keys, Failure("the batch ended without it", lost=not cancelled))
+    new, replies = set(keys) - run.ledger.answered(keys), {}
     def keep():
         run.keep(replies)
         replies.clear()
@@ -298,18 +309,23 @@ def _collect(run:_Run, batch:Batch, keys:list[str], cancelled:bool=False)->dict[
                 del failed[key]
                 if key in new: replies[key] = result
             if len(replies) == 500: keep()
-    except Rejected as e: failed = dict.fromkeys(failed, Failure(str(e), e.permanent, blameless=not e.permanent, crowded=not e.permanent))
+    except Rejected as e:
+        crowded = not e.permanent
+        failed = dict.fromkeys(failed, Failure(str(e), e.permanent, blameless=crowded, crowded=crowded))
     except Gone: pass # kept for a month: what was not collected by then is asked again
     keep()
     lost = noted_requests(run.ledger, [k for k, f in failed.items() if f.lost]) # of other calls, too
-    for key, f in failed.items(): run.ledger.fail(key, f.error, run.ceiling(lost[key], "batch") if key in lost else 0.)
+    for key, f in failed.items():
+        run.ledger.fail(key, f.error, run.ceiling(lost[key], "batch") if key in lost else 0.)
     run.ledger.mark(batch, "done")
     return failed
 
 def _hopeless(run:_Run, keys:list[str], failed:dict[str, Failure]):
     "Raise Unusable where what came of a batch leaves no hope for the next"
-    if said := next((f.error for f in failed.values() if f.permanent and only_responses(f.error)), ""): raise Unusable(f"{run.model}: {RESPONSES}. {said}")
-    if spent := next((f.error for f in failed.values() if used_up(f.error)), ""): raise Unusable(f"{run.model}: {spent}")
+    said = next((f.error for f in failed.values() if f.permanent and only_responses(f.error)), "")
+    if said: raise Unusable(f"{run.model}: {RESPONSES}. {said}")
+    spent = next((f.error for f in failed.values() if used_up(f.error)), "")
+    if spent: raise Unusable(f"{run.model}: {spent}")
     if len(failed) == len(keys) >= GIVE_UP and all(f.permanent for f in failed.values()):
         raise Unusable(f"{run.model}: each of {len(keys):,} requests failed, the last with: {failed[keys[-1]].error}")
 
@@ -331,7 +347,8 @@ def _submit(run:_Run, keys:list[str]):
     try:
         run.ledger.mark(batch, "running", run.service.submit({k: run.todo[k] for k in keys}, batch.name))
         run.worked()
-    except Lost as e: warnings.warn(f"it is not known whether a batch of {len(keys):,} requests arrived ({e}); looking for it")
+    except Lost as e:
+        warnings.warn(f"it is not known whether a batch of {len(keys):,} requests arrived ({e}); looking for it")
     except (Busy, Refused, Unusable):
         run.ledger.mark(batch, "lost")
         raise
@@ -353,7 +370,8 @@ def _batches(run:_Run, poll:float, tries:int, blind:int):
                 if any(f.crowded for f in lost.values()): most = max(1, len(keys) // 2)
                 run.failed(ConnectionError(next(f for f in lost.values() if f.blameless).error))
             losses.update(k for k, f in (lost or {}).items() if f.lost)
-            failed.update({k: tries if f.permanent or losses[k] > blind else 1 for k, f in (lost or {}).items() if not f.blameless})
+            for k, f in (lost or {}).items():
+                if not f.blameless: failed[k] += tries if f.permanent or losses[k] > blind else 1
         open_ = [k for k in run.open() if k not in under_way and failed[k] < tries]
         crowded = most < BATCH_REQUESTS # then one batch at a time
         while not (crowded and under_way) and (piece := _batch_of(run, open_, under_way & run.todo.keys(), most)):
@@ -384,7 +402,7 @@ def ask(
     rpm:int|None=None,          # requests per minute (default: as fast as the service takes them)
     tpm:int|None=None,          # tokens per minute, in and out, counted at their ceilings
     retries:int=8,              # of a request that finds the service busy
-    blind_retries:int=0,        # of a request whose reply was lost, and perhaps paid for; each may pay again, unless the service honours an `Idempotency-Key`
+    blind_retries:int=0,        # of a request whose reply was lost and perhaps paid for; each may pay again
     tries:int=5,                # batches a request may fail in
     poll:float=30.,             # seconds between looks at a batch
     prices:str|Path|None=None,  # price table (default: the package's)
@@ -400,7 +418,8 @@ def ask(
     if batch and model.service == "local": raise ValueError(f"batch=True (--batch): {model} runs in this process, where there is nothing to wait for")
     price, dear = price_of(model, prices), price_changing(model)
     if max_cost is not None and dear:
-        raise ValueError(f"max_cost={max_cost}: {', '.join(dear)} in extra (--extra) may change what a request costs; leave out one or the other")
+        raise ValueError(f"max_cost={max_cost}: {', '.join(dear)} in extra (--extra) may change what a request costs; "
+                         "leave out one or the other")
     if dear: price = None
     if max_cost is not None and price is None:
         raise ValueError(f"max_cost={max_cost}: no price of {model} is known; add it to a price table (--prices FILE, JSON: date, and models with dollars per million tokens of input and output), or leave max_cost out")
@@ -426,7 +445,8 @@ def ask(
             else: _concurrent(run, concurrency, rpm, tpm, retries, blind_retries)
     replies = ledger.replies(todo)
     if old := sum(k != request_key(model, r) for k, r in zip(keys, requests)) if model.base_url else 0:
-        warnings.warn(f"{old:,} of {len(keys):,} replies of {model} were recorded before ledgers noted addresses: they are taken for those of {model.base_url}")
+        warnings.warn(f"{old:,} of {len(keys):,} replies of {model} were recorded before ledgers noted addresses: "
+                      f"they are taken for those of {model.base_url}")
     if lost := [k for k in todo if k not in replies]:
         last = ledger.errors(lost).get(lost[-1], "?")
         warnings.warn(f"{len(lost):,} of {len(todo):,} requests to {model} have no reply (the last: {last:.300}); the same call asks them again")
@@ -448,8 +468,8 @@ def give_up(
     patience:float=60., # seconds to wait for the end of it
     prices:str|Path|None=None,  # price table (default: the package's)
     service:Service|None=None,  # default: that of the model that was asked
-)->GivenUp: # raises ValueError for a batch that is not under way, or a service that cannot be asked (no key), ConnectionError where it cannot be reached
-    "Give up a batch under way"
+)->GivenUp:
+    "Give up a batch under way; raises ValueError where there is none, or no key, ConnectionError where nobody answers"
     batch = next((b for b, _ in ledger.under_way() if b.id == id), None)
     if batch is None: raise ValueError(f"batch={id!r} is not under way in {ledger.path}")
     keys = ledger.keys_in(batch)

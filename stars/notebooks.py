@@ -82,6 +82,7 @@ def _parameter_cell(
                          f"the code cell that sets them")
     return tagged[0].source
 
+# %% ../nbs/10a_notebooks.ipynb #c027
 def _parsed(source:str)->list[ast.stmt]:
     "Statements of a cell, in which lines may be IPython's"
     try: return ast.parse(source).body
@@ -139,6 +140,7 @@ def _literal(notebook:str|Path, name:str, value:ast.expr|None):
     raise ValueError(f"{Path(notebook).name}: the default of {name!r} is {what}, which is known only when "
                      f"the notebook runs; write it as a plain value")
 
+# %% ../nbs/10a_notebooks.ipynb #c029
 def _check_names(
     notebook:str|Path,   # for the message
     given:Iterable[str], # names of parameters

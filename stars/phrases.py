@@ -85,7 +85,7 @@ RULES = (
            r"(?:(?<={D} )|(?<={D}, )|(?<={D}\) )|(?<={D} - ))(?:ok|correct|invalid|valid|hit|good|wrong|nope|no|yes|"
           r"miss)\b(?=[.!,;)]|$)", r"\b(?:this|that|it|which) (?:works|does it|does (?:exactly |just )?that)\b", r"(?<=\? )(?:yes|no|nope|yep)\b", r"\bindeed\b", r"\bcorrect[.!)]", r"\b(?:works|worked) out\b"), mode="countdown"),
     Rule("verification", "hooray", (r"\bon the nose\b", r"\bbingo\b", r"\bjackpot\b", r"\bnailed it\b", r"\bthat's it\b", r"\bthat worked\b",
-           r"\b(?:which|that) they don't\b", r"(?<=, )right[.?]", r"(?<![a-z'] )(?<![a-z'])nope[.!,]", r"\bno good\b",
+           r"\b(?:which|that) they don't\b", r"(?<=, )right[.?]", r"(?<![a-z'] )(?<![a-z'])nope[.!,](?! i\b)", r"\bno good\b(?! (?:road|way|path|idea))",
            r"\bthere (?:it is|we (?:go|are|have it))\b", r"\bexactly (?:what|right|as|the (?:target|number|value))", r"\bspot on\b",
            r"\blike (?:they|you) asked\b", r"\b(?:a|perfect) match\b", r"\bperfect,", r"\bnot enough\b", r"\bnot there(?: yet)?\b",
            r"\bit's consistent\b", r"\bthat's (?:tiny|huge)\b", r"\bviolates?\b", r"\bhalf (?:of )?what\b", r"\bperfect[!.]", r"\bwoohoo\b",

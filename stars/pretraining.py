@@ -394,9 +394,7 @@ def pinned_rows(
     try: return load_dataset(name, split=split, streaming=True, revision=revision)
     except Exception as e: raise ValueError(f"{source}, split {split!r}: {type(e).__name__}: {e}") from e
 
-# %% ../nbs/09_pretraining.ipynb #c016
-RULES_LABELLER = dict(labeller="rules", version=hashlib.sha256(repr((RULES_VERSION, _RULES)).encode()).hexdigest()[:10]) # what decides the rules' labels
-
+# %% ../nbs/09_pretraining.ipynb #c034
 def corpus_files(
     source:str|Path, # a file, or a folder of them
 )->list[list]: # [name, bytes, SHA-256] of each, in order
@@ -414,6 +412,9 @@ def changed_file(
     "The first file that was added, removed or changed; where no content was noted, name and size decide"
     now = [n[:len(was[0])] for n in now] if was else now
     return next((f[0] for f in (*was, *now) if (f in was) != (f in now)), "")
+
+# %% ../nbs/09_pretraining.ipynb #c016
+RULES_LABELLER = dict(labeller="rules", version=hashlib.sha256(repr((RULES_VERSION, _RULES)).encode()).hexdigest()[:10]) # what decides the rules' labels
 
 def labels_file(
     folder:str|Path, # of `label_corpus`

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
@@ -59,15 +60,20 @@ class Price:
         return dollars / 1e6 * (self.batch if reply.mode == "batch" else 1.)
 
 # %% ../nbs/02a_services.ipynb #c005r
-_FIELDS = dict(input="input_mtok", output="output_mtok", cache_read="cache_read_mtok", cache_write="cache_write_mtok")
+_FIELDS = dict(input="input_mtok", output="output_mtok",
+               cache_read="cache_read_mtok", cache_write="cache_write_mtok")
 
 def _price(prices)->Price:
     "A price from one of the library's, tier by tier"
     tiers = {name: getattr(getattr(prices, key), "tiers", ()) for name, key in _FIELDS.items()} # ascending
     starts, price = [0, *sorted({t.start for ts in tiers.values() for t in ts}), inf], None
     for start, end in reversed([*zip(starts, starts[1:])]):
-        known = {name: [getattr(v := getattr(prices, key), "base", v), *(t.price for t in tiers[name] if t.start <= start)][-1] for name, key in _FIELDS.items()}
-        price = Price(**{name: v if v is None else float(v) for name, v in known.items()}, up_to=end, beyond=price)
+        known = {}
+        for name, key in _FIELDS.items():
+            base = getattr(prices, key)
+            v = [getattr(base, "base", base), *(t.price for t in tiers[name] if t.start <= start)][-1]
+            known[name] = None if v is None else float(v)
+        price = Price(**known, up_to=end, beyond=price)
     return price
 
 def _library()->dict[str, Price]: # by model
@@ -76,11 +82,14 @@ def _library()->dict[str, Price]: # by model
     for provider in import_module("genai_prices.data_snapshot").get_snapshot().providers:
         for m in provider.models if provider.id in OFFICIAL else ():
             standard = m.get_prices(now)
-            if None in (standard.input_mtok, standard.output_mtok) or "search" in m.id: continue # no text, or paid by the search
+            if None in (standard.input_mtok, standard.output_mtok): continue # it does not write text
+            if "search" in m.id: continue # it is paid by the search, too
             price, batched = _price(standard), _price(m.get_prices(now, dict(processing="batch")))
-            found[f"{provider.id}:{m.id}"] = replace(price, batched=batched, batch=batched.input / price.input if price.input else 1.)
+            share = batched.input / price.input if price.input else 1.
+            found[f"{provider.id}:{m.id}"] = replace(price, batched=batched, batch=share)
     return found
 
+# %% ../nbs/02a_services.ipynb #c005t
 def _undated(model:str)->str: return re.sub(r"-\d{4}-?\d{2}-?\d{2}$", "", model)
 
 def _table(path:str|Path)->dict:
@@ -91,22 +100,28 @@ def _table(path:str|Path)->dict:
     try:
         table = json.loads(Path(path).read_text())
         return table | dict(date=table["date"], models={m: price(p) for m, p in table["models"].items()})
-    except (KeyError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"{path} is no price table: {type(e).__name__}: {e}; it needs date and models, each with input and output") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{path} is no price table: {type(e).__name__}: {e}; "
+                         "it needs date and models, each with input and output") from None
 
 def read_prices(
-    path:str|Path|None=None, # JSON: date, models {"service:name": fields of `Price`} (default: genai-prices, and the table that comes with the package for what it lacks)
+    path:str|Path|None=None, # JSON: date, models {"service:name": fields of `Price`} (default: genai-prices, and ours)
 )->tuple[dict[str, Price], str]: # prices by model, and where, or of what day, they are from
     "All known prices; raises ValueError that names the entry at fault"
     own = _table(path or Path(str(files("stars")))/"prices.json")
     if path: return own["models"], own["date"]
-    able = lambda m, p: replace(p, structured=_undated(m) in own["structured"], temperature=_undated(m) not in own["no_temperature"])
-    return {m: able(m, p) for m, p in (own["models"] | _library()).items()}, f"genai-prices {version('genai-prices')}"
+    def able(name, price):
+        name = _undated(name)
+        warm = name not in own["no_temperature"]
+        return replace(price, structured=name in own["structured"], temperature=warm)
+    every = own["models"] | _library()
+    return {m: able(m, p) for m, p in every.items()}, f"genai-prices {version('genai-prices')}"
 
 def price_of(
     model:Model,          # who is asked
     path:str|Path|None=None, # price table
 )->Price|None: # None: not in the table
-    "The price of a model; a dated snapshot costs what its model costs, unless it has a price of its own, and what runs in this process costs nothing"
+    "The price of a model; a dated snapshot has its own or its model's; what runs in this process costs nothing"
     if model.service == "local": return Price(0., 0.)
     prices, _ = read_prices(path)
     names = [str(model), _undated(str(model))]
@@ -115,9 +130,9 @@ def price_of(
 
 def _known_as(model:Model)->str:
     "A model's name in genai-prices, which knows its snapshots, too"
-    [provider] = [p for p in import_module("genai_prices.data_snapshot").get_snapshot().providers if p.id == model.service]
+    providers = import_module("genai_prices.data_snapshot").get_snapshot().providers
+    [provider] = [p for p in providers if p.id == model.service]
     return getattr(provider.find_model(model.name), "id", "")
-
 
 # %% ../nbs/02a_services.ipynb #c008
 def input_ceiling(
@@ -133,21 +148,28 @@ def cost_ceiling(
 )->float: # dollars; raises ValueError where the price is only known for shorter prompts
     "More than a request will cost"
     tokens = input_ceiling(request)
-    if not price.holds(tokens): raise ValueError(f"a prompt of up to {tokens:,} tokens: the price table knows the model's prices up to {price.at(tokens).up_to:,.0f}; shorten it, or leave max_cost out")
-    both = price.at(0, mode), price.at(tokens, mode) # it may have fewer tokens, too
-    dear = [replace(p, input=max(p.input, p.cache_write or 0.), up_to=inf, beyond=None, batched=None) for p in both]
-    return max(p.cost(Reply("", input_tokens=tokens, output_tokens=request.max_tokens, mode=mode)) for p in dear)
+    if not price.holds(tokens):
+        raise ValueError(f"a prompt of up to {tokens:,} tokens: the price table knows the model's prices "
+                         f"up to {price.at(tokens).up_to:,.0f}; shorten it, or leave max_cost out")
+    most = Reply("", input_tokens=tokens, output_tokens=request.max_tokens, mode=mode)
+    def bound(p): # as if all input were written to the cache
+        dear = max(p.input, p.cache_write or 0.)
+        return replace(p, input=dear, up_to=inf, beyond=None, batched=None).cost(most)
+    return max(bound(price.at(0, mode)), bound(price.at(tokens, mode))) # it may have fewer tokens, too
 
 # %% ../nbs/02a_services.ipynb #c009q
-_SAME_PRICE = set("""top_p top_k min_p seed stop stop_sequences frequency_penalty presence_penalty repetition_penalty logit_bias logprobs top_logprobs min_tokens
-    metadata user safety_identifier store reasoning_effort verbosity thinking prompt_cache_key chat_template_kwargs""".split())
+_SAME_PRICE = set("""top_p top_k min_p seed stop stop_sequences frequency_penalty presence_penalty
+    repetition_penalty logit_bias logprobs top_logprobs min_tokens metadata user safety_identifier store
+    reasoning_effort verbosity thinking prompt_cache_key chat_template_kwargs""".split())
 _STANDARD = dict(service_tier=("default", "standard_only"), speed=("standard",), inference_geo=("global",))
 
 def price_changing(
     model:Model, # who is asked
 )->list[str]: # names of fields
     "Fields of `Model.extra` that may change what a request costs"
-    fine = lambda k, v: k in _SAME_PRICE or v is None or (k == "output_config" and set(v) <= {"effort"}) or (k in _STANDARD and v in _STANDARD[k])
+    def fine(k, v):
+        if k == "output_config" and v: return set(v) <= {"effort"} # a schema there is more to read
+        return k in _SAME_PRICE or v is None or v in _STANDARD.get(k, ())
     return sorted(k for k, v in model.extra.items() if not fine(k, v))
 
 
@@ -181,7 +203,7 @@ class Service(Protocol):
     def answer(self, request:Request, key:str)->Reply:
         "Ask now, once; raises `Busy`, `Lost`, `Refused` or `Unusable`"
     def submit(self, requests:dict[str, Request], name:str)->str:
-        "Hand in a batch, by key, once; returns the service's id of it; raises as `answer`: `Busy` is a batch that is not there, `Lost` one that may be"
+        "Hand in a batch, by key, once; returns its id; raises as `answer`: `Busy`, it is not there; `Lost`, it may be"
     def find(self, batch:Batch, keys:Sequence[str], known:set[str])->str|bool:
         "A batch whose id was lost: its id, True if it may yet turn up, False if it is not there"
     def ended(self, id:str)->bool:
@@ -191,6 +213,7 @@ class Service(Protocol):
     def results(self, id:str)->Iterator[tuple[str, Reply|Failure]]:
         "By key, what became of a batch's requests; those it does not mention have no reply; raises `Rejected`, `Gone`"
 
+# %% ../nbs/02a_services.ipynb #c011k
 def _sdk(name:str, *keys:str, needed:bool=True):
     "An official SDK, its key present"
     try: sdk = import_module(name)
@@ -198,14 +221,18 @@ def _sdk(name:str, *keys:str, needed:bool=True):
     if needed and not any(map(os.environ.get, keys)): raise ValueError(f"no API key: set {keys[0]} in the environment")
     for k in keys:
         if (v := os.environ.get(k, "")) != v.strip(): raise ValueError(f"{k} has blanks or a line break around it; set it without")
-        if not v.isascii() or not v.isprintable(): raise ValueError(f"{k} holds a character that no key has; copy it again")
-    for name in [n for n in logging.root.manager.loggerDict if n.partition(".")[0] in (sdk.__name__, "httpx2", "httpcore2")]: logging.getLogger(name).addFilter(_unlogged)
+        if not v.isascii() or not v.isprintable():
+            raise ValueError(f"{k} holds a character that no key has; copy it again")
+    for logger in list(logging.root.manager.loggerDict):
+        if logger.partition(".")[0] in (name, "httpx2", "httpcore2"): logging.getLogger(logger).addFilter(_unlogged)
     return sdk
 
 def _unlogged(record:logging.LogRecord)->bool:
     "A filter that takes keys out of what the SDKs log"
     record.msg, record.args = secret_free(record.getMessage()), ()
-    if record.exc_info: record.exc_text, record.exc_info = secret_free(logging.Formatter().formatException(record.exc_info)), None
+    if record.exc_info:
+        record.exc_text = secret_free(logging.Formatter().formatException(record.exc_info))
+        record.exc_info = None
     return True
 
 def _secret_free(text:str)->str:
@@ -216,7 +243,9 @@ def _brief(what)->str: return secret_free(repr(what))[:200]
 
 class _Unreadable(ValueError): "A reply that was cut or garbled on its way"
 
-RESPONSES = "it is only to be had through the Responses API, which is not spoken here: take another model, or leave out the fields that need it"
+# %% ../nbs/02a_services.ipynb #c011w
+RESPONSES = ("it is only to be had through the Responses API, which is not spoken here: "
+             "take another model, or leave out the fields that need it")
 
 def only_responses(
     error:str, # what a service says
@@ -228,7 +257,8 @@ def used_up(
     error:str, # what a service says
 )->bool: # then it will say so to every request
     "Is the money gone, or what may be spent?"
-    return bool(re.search(r"insufficient_quota|credit balance|billing[_ ](hard|not)|\b(usage|spend(ing)?|budget) limits?\b", error, re.I))
+    words = r"insufficient_quota|credit balance|billing[_ ](hard|not)|\b(usage|spend(ing)?|budget) limits?\b"
+    return bool(re.search(words, error, re.I))
 
 _LATE = (504, 524) # a gateway stopped waiting for a server that may have done the work
 
@@ -237,12 +267,17 @@ def _never_left(cause:Exception|None)->bool:
     http = import_module("httpx2")
     return isinstance(cause, (http.ConnectError, http.ConnectTimeout, http.PoolTimeout, http.ProxyError))
 
+# %% ../nbs/02a_services.ipynb #c011c
 class _Client:
     "An SDK's client, its exceptions turned into ours"
-    def __init__(self, sdk, client): self.sdk, self.client, self.once = sdk, client, client.with_options(max_retries=0)
+    def __init__(self, sdk, client):
+        self.sdk, self.client, self.once = sdk, client, client.with_options(max_retries=0)
+        http = import_module("httpx2").HTTPError
+        self.broken = sdk.APIError, http, ValueError, TypeError, AttributeError # there is no reply to be read
 
     def _said(self, e:Exception)->str:
-        try: words = f"{e.status_code} {' '.join(e.response.text.split())}" # an SDK keeps only one part of them
+        "An exception in the service's own words, of which an SDK keeps only a part"
+        try: words = f"{e.status_code} {' '.join(e.response.text.split())}"
         except (AttributeError, import_module("httpx2").StreamError): words = f"{e} {e.__cause__ or ''}"
         return _secret_free(f"{self.client.base_url.host}: {type(e).__name__}: {words}".strip())
 
@@ -250,15 +285,16 @@ class _Client:
         "A call that costs money, tried once"
         try: return call()
         except self.sdk.APIStatusError as e: problem = self._problem(e)
-        except self.sdk.APIConnectionError as e: problem = (Busy if _never_left(e.__cause__) else Lost)(self._said(e))
-        except (self.sdk.APIError, import_module("httpx2").HTTPError, ValueError, TypeError, AttributeError) as e: problem = Lost(self._said(e))
-        raise problem # here, where the SDK's exception, which holds the request with its key, is no part of it any more
+        except self.broken as e: problem = (Busy if _never_left(e.__cause__) else Lost)(self._said(e))
+        raise problem # here, where the SDK's exception, which holds the request and its key, is no part of it
 
     def _problem(self, e:Exception)->Exception:
         "What a status means for a call that costs money"
         wait, said = _wait(e.response.headers), self._said(e)
-        if e.status_code in (400, 404, 422) and only_responses(str(e)): return Unusable(f"{self.model}: {RESPONSES}. {said}")
-        if e.status_code in (401, 402, 403, 404) or (used_up(f"{getattr(e, 'code', '')} {e}") and wait is None): return Unusable(said)
+        if e.status_code in (400, 404, 422) and only_responses(str(e)):
+            return Unusable(f"{self.model}: {RESPONSES}. {said}")
+        spent = wait is None and used_up(f"{getattr(e, 'code', '')} {e}")
+        if spent or e.status_code in (401, 402, 403, 404): return Unusable(said)
         if e.status_code in _LATE: return Lost(said)
         if e.status_code in (408, 409, 429) or e.status_code >= 500: return Busy(said, wait)
         return Refused(said)
@@ -268,9 +304,9 @@ class _Client:
         for left in reversed(range(tries)):
             try: return call()
             except self.sdk.APIStatusError as e:
-                problem = {404: Gone, 410: Gone, 401: Unusable, 402: Unusable, 403: Unusable}.get(e.status_code, Busy)(self._said(e))
-                left = 0
-            except (self.sdk.APIError, import_module("httpx2").HTTPError, ValueError, TypeError, AttributeError) as e: problem = Busy(self._said(e))
+                kinds = {404: Gone, 410: Gone, 401: Unusable, 402: Unusable, 403: Unusable}
+                problem, left = kinds.get(e.status_code, Busy)(self._said(e)), 0
+            except self.broken as e: problem = Busy(self._said(e))
             if not left: raise problem
 
     def lines(self, fetch:Callable, expected:int)->list[dict]:
@@ -279,6 +315,7 @@ class _Client:
             if len(lines := self.free(lambda: _lines(fetch()))) >= expected: break
         return lines
 
+# %% ../nbs/02a_services.ipynb #c011u
 def _wait(headers)->float|None:
     "Seconds that a service asks for"
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.)):
@@ -288,10 +325,11 @@ def _wait(headers)->float|None:
 def _counted(n)->bool: return type(n) is int and 0 <= n < 2**53
 
 def _usage(text:str, input, output, read, write)->dict:
-    "Token counts of a reply as far as they can be true; its text is good without them, and no reason to ask again"
+    "Token counts of a reply as far as they can be true; its text is good without them"
     parts = [n if _counted(n) else 0 for n in (read, write)]
-    if not _counted(input) or not input or sum(parts) > input: input, parts = None, [0, 0] # no prompt has no tokens
-    return dict(input_tokens=input, output_tokens=output if _counted(output) and (output or not text) else None, cache_read=parts[0], cache_write=parts[1])
+    if not _counted(input) or sum(parts) > input or not input: input, parts = None, [0, 0] # none is no count
+    if not _counted(output) or (text and not output): output = None
+    return dict(input_tokens=input, output_tokens=output, cache_read=parts[0], cache_write=parts[1])
 
 def _id(x)->str:
     "What a service calls a thing it has made"
@@ -300,13 +338,16 @@ def _id(x)->str:
 
 def _checked(reply:Reply)->Reply:
     "A reply that fits the ledger and the arithmetic"
-    counts = [n for n in (reply.input_tokens, reply.output_tokens) if n is not None] + [reply.cache_read, reply.cache_write]
-    if not isinstance(reply.text, str) or not all(_counted(n) for n in counts): raise _Unreadable(f"{_brief(reply)}")
-    return replace(reply, text=secret_free(reply.text.encode(errors="replace").decode()), id=secret_free(str(reply.id))) # half a surrogate pair cannot be kept
+    counts = [n for n in (reply.input_tokens, reply.output_tokens) if n is not None]
+    counts += [reply.cache_read, reply.cache_write]
+    if not isinstance(reply.text, str) or not all(map(_counted, counts)): raise _Unreadable(_brief(reply))
+    text = reply.text.encode(errors="replace").decode() # half a surrogate pair cannot be kept
+    return replace(reply, text=secret_free(text), id=secret_free(str(reply.id)))
 
 def _item(key:str, read:Callable)->tuple[str, Reply|Failure]:
     try: return key, read()
-    except (ValueError, TypeError, AttributeError) as e: return key, Failure(_secret_free(f"unreadable reply: {e}"), lost=True)
+    except (ValueError, TypeError, AttributeError) as e:
+        return key, Failure(_secret_free(f"unreadable reply: {e}"), lost=True)
 
 def _lines(response)->list[dict]:
     "A downloaded JSONL file, less the lines that are broken: their requests have no reply, and that is known from the ones that have"
@@ -335,7 +376,8 @@ class Anthropic(_Client):
         timeout:float=1_800., # seconds for one reply
     ):
         sdk = _sdk("anthropic", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-        super().__init__(sdk, sdk.Anthropic(base_url=model.base_url or OFFICIAL["anthropic"], max_retries=8, timeout=timeout))
+        where = model.base_url or OFFICIAL["anthropic"]
+        super().__init__(sdk, sdk.Anthropic(base_url=where, max_retries=8, timeout=timeout))
         self.model, self.batches = model, self.client.messages.batches
 
     def _body(self, r:Request)->dict:
@@ -348,9 +390,11 @@ class Anthropic(_Client):
     def _reply(self, m, mode:str)->Reply:
         if getattr(m, "content", None) is None: raise _Unreadable(f"no message with content: {_brief(m)}")
         u, text = getattr(m, "usage", None), "".join(b.text for b in m.content if b.type == "text")
-        fresh, out, read, write = (getattr(u, f"{what}_tokens", None) for what in ("input", "output", "cache_read_input", "cache_creation_input"))
-        total = fresh + (read or 0) + (write or 0) if all(map(_counted, (fresh, read or 0, write or 0))) else None
-        return _checked(Reply(text, _FINISH.get(m.stop_reason, "stop"), **_usage(text, total, out, read, write), id=m.id or "", mode=mode))
+        kinds = "input", "output", "cache_read_input", "cache_creation_input"
+        fresh, out, read, write = (getattr(u, f"{kind}_tokens", None) for kind in kinds)
+        parts = fresh, read or 0, write or 0
+        counts = _usage(text, sum(parts) if all(map(_counted, parts)) else None, out, read, write)
+        return _checked(Reply(text, _FINISH.get(m.stop_reason, "stop"), **counts, id=m.id or "", mode=mode))
 
     def answer(self, request:Request, key:str)->Reply:
         body = self._body(request)
@@ -393,12 +437,15 @@ class OpenAI(_Client):
         timeout:float=1_800., # seconds for one reply
     ):
         sdk = _sdk("openai", "OPENAI_API_KEY", needed=not model.base_url)
-        super().__init__(sdk, sdk.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=model.base_url or OFFICIAL["openai"], max_retries=8, timeout=timeout))
+        key, where = os.environ.get("OPENAI_API_KEY") or "none", model.base_url or OFFICIAL["openai"]
+        super().__init__(sdk, sdk.OpenAI(api_key=key, base_url=where, max_retries=8, timeout=timeout))
         self.model, self.limit = model, "max_tokens" if model.base_url else "max_completion_tokens"
 
     def _body(self, r:Request)->dict:
         system = [dict(role="system", content=r.system)] if r.system else []
-        body = dict(model=self.model.name, messages=[*system, dict(role="user", content=r.prompt)], **{self.limit: r.max_tokens}, **self.model.extra)
+        messages = [*system, dict(role="user", content=r.prompt)]
+        limit = {self.limit: r.max_tokens}
+        body = dict(model=self.model.name, messages=messages, **limit, **self.model.extra)
         if r.temperature is not None: body["temperature"] = r.temperature
         if r.schema: body["response_format"] = dict(type="json_schema", json_schema=dict(name="reply", schema=r.schema, strict=True))
         return body
@@ -406,9 +453,11 @@ class OpenAI(_Client):
     def _reply(self, c, mode:str)->Reply:
         if not getattr(c, "choices", None): raise _Unreadable(f"no completion with choices: {_brief(c)}")
         [choice], u = c.choices, getattr(c, "usage", None)
-        finish, text = "refusal" if choice.message.refusal else _FINISH.get(choice.finish_reason, "stop"), choice.message.refusal or choice.message.content or ""
-        counts = [getattr(u, f"{what}_tokens", None) for what in ("prompt", "completion")]
-        parts = [getattr(getattr(u, "prompt_tokens_details", None), f"{what}_tokens", None) for what in ("cached", "cache_write")]
+        said, details = choice.message, getattr(u, "prompt_tokens_details", None)
+        finish = "refusal" if said.refusal else _FINISH.get(choice.finish_reason, "stop")
+        counts = [getattr(u, f"{kind}_tokens", None) for kind in ("prompt", "completion")]
+        parts = [getattr(details, f"{kind}_tokens", None) for kind in ("cached", "cache_write")]
+        text = said.refusal or said.content or ""
         return _checked(Reply(text, finish, **_usage(text, *counts, *parts), id=c.id or "", mode=mode))
 
     def _renamed(self, error:str, sent:str)->bool:
@@ -419,8 +468,10 @@ class OpenAI(_Client):
 
     def answer(self, request:Request, key:str)->Reply:
         body, limit = self._body(request), self.limit
-        known = {k: body.pop(k) for k in ("model", "messages")} # the SDK's own arguments; all others travel as they are
-        try: return self.paid(lambda: self._reply(self.once.chat.completions.create(**known, extra_body=body, extra_headers={"Idempotency-Key": key}), "concurrent"))
+        known = {k: body.pop(k) for k in ("model", "messages")} # the SDK's own; all others travel as they are
+        create, headers = self.once.chat.completions.create, {"Idempotency-Key": key}
+        ask = partial(create, **known, extra_body=body, extra_headers=headers)
+        try: return self.paid(lambda: self._reply(ask(), "concurrent"))
         except Refused as e:
             if not self._renamed(str(e), limit): raise
         return self.answer(request, key)
@@ -428,9 +479,12 @@ class OpenAI(_Client):
     def submit(self, requests:dict[str, Request], name:str)->str:
         lines = (json.dumps(dict(custom_id=k, method="POST", url="/v1/chat/completions", body=self._body(r))) for k, r in requests.items())
         content = "\n".join(lines).encode()
-        try: file = self.free(lambda: _id(self.client.files.create(file=(f"{name}.jsonl", content), purpose="batch")))
-        except Gone as e: raise Unusable(f"{self.model} takes no batches; ask without (--no-batch): {e}") from None
-        order = dict(input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h", metadata=dict(stars=name))
+        named = f"{name}.jsonl", content
+        try: file = self.free(lambda: _id(self.client.files.create(file=named, purpose="batch")))
+        except Gone as e:
+            raise Unusable(f"{self.model} takes no batches; ask without (--no-batch): {e}") from None
+        order = dict(input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h",
+                     metadata=dict(stars=name))
         return self.paid(lambda: _id(self.once.batches.create(**order)))
 
     def find(self, batch:Batch, keys:Sequence[str], known:set[str])->str|bool:
@@ -458,7 +512,8 @@ class OpenAI(_Client):
         error = line.get("error") or body.get("error") or body
         known = error if isinstance(error, dict) else {}
         text = _secret_free(f"{known.get('code') or status}: {known.get('message') or json.dumps(error)}")
-        return Failure(text, status in (400, 404, 413, 422) and not self._renamed(text, "max_tokens" if self.model.base_url else self.limit))
+        sent = "max_tokens" if self.model.base_url else self.limit # as far as is known
+        return Failure(text, status in (400, 404, 413, 422) and not self._renamed(text, sent))
 
 # %% ../nbs/02a_services.ipynb #c016
 def connect(

@@ -124,6 +124,7 @@ def check_model(
         raise ValueError(f"model={model!r}: its runs cannot lie in a folder named {name[:60]!r}, {why}; "
                          f"rename it, or give it by a link with another name")
 
+# %% ../nbs/10_stages.ipynb #c026
 def _unfit(name:str)->str: # why; "" if it is fit
     "Why no folder of the run store should have a name"
     if name in ("shared", "notebooks", *BASES, "smollm2"): return "which is taken"

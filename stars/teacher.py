@@ -308,7 +308,8 @@ def ask_teacher(
     rows, outcomes, replies, more = [], [], [], math.ceil(n*over)
     for _ in range(rounds):
         asked = _questions(problems, len(outcomes) + more, seed)
-        replies = _ask_on(model, [teacher_request(p, mix, sample, max_tokens, temperature) for p, sample in asked], ledger, replies, **how)
+        requests = [teacher_request(p, mix, sample, max_tokens, temperature) for p, sample in asked]
+        replies = _ask_on(model, requests, ledger, replies, **how)
         outcomes = [_outcome(reply, p) for (p, _), reply in zip(asked, replies)]
         rows = [row for _, row, reason in outcomes if not reason]
         if len(rows) >= n or not rows and len(outcomes) >= _HOPELESS: break
@@ -317,11 +318,15 @@ def ask_teacher(
     if len(rows) < n: raise ValueError(_too_few(report, n))
     return rows[:n], report
 
-def _ask_on(model:Model, requests:list[Request], ledger:Ledger, before:list[Reply|None], max_cost:float|None=None, **how)->list[Reply|None]:
-    "Replies to requests of which the first have been asked before; those without a reply are not asked again, but what they may have cost counts"
+def _ask_on(model:Model, requests:list[Request], ledger:Ledger, before:list[Reply|None],
+            max_cost:float|None=None, **how)->list[Reply|None]:
+    "Replies to requests, the first of them asked before; what then had none is not asked again, but its cost counts"
     silent = {i for i, reply in enumerate(before) if reply is None}
-    if max_cost is not None and silent: max_cost = max(0., max_cost - ledger.lost(ledger.note(model, [requests[i] for i in silent])))
-    replies = iter(ask(model, [r for i, r in enumerate(requests) if i not in silent], ledger, max_cost=max_cost, **how))
+    if max_cost is not None and silent:
+        lost = ledger.lost(ledger.note(model, [requests[i] for i in silent]))
+        max_cost = max(0., max_cost - lost)
+    asked = [r for i, r in enumerate(requests) if i not in silent]
+    replies = iter(ask(model, asked, ledger, max_cost=max_cost, **how))
     return [None if i in silent else next(replies) for i in range(len(requests))]
 
 def _too_few(report, n):

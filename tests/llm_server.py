@@ -27,7 +27,9 @@ class Faults:
     slow_s:float=1.          # seconds
     latency_s:float=0.       # seconds that every completion takes
     max_faults_per_request:int=3 # of the probabilities above, per fingerprint (or method, path and body)
-    script:list=field(default_factory=list) # names without "p_" for the first authorised requests; also "ok", "quota" (429 for good), "502", "504" (billed), "html", "hollow"
+    # names without "p_" for the first authorised requests; also "ok", "quota" (429 for good), "502",
+    # "504" (billed), "html", "hollow"
+    script:list=field(default_factory=list)
     rpm:float=0.             # requests a minute, a token bucket; 0: no limit
     tpm:float=0.             # tokens a minute (estimated input + max_tokens); 0: no limit
     window_s:float=60.       # seconds of allowance that the buckets hold
@@ -59,7 +61,8 @@ ERRORS = { # status → Anthropic's type, OpenAI's type
     400:("invalid_request_error", "invalid_request_error"), 401:("authentication_error", "invalid_request_error"),
     404:("not_found_error", "invalid_request_error"),
     413:("request_too_large", "invalid_request_error"), 429:("rate_limit_error", "requests"), 500:("api_error", "server_error"),
-    502:("api_error", "server_error"), 504:("api_error", "server_error"), 503:("overloaded_error", "service_unavailable_error"), 529:("overloaded_error", "service_unavailable_error")}
+    502:("api_error", "server_error"), 504:("api_error", "server_error"),
+    503:("overloaded_error", "service_unavailable_error"), 529:("overloaded_error", "service_unavailable_error")}
 ID = r"[a-zA-Z0-9_-]{1,64}"
 EXPIRED = dict(code="batch_expired", message="This request could not be executed before the completion window expired.")
 CANCELLED = dict(code="batch_cancelled", message="This request was not executed because the batch was cancelled.")
@@ -71,8 +74,10 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param, self.kind, self.headers = status, message, code, param, kind, headers
     def body(self, api, request_id):
         kinds = ERRORS.get(self.status, ERRORS[400])
-        if api=="anthropic": return dict(type="error", error=dict(type=kinds[0], message=self.message), request_id=request_id)
-        return dict(error=dict(message=self.message, type=self.kind or kinds[1], param=self.param, code=self.code))
+        if api=="anthropic":
+            return dict(type="error", error=dict(type=kinds[0], message=self.message), request_id=request_id)
+        return dict(error=dict(message=self.message, type=self.kind or kinds[1], param=self.param,
+                               code=self.code))
 
 def need(ok, message, code=None, param=None, status=400):
     "Refuses unless ok"
@@ -153,9 +158,11 @@ class Batch:
 
 class LLMServer:
     "Serves both services at one port, in threads of this process; a context manager"
-    def __init__(self, answer=echo, faults=None, key="test-key", models=None, seed=0, port=0, no_temperature=(), cache_min_tokens=1024, log=None, only_max_tokens=False):
+    def __init__(self, answer=echo, faults=None, key="test-key", models=None, seed=0, port=0,
+                 no_temperature=(), cache_min_tokens=1024, log=None, only_max_tokens=False):
         self.answer, self.faults, self.key, self.models, self.no_temperature = answer, faults or Faults(), key, models, set(no_temperature)
-        self.only_max_tokens = only_max_tokens # as servers that have not heard of max_completion_tokens, and ignore it
+        # as servers that have not heard of max_completion_tokens, and ignore it
+        self.only_max_tokens = only_max_tokens
         self.rng, self.lock, self.cache_min_tokens = random.Random(seed), threading.RLock(), cache_min_tokens
         self.limits = dict(anthropic=(100_000, 256_000_000), openai=(50_000, 200_000_000)) # items and bytes of a batch
         self.script, self.log, self.log_file = list(self.faults.script), [], log and open(log, "a", buffering=1)
@@ -204,7 +211,8 @@ class LLMServer:
     def check(self, api, body, model):
         "Refuses the parameters that the service refuses; gives max_tokens, temperature and schema"
         anthropic, old, top = api=="anthropic", model not in self.no_temperature, 1 if api=="anthropic" else 2
-        t, n, schema = body.get("temperature"), body.get("max_tokens") if self.only_max_tokens else body.get("max_completion_tokens", body.get("max_tokens")), None
+        t, n, schema = body.get("temperature"), body.get("max_tokens"), None
+        if not self.only_max_tokens: n = body.get("max_completion_tokens", n)
         need(not body.get("stream") and body.get("n") in (None, 1), "stream, n: not imitated here")
         need(n is None or type(n) is int and n>0, "max_tokens: must be a whole number of at least 1", param="max_tokens")
         need(t is None or isinstance(t, (int,float)) and 0<=t<=top, f"temperature: must be in 0..{top}", param="temperature")
@@ -248,7 +256,7 @@ class LLMServer:
             fingerprint=fingerprint(model, system, prompt, **sampling), marked=marked)
 
     def complete(self, q, batch=False):
-        "Works out one reply, bills it, and gives it in the service's format; `usage` in an answer takes the place of the service's own, \"absent\" leaves it out"
+        "Works out one reply, bills it, and gives it in the service's format; `usage` in an answer replaces the service's"
         a = self.answer(q)
         a = dict(text=a) if isinstance(a, str) else dict(a)
         reply = self.formatted(q, a, batch)
@@ -581,7 +589,9 @@ class LLMServer:
                 if fault=="slow": time.sleep(self.faults.slow_s)
                 if fault=="drop_after": reply.fault, reply.cut = fault, 0
                 if fault=="truncated_body": reply.fault, reply.cut = fault, 2*len(reply.body)//3
-                if fault=="504": reply.fault, reply.status, reply.body = fault, 504, dumps(ApiError(504, "Gateway timeout").body(c.api, rid))
+                if fault=="504":
+                    late = ApiError(504, "Gateway timeout").body(c.api, rid)
+                    reply.fault, reply.status, reply.body = fault, 504, dumps(late)
                 if fault in NONSENSE: reply.fault, (reply.body, reply.type) = fault, NONSENSE[fault]
                 if fault=="malformed": reply.fault, reply.body, reply.cut = fault, reply.body[:2*len(reply.body)//3]+b'{"', None
         except Exception as e:

@@ -103,27 +103,36 @@ def test_budgets_from_the_command_line(capsys):
         assert len(read_rows("bv.parquet")) == 10 and set(s.served.values()) == {1}
 
 def test_what_was_paid_includes_what_was_lost(capsys):
-    Path("prices.json").write_text(json.dumps(dict(date="2026-01-01", models={"openai:m": dict(input=1., output=10.)})))
-    with LLMServer(answer=teach, key=KEY, faults=Faults(script=["ok", "drop_after"]*3, honour_idempotency=False)) as s:
-        command = ["prime", "bv.parquet", "--teacher", "openai:m", "--n", 10, "--over", 3, "--base-url", s.openai_url, "--prices", "prices.json"]
+    prices = {"openai:m": dict(input=1., output=10.)}
+    Path("prices.json").write_text(json.dumps(dict(date="2026-01-01", models=prices)))
+    faults = Faults(script=["ok", "drop_after"]*3, honour_idempotency=False)
+    with LLMServer(answer=teach, key=KEY, faults=faults) as s:
+        command = ["prime", "bv.parquet", "--teacher", "openai:m", "--n", 10, "--over", 3, "--base-url",
+                   s.openai_url, "--prices", "prices.json"]
         with pytest.warns(UserWarning, match="3 of 30 requests"): run(*command)
         with Ledger("runs/ledger.db") as book: (n, lost), [(*_, cost)] = losses(book), book.totals()
-        assert n == 3 and f"paid now ${cost + lost:.4f} at most, ${lost:.4f} of it for replies that were lost" in capsys.readouterr().out
+        assert n == 3
+        said = capsys.readouterr().out
+        assert f"paid now ${cost + lost:.4f} at most, ${lost:.4f} of it for replies that were lost" in said
         run("ledger", "runs/ledger.db")
         assert f"lost: 3 replies that may have been paid for, at most ${lost:.4f}" in capsys.readouterr().out
         Path("bv.parquet").unlink()
         s.script, before = ["drop_after"]*2, s.received
         run(*command, "--blind-retries", 2)                                     # asks for the three again
-        assert "paid now" in capsys.readouterr().out and s.received > before + 3 and set(s.served.values()) <= {1, 2, 3}
+        assert "paid now" in capsys.readouterr().out and s.received > before + 3
+        assert set(s.served.values()) <= {1, 2, 3}
 
 def test_teachers_whose_tokens_nobody_counts(capsys):
     def answer(q):
         reply = teach(q)
         return (dict(text=reply) if isinstance(reply, str) else reply) | dict(usage="absent")
-    with LLMServer(answer=answer, key=KEY) as s: run("prime", "bv.parquet", "--teacher", "openai:m", "--n", 10, "--over", 2, "--base-url", s.openai_url)
+    with LLMServer(answer=answer, key=KEY) as s:
+        run("prime", "bv.parquet", "--teacher", "openai:m", "--n", 10, "--over", 2, "--base-url",
+            s.openai_url)
     run("ledger", "runs/ledger.db")
     said = capsys.readouterr().out
-    assert len(read_rows("bv.parquet")) == 10 and set(s.served.values()) == {1} and "the tokens of 20 replies were not counted by their service" in said and "paid now $0.0000" in said
+    assert len(read_rows("bv.parquet")) == 10 and set(s.served.values()) == {1}
+    assert "the tokens of 20 replies were not counted by their service" in said and "paid now $0.0000" in said
 
 def test_a_key_that_a_server_repeats_is_in_no_file_and_no_message(capfd, corpus):
     texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/completions.parquet")).head(5)
@@ -136,11 +145,14 @@ def test_a_key_that_a_server_repeats_is_in_no_file_and_no_message(capfd, corpus)
         run("judge", "completions.parquet", "--judge", "openai:m", "--format", "tags", *to, "--task", "math")
         fails("prime", "x.parquet", "--teacher", "openai:m", "--n", 5, *to)
         fails("label", corpus, "labels", "--labeller", "openai:m", *to)
-        fails("judge", "completions.parquet", "--judge", "openai:m", "--extra", json.dumps(dict(user=KEY)), *to)
+        fails("judge", "completions.parquet", "--judge", "openai:m", "--extra", json.dumps(dict(user=KEY)),
+              *to)
         run("ledger", "runs/ledger.db", "--to", "study.parquet")
     said, files = "".join(capfd.readouterr()), [f for f in Path(".").rglob("*") if f.is_file()]
-    written = b"".join(f.read_bytes() for f in files) + repr([pd.read_parquet(f).to_dict() for f in files if f.suffix == ".parquet"]).encode()
-    assert {"ratings.parquet", "ledger.db", "study.parquet"} <= {f.name for f in files} and KEY.encode() not in written and KEY not in said
+    tables = [pd.read_parquet(f).to_dict() for f in files if f.suffix == ".parquet"]
+    written = b"".join(f.read_bytes() for f in files) + repr(tables).encode()
+    assert {"ratings.parquet", "ledger.db", "study.parquet"} <= {f.name for f in files}
+    assert KEY.encode() not in written and KEY not in said
     assert b"$OPENAI_API_KEY" in written and "$OPENAI_API_KEY" in said
 
 def test_a_hosted_judge(capsys):
@@ -194,7 +206,9 @@ def test_batches_under_way_are_seen_and_given_up(capsys, monkeypatch):
         assert "nothing is changed. --no-cancel" in capsys.readouterr().err and not s.batches[id].cancelled
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         run("ledger", "runs/ledger.db", "--forget", id)
-        assert "cancelled; 0 replies were done and are kept, 12 requests can be sent again" in capsys.readouterr().out and s.batches[id].cancelled
+        said = capsys.readouterr().out
+        assert "cancelled; 0 replies were done and are kept, 12 requests can be sent again" in said
+        assert s.batches[id].cancelled
 
 # what experiments make of rows from elsewhere
 

@@ -296,8 +296,9 @@ def test_settings_are_all_that_decides_the_ratings(tmp_path):
     of = lambda df=df, model="openai:somebody", **kw: judge_settings(df, model, **(base | kw))
     same = of()
     assert set(same) == {"judge", "extra", *base, "questions", "texts"} and same["format"] == "tags" and json.loads(json.dumps(same)) == same == of(format="tags") == of(model=MODEL)
-    assert of(df.rename(index=lambda i: i + 7)) == same == of(model=Model("openai", "somebody", "https://api.openai.com/v1/")) # where texts lie decides nothing
-    assert of(model=Model("openai", "somebody", "http://localhost:1/v1/")) == same | dict(base_url="http://localhost:1/v1") # another server, another judge
+    at = lambda url: of(model=Model("openai", "somebody", url))
+    assert of(df.rename(index=lambda i: i + 7)) == same == at("https://api.openai.com/v1/") # rows lie anywhere
+    assert at("http://localhost:1/v1/") == same | dict(base_url="http://localhost:1/v1")    # another judge
     assert of(model="openai:strict", prices=tmp_path / "prices.json")["format"] == "json"
     changed = lambda **kw: {k for k, v in of(**kw).items() if v != same[k]}
     assert changed(task="math") == {"task", "questions"} and changed(format="json") == {"format", "questions"} and changed(seed=1) == {"seed", "texts"}

@@ -9,6 +9,7 @@ from byte_model import checkpoint
 from hypothesis import given, settings, strategies as st
 
 from stars.labellers import LABELS, Answer, Asked, Labelling, LLMRows, chat_ids, chat_tokenizer, cut_text, label_request, offline_replies, labels_of
+from stars.labellers import _Rows
 from stars.llm import Reply, Request
 from stars.pretraining import Text
 from stars.rewriting import METHODS, Rewriting, read_rewrite
@@ -118,3 +119,12 @@ def test_two_versions_of_a_text_are_asked_for_alike():
     assert curated.request.max_tokens == negated.request.max_tokens and "about 240 words" in curated.request.prompt
     assert no == none == Asked(None, "empty", dict(row=1))
     assert read_rewrite(Reply('{"question": "q", "thoughts": "t</think>", "answer": "a"}')) == (None, "tags inside")
+
+def test_engines_that_label_are_told_the_limit():
+    class Chat:
+        "As much of a tokenizer as a request needs"
+        added_tokens_decoder = {}
+        def apply_chat_template(self, turns, **how): return [1, 2, 3]
+    rows = _Rows(None, "", 100, {})
+    told = [rows.row(Chat(), [0], Asked(Request("text", max_tokens=n)))["sampling_params"] for n in (1, 50)]
+    assert [t["max_tokens"] for t in told] == [1, 50]

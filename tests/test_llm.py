@@ -66,7 +66,8 @@ def test_every_reply_arrives_once_whatever_the_server_does(service, batch, book)
     todo = questions(120)
     with serve(Faults(**BAD_LUCK)) as s, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        while None in (replies := quick(model_at(s, service), todo, book, batch=batch, tries=8)): pass # a lost reply ends its request's turn
+        # a lost reply ends its request's turn
+        while None in (replies := quick(model_at(s, service), todo, book, batch=batch, tries=8)): pass
         assert right(replies, todo)
         assert len(s.served) == len(todo) and set(s.served.values()) == {1}     # each was billed once
         before = s.received
@@ -87,7 +88,8 @@ def test_tokens_and_cost_are_the_services_own(service, batch, book):
         assert one == two and sum(s.served.values()) == 1
         assert (one.input_tokens, one.output_tokens, one.cache_read, one.mode) == (1_000, 20, 600, "batch" if batch else "concurrent")
         paid = genai_prices.Usage(input_tokens=1_000, output_tokens=20, cache_read_tokens=600)
-        true = genai_prices.calc_price(paid, name, provider_id=service, price_context=dict(processing="batch") if batch else None).total_price
+        true = genai_prices.calc_price(paid, name, provider_id=service,
+                                       price_context=dict(processing="batch") if batch else None).total_price
         assert one.cost == pytest.approx(float(true)) == book.cost(keys)
 
 @BOTH
@@ -215,7 +217,8 @@ def test_killed_again_and_again(service, batch, tmp_path):
             p.wait()
         p = client(s, service, tmp_path/"ledger.db", n, batch)
         assert p.wait(600) == 0
-        with Ledger(tmp_path/"ledger.db") as book: assert right([book.get(model_at(s, service), q) for q in questions(n)], questions(n))
+        with Ledger(tmp_path/"ledger.db") as book:
+            assert right([book.get(model_at(s, service), q) for q in questions(n)], questions(n))
         assert len(s.served) == n and set(s.served.values()) == {1}
     assert [f.name for f in tmp_path.iterdir() if f.suffix == ".lock"] == []
 
@@ -233,7 +236,8 @@ def test_interrupted_clients_keep_what_is_in_the_air(tmp_path):
         p.send_signal(signal.SIGINT)
         assert p.wait(600) != 0
         with Ledger(tmp_path/"ledger.db") as book:
-            assert len(book.answered(book.note(model_at(s, "openai"), questions(200)))) == sum(s.served.values()) < 200
+            answered = book.answered(book.note(model_at(s, "openai"), questions(200)))
+            assert len(answered) == sum(s.served.values()) < 200
 
 # secrets, replay
 
@@ -259,12 +263,15 @@ def everything_said(e):
         e = e.__cause__ or e.__context__
     return "".join(traceback.format_exception(seen[0])) + "".join(f"{x!r} {x} {x.args}" for x in seen)
 
-ECHOES = {"plain": str, "as a header": "Authorization: Bearer {}".format, "in an address": lambda k: f"https://x/?key={quote(k, safe='')}", "in JSON in JSON": lambda k: json.dumps(json.dumps(k))}
+ECHOES = {"plain": str, "as a header": "Authorization: Bearer {}".format,
+          "in an address": lambda k: f"https://x/?key={quote(k, safe='')}",
+          "in JSON in JSON": lambda k: json.dumps(json.dumps(k))}
 
 @BOTH
 @MODES
 @pytest.mark.parametrize("status", [400, 401, 422, 429, 500, 504, 200])
-def test_a_key_that_a_server_repeats_is_kept_nowhere(service, status, batch, tmp_path, monkeypatch, capfd, caplog):
+def test_a_key_that_a_server_repeats_is_kept_nowhere(service, status, batch, tmp_path, monkeypatch, capfd,
+                                                     caplog):
     monkeypatch.chdir(tmp_path)
     key, respond = 'sk-"tricky"/key+0123456789', LLMServer.respond
     monkeypatch.setenv(f"{service.upper()}_API_KEY", key)
@@ -279,7 +286,8 @@ def test_a_key_that_a_server_repeats_is_kept_nowhere(service, status, batch, tmp
         return replace(reply, headers=reply.headers | {"x-echo": key, "x-request-id": key, "request-id": key})
     monkeypatch.setattr(LLMServer, "respond", echo)
     said = ""
-    with LLMServer(answer=answer, key=key) as s, Ledger("ledger.db") as book, warnings.catch_warnings(record=True) as warned:
+    with (LLMServer(answer=answer, key=key) as s, Ledger("ledger.db") as book,
+          warnings.catch_warnings(record=True) as warned):
         warnings.simplefilter("always")
         for todo in (questions(8), questions(30)):
             try: replies = quick(model_at(s, service), todo, book, batch=batch, retries=0, tries=1)
@@ -287,17 +295,22 @@ def test_a_key_that_a_server_repeats_is_kept_nowhere(service, status, batch, tmp
             else: said += repr(replies)
         book.export("study.parquet")
         assert s.received > 0 and said
-        said += repr(book.errors(book.note(model_at(s, service), questions(30)))) + repr(pq.read_table("study.parquet").to_pylist())
+        said += repr(book.errors(book.note(model_at(s, service), questions(30))))
+        said += repr(pq.read_table("study.parquet").to_pylist())
     said += "".join(str(w.message) for w in warned) + caplog.text + "".join(capfd.readouterr())
     said += "".join(f.read_bytes().decode(errors="replace") for f in tmp_path.rglob("*") if f.is_file())
-    for form in {key, quote(key, safe=""), json.dumps(key)[1:-1], json.dumps(json.dumps(key)[1:-1])[1:-1], repr(key)[1:-1], key.split("/")[1]}: assert form not in said
-    assert f"${service.upper()}_API_KEY" in said                                # it was there, and has become its name
+    for form in {key, quote(key, safe=""), json.dumps(key)[1:-1], json.dumps(json.dumps(key)[1:-1])[1:-1],
+                 repr(key)[1:-1], key.split("/")[1]}:
+        assert form not in said
+    # it was there, and has become its name
+    assert f"${service.upper()}_API_KEY" in said
 
 @BOTH
 def test_no_part_of_a_key_is_left_where_a_message_is_cut(service, book):
     for before in (*range(0, 120, 8), *range(880, 1_000, 12)):
         with LLMServer(answer=lambda q: q["prompt"], key=KEY) as s, pytest.MonkeyPatch.context() as mp:
-            bad = LLMReply(json.dumps(dict(error=dict(message="x"*before + KEY), note="x"*before + KEY)).encode(), status=400 if before > 300 else 200) # or no completion at all
+            body = dict(error=dict(message="x"*before + KEY), note="x"*before + KEY)
+            bad = LLMReply(json.dumps(body).encode(), status=400 if before > 300 else 200) # or no completion
             mp.setattr(LLMServer, "completion", lambda self, q: bad)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -307,17 +320,23 @@ def test_no_part_of_a_key_is_left_where_a_message_is_cut(service, book):
 
 def test_words_that_stand_for_a_key_are_left_alone(book, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "ollama")
-    with LLMServer(answer=lambda q: "ollama is fun", key="ollama") as s: assert quick(model_at(s, "openai"), questions(1), book)[0].text == "ollama is fun"
+    with LLMServer(answer=lambda q: "ollama is fun", key="ollama") as s:
+        assert quick(model_at(s, "openai"), questions(1), book)[0].text == "ollama is fun"
 
-@pytest.mark.parametrize("kw", [dict(extra=dict(user=KEY)), dict(extra=dict(metadata=dict(a=[f"Bearer {KEY}"]))), dict(base_url=f"http://localhost/{KEY}/v1"), dict(name=KEY)], ids=lambda kw: next(iter(kw)))
+@pytest.mark.parametrize("kw", [dict(extra=dict(user=KEY)),
+                                dict(extra=dict(metadata=dict(a=[f"Bearer {KEY}"]))),
+                                dict(base_url=f"http://localhost/{KEY}/v1"), dict(name=KEY)],
+                         ids=lambda kw: next(iter(kw)))
 def test_models_hold_no_keys(kw):
-    with pytest.raises(ValueError, match="holds an API key") as e: Model(**dict(service="openai", name="m") | kw)
+    with pytest.raises(ValueError, match="holds an API key") as e:
+        Model(**dict(service="openai", name="m") | kw)
     assert KEY not in everything_said(e.value)
 
 @pytest.mark.parametrize("key", ["sk-0123456789…", "sk-01234\u200b56789", "sk-0123456789\x07"])
 def test_keys_that_were_copied_badly_are_refused_unseen(key, book, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(ValueError, match="copy it again") as e: quick("openai:gpt-4o-mini", questions(1), book)
+    with pytest.raises(ValueError, match="copy it again") as e:
+        quick("openai:gpt-4o-mini", questions(1), book)
     assert key not in everything_said(e.value)
 
 def test_a_recording_answers_without_keys_or_network(tmp_path, book, monkeypatch):
@@ -512,7 +531,8 @@ def test_what_never_arrived_goes_in_again_as_it_was(book):
     def lost_twice(n):
         if n <= 2: raise Lost("no reply")
     s = Scripted(submit=lost_twice)
-    with pytest.warns(UserWarning, match="not known whether"): assert right(quick("openai:m", questions(50), book, batch=True, service=s), questions(50))
+    with pytest.warns(UserWarning, match="not known whether"):
+        assert right(quick("openai:m", questions(50), book, batch=True, service=s), questions(50))
     assert list(map(len, s.submitted)) == [50]*3
 
 @BOTH
@@ -522,27 +542,34 @@ def test_a_busy_service_is_handed_the_same_batch_again(service, status, book, mo
     def busy(self, api, body):
         if left[0]:
             left[0] -= 1
-            raise ApiError(529 if status == 503 and api == "anthropic" else status, "not now", **({"retry-after": "0.2"} if status == 429 else {}))
+            raise ApiError(529 if status == 503 and api == "anthropic" else status, "not now",
+                           **({"retry-after": "0.2"} if status == 429 else {}))
         return submission(self, api, body)
     with serve() as s:
         m = model_at(s, service, "own")
-        if status == "refused":                                                     # nobody listens for a moment
+        # nobody listens for a moment
+        if status == "refused":
             never, paid = httpx2.ConnectError("refused"), services._Client.paid
             def away(self, call):
                 if not left[0]: return paid(self, call)
                 left[0] -= 1
-                def fails(): raise self.sdk.APIConnectionError(request=httpx2.Request("POST", "http://x")) from never
+                def fails():
+                    raise self.sdk.APIConnectionError(request=httpx2.Request("POST", "http://x")) from never
                 return paid(self, fails)
             monkeypatch.setattr(services._Client, "paid", away)
         else: monkeypatch.setattr(LLMServer, "submission", busy)
-        with pytest.warns(UserWarning, match="handing in 300 requests again"): assert right(quick(m, questions(300), book, batch=True, prices=table), questions(300))
+        with pytest.warns(UserWarning, match="handing in 300 requests again"):
+            assert right(quick(m, questions(300), book, batch=True, prices=table), questions(300))
         assert [len(b.items) for b in s.batches.values()] == [300] and left == [0] and losses(book) == (0, 0.)
 
 def test_a_service_that_stays_busy_is_given_up_and_gone_on_with_later(book):
     def busy(n): raise Busy("not now")
     s = Scripted(submit=busy)
-    with pytest.raises(ConnectionError, match="20 calls in a row failed"), pytest.warns(UserWarning): quick("openai:m", questions(50), book, batch=True, service=s, poll=0)
-    assert set(map(len, s.submitted)) == {50} and right(quick("openai:m", questions(50), book, batch=True, service=Scripted(), poll=0), questions(50))
+    with pytest.raises(ConnectionError, match="20 calls in a row failed"), pytest.warns(UserWarning):
+        quick("openai:m", questions(50), book, batch=True, service=s, poll=0)
+    assert set(map(len, s.submitted)) == {50}
+    assert right(quick("openai:m", questions(50), book, batch=True, service=Scripted(), poll=0),
+                 questions(50))
 
 def test_looks_that_fail_now_and_then_end_no_run(book):
     looks = iter([x for _ in range(30) for x in (ConnectionError("away"), False)] + [True])
@@ -551,13 +578,15 @@ def test_looks_that_fail_now_and_then_end_no_run(book):
         return x
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert right(quick("openai:m", questions(5), book, batch=True, service=Scripted(ended=ended), poll=0), questions(5))
+        assert right(quick("openai:m", questions(5), book, batch=True, service=Scripted(ended=ended),
+                           poll=0), questions(5))
 
 def test_busy_while_batches_are_under_way_is_waited_out(book, monkeypatch):
     monkeypatch.setattr(llm, "BATCH_REQUESTS", 30)
     state = dict(tries=0)
     def full(n):
-        if n > 1 and state["tries"] < 40:                                           # twice what a run would bear
+        # twice what a run would bear
+        if n > 1 and state["tries"] < 40:
             state["tries"] += 1
             raise Busy("too many batches")
     s = Scripted(submit=full, ended=lambda id: id != "b1" or state["tries"] == 40)
@@ -570,7 +599,8 @@ def test_busy_while_batches_are_under_way_is_waited_out(book, monkeypatch):
 def test_servers_without_batches_say_so(book):
     with serve() as s:
         m = Model("openai", "m", s.url + "/nowhere")
-        with pytest.raises(Unusable, match="takes no batches; ask without"): quick(m, questions(5), book, batch=True)
+        with pytest.raises(Unusable, match="takes no batches; ask without"):
+            quick(m, questions(5), book, batch=True)
 
 def test_batches_are_not_asked_again_one_by_one(book):
     s = Scripted(ended=lambda id: False)
@@ -593,7 +623,8 @@ def test_many_refusals_do_not_end_later_calls(bad_first, book):
     todo = [*bad, *good] if bad_first else [*good, *bad]
     with serve() as s:
         for _ in range(3):
-            with pytest.warns(UserWarning, match="120 of 160"): replies = quick(model_at(s, "openai"), todo, book)
+            with pytest.warns(UserWarning, match="120 of 160"):
+                replies = quick(model_at(s, "openai"), todo, book)
             assert sorted(r.text for r in replies if r) == sorted(q.prompt[::-1] for q in good)
 
 class Words(ApiError):
@@ -603,32 +634,50 @@ class Words(ApiError):
         self.words = body
     def body(self, api, request_id): return self.words
 
+OWN_WORDS = [(400, dict(error=dict(message="no such thing as own_field"))),
+             (422, dict(detail=[dict(loc=["body", "own_field"], msg="Extra inputs are not permitted")])),
+             (405, "own_field: method not allowed"),
+             (413, dict(error="own_field is too large")),
+             (451, dict(message="own_field is not for you", object="error")),
+             (400, dict(error=dict(message="Provider returned error", metadata=dict(raw="own_field is wrong"))))]
+
 @BOTH
-@pytest.mark.parametrize("status, body", [(400, dict(error=dict(message="no such thing as own_field"))), (422, dict(detail=[dict(loc=["body", "own_field"], msg="Extra inputs are not permitted")])),
-                                          (405, "own_field: method not allowed"), (413, dict(error="own_field is too large")), (451, dict(message="own_field is not for you", object="error")),
-                                          (400, dict(error=dict(message="Provider returned error", metadata=dict(raw="own_field is wrong"))))], ids=str)
+@pytest.mark.parametrize("status, body", OWN_WORDS, ids=str)
 def test_what_every_request_is_refused_with_ends_the_run(service, status, body, book):
     def answer(q): raise Words(status, body)
     with serve(answer=answer) as s:
-        with pytest.raises(Unusable, match="in a row were refused.*own_field"): quick(model_at(s, service), questions(300), book, concurrency=4)
-        assert 10 <= s.received < 40 and all("own_field" in e for e in book.errors(book.note(model_at(s, service), questions(300))).values())
-        with pytest.warns(UserWarning, match="own_field"): assert quick(model_at(s, service), questions(3), book) == [None]*3 # too few to say
+        with pytest.raises(Unusable, match="in a row were refused.*own_field"):
+            quick(model_at(s, service), questions(300), book, concurrency=4)
+        assert 10 <= s.received < 40
+        said = book.errors(book.note(model_at(s, service), questions(300)))
+        assert said and all("own_field" in e for e in said.values())
+        # too few to say
+        with pytest.warns(UserWarning, match="own_field"):
+            assert quick(model_at(s, service), questions(3), book) == [None]*3
+
+ONLY = [(404, "This model is only supported in v1/responses and not in v1/chat/completions."),
+        (400, "m is not available here. Please use the Responses API instead."),
+        (404, "The model is only supported by /v1/responses.")]
 
 @MODES
-@pytest.mark.parametrize("status, words", [(404, "This model is only supported in v1/responses and not in v1/chat/completions."), (400, "m is not available here. Please use the Responses API instead."),
-                                           (404, "The model is only supported by /v1/responses.")], ids=str)
+@pytest.mark.parametrize("status, words", ONLY, ids=str)
 def test_models_that_only_the_responses_api_answers_are_refused_with_that_reason(status, words, batch, book):
     def answer(q): raise ApiError(status, words)
     with serve(answer=answer) as s:
-        with pytest.raises(Unusable, match=f"openai:m: it is only to be had through the Responses API.*take another model.*{re.escape(words)}"): quick(model_at(s, "openai"), questions(5), book, batch=batch)
+        reason = "openai:m: it is only to be had through the Responses API.*take another model.*"
+        with pytest.raises(Unusable, match=reason + re.escape(words)):
+            quick(model_at(s, "openai"), questions(5), book, batch=batch)
     def other(q): raise ApiError(status, "no such thing as own_field")
     with serve(answer=other) as s, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: quick(model_at(s, "openai"), questions(5), book, batch=batch)
         except Unusable as e: assert "Responses API" not in str(e)                 # a 404
 
-LIMITS = [(400, "You have reached your usage limits."), (400, "You have reached your specified API usage limits. You will regain access on 2027-01-01 at 00:00 UTC."),
-          (400, "Your credit balance is too low to access the API."), (429, "Billing hard limit has been reached"), (403, "This workspace has hit its spend limit.")]
+LIMITS = [(400, "You have reached your usage limits."),
+          (400, "You have reached your specified API usage limits. You will regain access on 2027-01-01."),
+          (400, "Your credit balance is too low to access the API."),
+          (429, "Billing hard limit has been reached"),
+          (403, "This workspace has hit its spend limit.")]
 
 @BOTH
 @pytest.mark.parametrize("status, words", LIMITS, ids=str)
@@ -639,7 +688,8 @@ def test_a_limit_that_is_reached_on_the_way_ends_the_run(service, status, words,
         if len(answered) > 60: raise ApiError(status, words)
         return q["prompt"][::-1]
     with serve(answer=answer) as s:
-        with pytest.raises(Unusable, match=re.escape(words)): quick(model_at(s, service), questions(300), book, concurrency=4)
+        with pytest.raises(Unusable, match=re.escape(words)):
+            quick(model_at(s, service), questions(300), book, concurrency=4)
         assert s.received < 80 and len(book.answered(book.note(model_at(s, service), questions(300)))) == 60
 
 @BOTH
@@ -650,18 +700,20 @@ def test_a_limit_that_a_batch_meets_ends_the_run(service, book):
         if len(answered) > 3: raise ApiError(400, LIMITS[0][1])
         return q["prompt"][::-1]
     with serve(answer=answer) as s:
-        with pytest.raises(Unusable, match="reached your usage limits"): quick(model_at(s, service), questions(10), book, batch=True)
+        with pytest.raises(Unusable, match="reached your usage limits"):
+            quick(model_at(s, service), questions(10), book, batch=True)
         assert len(s.batches) == 1 and len(book.answered(book.note(model_at(s, service), questions(10)))) == 3
 
 def test_rate_limits_are_no_such_limits(book):
-    words = "Rate limit reached for m on tokens per min. You can increase your usage limits at https://example.com/account/billing."
+    words = "Rate limit reached for m. You can increase your usage limits at https://example.com/account/billing."
     left = [5]
     def answer(q):
         if left[0]:
             left[0] -= 1
             raise ApiError(429, words, "rate_limit_exceeded", **{"retry-after": "0.1"})
         return q["prompt"][::-1]
-    with serve(answer=answer) as s: assert right(quick(model_at(s, "openai"), questions(5), book), questions(5))
+    with serve(answer=answer) as s:
+        assert right(quick(model_at(s, "openai"), questions(5), book), questions(5))
 
 @pytest.mark.parametrize("bad", [dict(output_tokens=-10**9), dict(input_tokens=2**70), dict(text=None), dict(text=["a"])], ids=str)
 def test_impossible_replies_are_not_booked(bad):
@@ -683,7 +735,9 @@ def test_lost_replies_count_against_the_budget(book, tmp_path):
 def table(tmp_path):
     "A price table for the model `own` of both services"
     path = tmp_path/"prices.json"
-    path.write_text(json.dumps(dict(date="2026-01-01", models={f"{s}:own": dict(input=10., output=100., batch=.5) for s in ("anthropic", "openai")})))
+    price = dict(input=10., output=100., batch=.5)
+    models = {f"{s}:own": price for s in ("anthropic", "openai")}
+    path.write_text(json.dumps(dict(date="2026-01-01", models=models)))
     return path
 
 def truth(s): return sum(s.served.values()) * (20*10 + 25*100) / 1e6
@@ -696,21 +750,30 @@ def test_a_lost_reply_is_asked_for_once_and_booked_at_its_ceiling(service, fault
     todo, script = questions(40), [fault if i % 4 == 0 else "ok" for i in range(40)]
     with serve(Faults(script=script, honour_idempotency=False), answer=twenty_five) as s:
         m = model_at(s, service, "own")
-        with pytest.warns(UserWarning, match="10 of 40 requests .* have no reply"): replies = quick(m, todo, book, prices=table, max_cost=max_cost)
+        with pytest.warns(UserWarning, match="10 of 40 requests .* have no reply"):
+            replies = quick(m, todo, book, prices=table, max_cost=max_cost)
         keys = book.note(m, todo)
-        assert sum(s.served.values()) == len(s.served) == 40 and replies.count(None) == 10    # nothing was asked twice
+        # nothing was asked twice
+        assert sum(s.served.values()) == len(s.served) == 40 and replies.count(None) == 10
         count, most = losses(book)
-        assert count == 10 and most == pytest.approx(book.lost(keys)) == pytest.approx(10*cost_ceiling(read_prices(table)[0][str(m)], todo[0], "concurrent"), rel=.01)
-        assert truth(s) <= book.cost(keys) + most                                             # the ledger knows of every dollar
-        assert right(quick(m, todo, book, prices=table, max_cost=max_cost), todo) and sum(s.served.values()) == 50
-        with Ledger(book.export(table.with_name("study.parquet"))) as replay: assert losses(replay)[1] == pytest.approx(most) # and so does a recording
+        assert count == 10
+        ceiling = cost_ceiling(read_prices(table)[0][str(m)], todo[0], "concurrent")
+        assert most == pytest.approx(book.lost(keys)) == pytest.approx(10*ceiling, rel=.01)
+        # the ledger knows of every dollar
+        assert truth(s) <= book.cost(keys) + most
+        assert right(quick(m, todo, book, prices=table, max_cost=max_cost), todo)
+        assert sum(s.served.values()) == 50
+        # and so does a recording
+        with Ledger(book.export(table.with_name("study.parquet"))) as replay:
+            assert losses(replay)[1] == pytest.approx(most)
 
 @BOTH
 def test_blind_retries_are_a_setting(service, book):
     for honour, billed in ((True, 1), (False, 3)):
         with serve(Faults(script=["drop_after", "drop_after"], honour_idempotency=honour)) as s:
             todo = [Request(f"honoured: {honour}")]
-            assert right(quick(model_at(s, service), todo, book, blind_retries=2), todo) and list(s.served.values()) == [billed]
+            assert right(quick(model_at(s, service), todo, book, blind_retries=2), todo)
+            assert list(s.served.values()) == [billed]
     with serve(Faults(script=["drop_after"]*2)) as s, pytest.warns(UserWarning, match="1 of 1"):
         assert quick(model_at(s, service), questions(1), book, blind_retries=1) == [None] and s.received == 2
 
@@ -732,7 +795,8 @@ def test_lines_of_a_batch_that_are_lost_are_booked(service, blind, book, table):
         m = model_at(s, service, "own")
         replies = quick(m, questions(40), book, batch=True, prices=table, blind_retries=blind)
         lost = sum(s.spoiled.values())
-        assert sum(s.served.values()) == (40 + lost if blind else 40) and replies.count(None) == (0 if blind else lost) and losses(book)[0] == lost > 0
+        assert sum(s.served.values()) == (40 + lost if blind else 40)
+        assert replies.count(None) == (0 if blind else lost) and losses(book)[0] == lost > 0
         assert truth(s)/2 <= book.cost(book.note(m, questions(40))) + losses(book)[1]
 
 KILLED = CLIENT.replace('"m", url', '"own", url').replace("batch=batch ==", "prices=batch, batch=False and")
@@ -740,16 +804,21 @@ KILLED = CLIENT.replace('"m", url', '"own", url').replace("batch=batch ==", "pri
 def test_what_a_killed_process_had_in_the_air_is_booked(service, tmp_path, table):
     with serve(Faults(latency_s=.3, honour_idempotency=False), answer=twenty_five) as s:
         m = model_at(s, service, "own")
-        p = subprocess.Popen([sys.executable, "-c", KILLED, service, m.base_url, tmp_path/"ledger.db", "60", table], env=os.environ | dict(OMP_NUM_THREADS="1"))
+        p = subprocess.Popen([sys.executable, "-c", KILLED, service, m.base_url, tmp_path/"ledger.db", "60",
+                              table], env=os.environ | dict(OMP_NUM_THREADS="1"))
         while s.received < 30 and p.poll() is None: time.sleep(.001)
         p.kill()
         p.wait()
-        time.sleep(.5)                                                              # what it had asked is still answered, and billed
+        # what it had asked is still answered, and billed
+        time.sleep(.5)
         with Ledger(tmp_path/"ledger.db") as book:
             keys = book.note(m, questions(60))
             answered, (lost, most) = len(book.answered(keys)), losses(book)
-            assert 0 < lost <= 8 and answered + lost >= sum(s.served.values()) and truth(s) <= book.cost(keys) + most
-            with pytest.raises(OverBudget): quick(m, questions(60), book, prices=table, max_cost=book.cost(keys) + most) # a kill makes no budget larger
+            assert 0 < lost <= 8 and answered + lost >= sum(s.served.values())
+            assert truth(s) <= book.cost(keys) + most
+            # a kill makes no budget larger
+            with pytest.raises(OverBudget):
+                quick(m, questions(60), book, prices=table, max_cost=book.cost(keys) + most)
             assert losses(book) == (lost, most)
 
 # the limit
@@ -765,7 +834,9 @@ def bodies(monkeypatch):
     return seen
 
 @MODES
-@pytest.mark.parametrize("service, elsewhere, name", [("anthropic", False, "max_tokens"), ("anthropic", True, "max_tokens"), ("openai", False, "max_completion_tokens"), ("openai", True, "max_tokens")])
+@pytest.mark.parametrize("service, elsewhere, name",
+                         [("anthropic", False, "max_tokens"), ("anthropic", True, "max_tokens"),
+                          ("openai", False, "max_completion_tokens"), ("openai", True, "max_tokens")])
 def test_every_service_is_sent_the_limit(service, elsewhere, name, batch, book, bodies, monkeypatch):
     with serve(answer=lambda q: "word " * 5_000) as s:
         m = model_at(s, service)
@@ -778,19 +849,25 @@ def test_every_service_is_sent_the_limit(service, elsewhere, name, batch, book, 
 
 @MODES
 def test_servers_that_know_only_max_tokens_keep_the_limit(batch, book):
-    with serve(answer=lambda q: "word " * 5_000, only_max_tokens=True) as s: [r] = quick(model_at(s, "openai"), questions(1), book, batch=batch)
+    with serve(answer=lambda q: "word " * 5_000, only_max_tokens=True) as s:
+        [r] = quick(model_at(s, "openai"), questions(1), book, batch=batch)
     assert r.output_tokens == 50
 
 @MODES
 def test_servers_that_refuse_max_tokens_are_asked_with_the_newer_name(batch, book, bodies):
-    with serve(no_temperature=("m",)) as s:                                         # as a gateway to OpenAI's newer models
-        assert right(quick(model_at(s, "openai"), questions(30), book, batch=batch), questions(30)) and set(s.served.values()) == {1}
+    # as a gateway to OpenAI's newer models
+    with serve(no_temperature=("m",)) as s:
+        assert right(quick(model_at(s, "openai"), questions(30), book, batch=batch), questions(30))
+        assert set(s.served.values()) == {1}
         assert bodies[-1]["max_completion_tokens"] == 50 and "max_tokens" not in bodies[-1]
-        with pytest.warns(UserWarning, match="no_such_field|1 of 1"): quick(model_at(s, "openai", no_such_field=1), questions(1), book, batch=batch) # other refusals stay refusals
+        # other refusals stay refusals
+        with pytest.warns(UserWarning, match="no_such_field|1 of 1"):
+            quick(model_at(s, "openai", no_such_field=1), questions(1), book, batch=batch)
 
 def test_models_in_this_process_keep_the_limit(book):
     m, service = local_service("plain")
-    [one, seven] = quick(m, [Request("3 4 5", max_tokens=1, temperature=1.), Request("3 4 5", max_tokens=7, temperature=1.)], book, service=service)
+    [one, seven] = quick(m, [Request("3 4 5", max_tokens=1, temperature=1.),
+                             Request("3 4 5", max_tokens=7, temperature=1.)], book, service=service)
     assert one.output_tokens == 1 and 1 < seven.output_tokens <= 7
     asked = []
     class Engine:
@@ -803,10 +880,12 @@ def test_models_in_this_process_keep_the_limit(book):
 
 # what nobody counted
 
-ODD = dict(anthropic=["absent", None, {}, "none", dict(input_tokens=0, output_tokens=0), dict(input_tokens=9), dict(input_tokens="many", output_tokens="few"),
-                      dict(input_tokens=9, output_tokens=-5), dict(input_tokens=9, output_tokens=5.5), dict(input_tokens=9, output_tokens=2**60)],
-           openai=["absent", None, {}, [], dict(prompt_tokens=0, completion_tokens=0), dict(completion_tokens=5), dict(prompt_tokens=9), dict(prompt_tokens="many", completion_tokens="few"),
-                   dict(prompt_tokens=9, completion_tokens=-5), dict(prompt_tokens=9, completion_tokens=5, prompt_tokens_details=dict(cached_tokens=90))])
+ODD = dict(
+    anthropic=["absent", None, {}, "none", *(dict(zip(("input_tokens", "output_tokens"), counts)) for counts in
+               [(0, 0), (9,), ("many", "few"), (9, -5), (9, 5.5), (9, 2**60)])],
+    openai=["absent", None, {}, [], *(dict(zip(("prompt_tokens", "completion_tokens"), counts)) for counts in
+            [(0, 0), (9,), ("many", "few"), (9, -5)]), dict(completion_tokens=5),
+            dict(prompt_tokens=9, completion_tokens=5, prompt_tokens_details=dict(cached_tokens=90))])
 
 @BOTH
 @MODES
@@ -815,13 +894,16 @@ def test_good_replies_without_counts_are_kept(service, batch, book, table):
     with serve(answer=lambda q: dict(text=q["prompt"][::-1], usage=odd[q["prompt"]])) as s:
         free = quick(model_at(s, service), questions(10), book, batch=batch)            # no price is known
         assert right(free, questions(10)) and set(s.served.values()) == {1}
-        assert all(r.cost is None and None in (r.input_tokens, r.output_tokens) for r in free) and uncounted(book) == 10
+        assert all(r.cost is None and None in (r.input_tokens, r.output_tokens) for r in free)
+        assert uncounted(book) == 10
     for cost in (None, 1.):
         with serve(answer=lambda q: dict(text=q["prompt"][::-1], usage=odd[q["prompt"]])) as s:
             m = model_at(s, service, "own")
             kept = quick(m, questions(10), book, batch=batch, prices=table, max_cost=cost)
-            ceilings = [cost_ceiling(read_prices(table)[0][str(m)], q, "batch" if batch else "concurrent") for q in questions(10)]
-            assert right(kept, questions(10)) and [r.cost for r in kept] == pytest.approx(ceilings) and set(s.served.values()) == {1}
+            price, mode = read_prices(table)[0][str(m)], "batch" if batch else "concurrent"
+            ceilings = [cost_ceiling(price, q, mode) for q in questions(10)]
+            assert right(kept, questions(10)) and [r.cost for r in kept] == pytest.approx(ceilings)
+            assert set(s.served.values()) == {1}
     assert losses(book) == (0, 0.) and [t[3] >= 0 for t in book.totals()]
     recorded = book.export(table.with_name("study.parquet"))
     with Ledger(recorded) as replay: assert quick(m, questions(10), replay) == kept
@@ -837,18 +919,23 @@ def test_two_servers_with_one_model_name_have_a_reply_each(service, batch, book,
         assert right(quick(one, todo, book, batch=batch), todo)
         assert (estimate(one, todo, book).recorded, estimate(two, todo, book).recorded) == (5, 0)
         assert {r.text for r in quick(two, todo, book, batch=batch)} == {"another model"}
-        assert right(quick(one, todo, book, batch=batch), todo) and (len(s.served), len(other.served)) == (5, 5)
+        assert right(quick(one, todo, book, batch=batch), todo)
+        assert (len(s.served), len(other.served)) == (5, 5)
         spelled = replace(one, base_url=one.base_url.replace("http", "HTTP") + "/")       # the same server
         monkeypatch.setenv(f"{service.upper()}_BASE_URL", one.base_url)                  # and once more
-        for same in (spelled, Model(service, "m"), f"{service}:m"): assert right(quick(same, todo, book), todo)
+        for same in (spelled, Model(service, "m"), f"{service}:m"):
+            assert right(quick(same, todo, book), todo)
         assert sum(s.served.values()) == sum(other.served.values()) == 5
         monkeypatch.delenv(f"{service.upper()}_BASE_URL")
         both = book.export(tmp_path/"both.parquet")
-    with Ledger(both) as replay, pytest.raises(LookupError, match=f"{one.base_url} and at {two.base_url}|{two.base_url} and at {one.base_url}"): quick(f"{service}:m", todo, replay)
-    with Ledger(both) as replay: assert right(quick(one, todo, replay), todo) and quick(two, todo, replay)[0].text == "another model"
+    which = f"{one.base_url} and at {two.base_url}|{two.base_url} and at {one.base_url}"
+    with Ledger(both) as replay, pytest.raises(LookupError, match=which): quick(f"{service}:m", todo, replay)
+    with Ledger(both) as replay:
+        assert right(quick(one, todo, replay), todo) and quick(two, todo, replay)[0].text == "another model"
     with Ledger(tmp_path/"other.db") as loaded:
         loaded.load(both)
-        assert loaded.get(two, todo[0]).text == "another model" and loaded.get(Model(service, "m"), todo[0]) is None
+        assert loaded.get(two, todo[0]).text == "another model"
+        assert loaded.get(Model(service, "m"), todo[0]) is None
 
 def without_addresses(book):
     "As ledgers were: the parameters of a request said nothing about where it was sent"
@@ -861,14 +948,16 @@ def test_ledgers_from_before_addresses_were_noted_are_read(service, book, tmp_pa
         for q in questions(5): book.record(official, q, Reply(q.prompt[::-1]))
         without_addresses(book)
         old = book.export(tmp_path/"old.parquet")
-        with pytest.warns(UserWarning, match="5 of 8 replies .* before ledgers noted addresses"): assert right(quick(m, questions(8), book), questions(8))
+        with pytest.warns(UserWarning, match="5 of 8 replies .* before ledgers noted addresses"):
+            assert right(quick(m, questions(8), book), questions(8))
         assert sum(s.served.values()) == 3 and estimate(m, questions(8), book).recorded == 8
         for model in (m, official):
             with Ledger(old) as replay, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 assert right(quick(model, questions(5), replay), questions(5))
         with Ledger(tmp_path/"other.db") as loaded, pytest.warns(UserWarning, match="before ledgers"):
-            assert loaded.load(old) == 5 and right(quick(m, questions(5), loaded), questions(5)) and sum(s.served.values()) == 3
+            assert loaded.load(old) == 5 and right(quick(m, questions(5), loaded), questions(5))
+            assert sum(s.served.values()) == 3
 
 def test_batches_from_before_addresses_were_noted_are_collected(book):
     official, todo = Model("openai", "m"), questions(5)
@@ -877,10 +966,14 @@ def test_batches_from_before_addresses_were_noted_are_collected(book):
     without_addresses(book)
     s = Scripted()
     s.submitted.append(dict(zip(book.note(official, todo), todo)))
-    with pytest.warns(UserWarning, match="before ledgers"): assert right(quick(Model("openai", "m", "http://localhost:8000/v1"), todo, book, batch=True, service=s), todo)
+    with pytest.warns(UserWarning, match="before ledgers"):
+        assert right(quick(Model("openai", "m", "http://localhost:8000/v1"), todo, book, batch=True,
+                           service=s), todo)
     assert len(s.submitted) == 1
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://localhost", "http://", "http://me:hunter2@localhost/v1", "http://localhost/v1?key=hunter2", "http://localhost/v1#hunter2"])
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://localhost", "http://",
+                                 "http://me:hunter2@localhost/v1", "http://localhost/v1?key=hunter2",
+                                 "http://localhost/v1#hunter2"])
 def test_what_is_no_address(url):
     with pytest.raises(ValueError, match="base_url") as e: Model("openai", "m", url)
     assert "hunter2" not in str(e.value)
@@ -893,57 +986,85 @@ def test_prices_are_those_of_the_library(monkeypatch):
     prices, source = read_prices()
     rng, checked = random.Random(0), 0
     for name, price in prices.items():
-        if name == "openai:gpt-6.2-sol" or name.startswith("openai:ft:"): continue  # not there, or there by its beginning
+        # not there, or there by its beginning
+        if name == "openai:gpt-6.2-sol" or name.startswith("openai:ft:"): continue
         provider, model = name.split(":", 1)
         for tokens in (1_000, 90_000, 150_000, 250_000, 900_000):
             read, write, out = rng.randrange(tokens//2), rng.randrange(tokens//2), rng.randrange(5_000)
             if price.cache_read is None: read = 0
             if price.cache_write is None: write = 0
             for mode, context in (("concurrent", None), ("batch", dict(processing="batch"))):
-                used = genai_prices.Usage(input_tokens=tokens, output_tokens=out, cache_read_tokens=read, cache_write_tokens=write)
-                true = float(genai_prices.calc_price(used, model, provider_id=provider, price_context=context).total_price)
-                ours = price.cost(Reply("", input_tokens=tokens, output_tokens=out, cache_read=read, cache_write=write, mode=mode))
+                used = genai_prices.Usage(input_tokens=tokens, output_tokens=out, cache_read_tokens=read,
+                                          cache_write_tokens=write)
+                true = float(genai_prices.calc_price(used, model, provider_id=provider,
+                                                     price_context=context).total_price)
+                ours = price.cost(Reply("", input_tokens=tokens, output_tokens=out, cache_read=read,
+                                        cache_write=write, mode=mode))
                 assert ours == pytest.approx(true, rel=1e-9), (name, tokens, mode)
                 checked += 1
     assert checked > 500 and source == f"genai-prices {version('genai-prices')}"
 
-@pytest.mark.parametrize("name, same", [("openai:gpt-4o-2024-08-06", "openai:gpt-4o"), ("anthropic:claude-haiku-4-5-20251001", "anthropic:claude-haiku-4-5"), ("openai:gpt-6.2-sol-2026-11-18", "openai:gpt-6.2-sol"),
-                                        ("openai:nonesuch", None), ("openai:gpt-5-search-api", None), ("anthropic:nonesuch", None), ("openai:text-embedding-3-small", None)])
+NAMES = [("openai:gpt-4o-2024-08-06", "openai:gpt-4o"),
+         ("anthropic:claude-haiku-4-5-20251001", "anthropic:claude-haiku-4-5"),
+         ("openai:gpt-6.2-sol-2026-11-18", "openai:gpt-6.2-sol"),
+         *((name, None) for name in ("openai:nonesuch", "openai:gpt-5-search-api", "anthropic:nonesuch",
+                                     "openai:text-embedding-3-small"))]
+
+@pytest.mark.parametrize("name, same", NAMES)
 def test_models_are_priced_by_their_name(name, same, book):
     assert price_of(Model.parse(name)) == (same and read_prices()[0][same])
     if not same:
-        with pytest.raises(ValueError, match=f"no price of {name} is known"): quick(name, questions(1), book, max_cost=1., service=Scripted())
+        with pytest.raises(ValueError, match=f"no price of {name} is known"):
+            quick(name, questions(1), book, max_cost=1., service=Scripted())
 
 def test_what_the_library_lacks_is_added():
     prices, _ = read_prices()
-    known = [prices[m] for m in ("openai:gpt-5.4-mini", "anthropic:claude-haiku-4-5", "openai:gpt-6.2-sol", "anthropic:claude-sonnet-5-5")]
+    known = [prices[m] for m in ("openai:gpt-5.4-mini", "anthropic:claude-haiku-4-5", "openai:gpt-6.2-sol",
+                                 "anthropic:claude-sonnet-5-5")]
     assert all(p.structured for p in known) and [p.temperature for p in known] == [True, True, False, False]
-    assert price_of(Model.parse("anthropic:claude-haiku-4-5-20251001")).structured and not price_of(Model.parse("anthropic:claude-3-haiku")).structured
+    assert price_of(Model.parse("anthropic:claude-haiku-4-5-20251001")).structured
+    assert not price_of(Model.parse("anthropic:claude-3-haiku")).structured
 
 def test_long_prompts_are_within_their_ceiling():
     price = price_of(Model.parse("openai:gpt-5.4"))
     for n in (270_000, 272_100, 400_000):
         r = Request("x"*n, max_tokens=10)
-        for tokens in (1, n//4, n, n + 30): assert price.cost(Reply("", input_tokens=tokens, output_tokens=10)) <= cost_ceiling(price, r, "concurrent")
-    with pytest.raises(ValueError, match="knows the model's prices up to 100"): cost_ceiling(replace(price, up_to=100, beyond=None), Request("x"*200), "batch")
+        for tokens in (1, n//4, n, n + 30):
+            reply = Reply("", input_tokens=tokens, output_tokens=10)
+            assert price.cost(reply) <= cost_ceiling(price, r, "concurrent")
+    with pytest.raises(ValueError, match="knows the model's prices up to 100"):
+        cost_ceiling(replace(price, up_to=100, beyond=None), Request("x"*200), "batch")
 
 # what changes the price
 
-@pytest.mark.parametrize("service, extra", [("openai", dict(service_tier="priority")), ("openai", dict(service_tier="flex")), ("openai", dict(web_search_options={})), ("openai", dict(tools=[])),
-                                            ("openai", dict(modalities=["text", "audio"])), ("anthropic", dict(speed="fast")), ("anthropic", dict(service_tier="auto")),
-                                            ("anthropic", dict(inference_geo="us")), ("anthropic", dict(cache_control=dict(type="ephemeral", ttl="1h"))),
-                                            ("anthropic", dict(output_config=dict(effort="low", format={}))), ("openai", dict(something_new=1))], ids=str)
+DEAR = [*(("openai", extra) for extra in (dict(service_tier="priority"), dict(service_tier="flex"), dict(tools=[]),
+                                          dict(web_search_options={}), dict(modalities=["text", "audio"]),
+                                          dict(something_new=1))),
+        *(("anthropic", extra) for extra in (dict(speed="fast"), dict(service_tier="auto"), dict(inference_geo="us"),
+                                             dict(cache_control=dict(type="ephemeral", ttl="1h")),
+                                             dict(output_config=dict(effort="low", format={}))))]
+
+@pytest.mark.parametrize("service, extra", DEAR, ids=str)
 def test_fields_that_change_the_price_and_budgets_exclude_each_other(service, extra, book, table):
     m = Model(service, "own", extra=extra)
-    with pytest.raises(ValueError, match=f"{next(iter(extra))} in extra .* may change what a request costs"): quick(m, questions(3), book, max_cost=1., prices=table, service=Scripted())
-    assert right(free := quick(m, questions(3), book, prices=table, service=Scripted()), questions(3)) and {r.cost for r in free} == {None} # nobody knows
+    with pytest.raises(ValueError, match=f"{next(iter(extra))} in extra .* may change what a request costs"):
+        quick(m, questions(3), book, max_cost=1., prices=table, service=Scripted())
+    # nobody knows
+    assert right(free := quick(m, questions(3), book, prices=table, service=Scripted()), questions(3))
+    assert {r.cost for r in free} == {None}
     assert estimate(m, questions(4), book, table).most == dict(concurrent=None, batch=None)
 
-@pytest.mark.parametrize("service, extra", [("openai", dict(service_tier="default", seed=3, reasoning_effort="low", top_p=.9)), ("openai", dict(chat_template_kwargs=dict(enable_thinking=False), top_k=3)),
-                                            ("anthropic", dict(speed="standard", service_tier="standard_only", thinking=dict(type="adaptive"), output_config=dict(effort="low")))], ids=str)
+PLAIN = [("openai", dict(service_tier="default", seed=3, reasoning_effort="low", top_p=.9)),
+         ("openai", dict(chat_template_kwargs=dict(enable_thinking=False), top_k=3)),
+         ("anthropic", dict(speed="standard", service_tier="standard_only", thinking=dict(type="adaptive"))),
+         ("anthropic", dict(output_config=dict(effort="low")))]
+
+@pytest.mark.parametrize("service, extra", PLAIN, ids=str)
 def test_fields_that_do_not_change_the_price_are_priced(service, extra, book, table):
     m = Model(service, "own", extra=extra)
-    assert all(r.cost == 0. for r in quick(m, questions(3), book, max_cost=1., prices=table, service=Scripted())) and estimate(m, questions(4), book, table).most["batch"] > 0
+    assert all(r.cost == 0. for r in quick(m, questions(3), book, max_cost=1., prices=table,
+                                           service=Scripted()))
+    assert estimate(m, questions(4), book, table).most["batch"] > 0
 
 # batches that nobody wants any more
 
@@ -963,10 +1084,13 @@ def test_what_is_given_up_is_cancelled_and_what_was_done_is_kept(service, book, 
         [id] = s.batches
         time.sleep(1.)
         done = give_up(book, id, prices=table)
-        assert s.batches[id].cancelled and 0 < done.kept == sum(s.served.values()) < 200 and done == GivenUp(done.kept, 200 - done.kept, True)
+        assert s.batches[id].cancelled and 0 < done.kept == sum(s.served.values()) < 200
+        assert done == GivenUp(done.kept, 200 - done.kept, True)
         keys = book.note(m, questions(200))
-        assert len(book.answered(keys)) == done.kept and 0 < truth(s)/2 == pytest.approx(book.cost(keys)) and losses(book) == (0, 0.) and not book.under_way()
-        assert right(quick(m, questions(200), book, prices=table), questions(200)) and set(s.served.values()) == {1}
+        assert len(book.answered(keys)) == done.kept and 0 < truth(s)/2 == pytest.approx(book.cost(keys))
+        assert losses(book) == (0, 0.) and not book.under_way()
+        assert right(quick(m, questions(200), book, prices=table), questions(200))
+        assert set(s.served.values()) == {1}
         with pytest.raises(ValueError, match="is not under way"): give_up(book, id)
 
 @BOTH
@@ -980,7 +1104,8 @@ def test_what_cannot_be_cancelled_is_booked(service, how, book, table):
         kept = s.batches.pop(id) if how == "unknown there" else None
         done = give_up(book, id, cancel=how == "unknown there", prices=table)
         ceiling = sum(cost_ceiling(read_prices(table)[0][str(m)], q, "batch") for q in todo)
-        assert (done.kept, done.free, done.cancelled) == (0, 20, False) and done.lost == pytest.approx(ceiling) == pytest.approx(losses(book)[1])
+        assert (done.kept, done.free, done.cancelled) == (0, 20, False)
+        assert done.lost == pytest.approx(ceiling) == pytest.approx(losses(book)[1])
         assert kept or not s.batches[id].cancelled
         assert right(quick(m, todo, book, prices=table), todo)
 
@@ -993,13 +1118,15 @@ def test_a_slow_cancellation_is_taken_up_later(service, book):
         [id] = s.batches
         assert give_up(book, id, patience=.2) == GivenUp(0, 0, True) and len(book.under_way()) == 1
         s.faults.batch_latency_s = .1
-        assert right(quick(m, todo, book, batch=True), todo) and len(s.batches) == 2 and set(s.served.values()) == {1}
+        assert right(quick(m, todo, book, batch=True), todo) and len(s.batches) == 2
+        assert set(s.served.values()) == {1}
 
 @pytest.mark.parametrize("extra", [dict(model="x"), dict(stream=True), dict(api_key="k"), dict(max_tokens=3), dict(n=2)], ids=str)
 def test_what_extra_may_not_say(extra):
     with pytest.raises(ValueError, match="cannot be set there"): Model.parse("openai:m", extra=extra)
 
-@pytest.mark.parametrize("kw", [dict(max_cost=float("nan")), dict(max_cost=-1), dict(blind_retries=-1), dict(poll=-1), dict(concurrency=0), dict(rpm=0)], ids=str)
+@pytest.mark.parametrize("kw", [dict(max_cost=float("nan")), dict(max_cost=-1), dict(blind_retries=-1),
+                                dict(poll=-1), dict(concurrency=0), dict(rpm=0)], ids=str)
 def test_impossible_settings(kw, book):
     with pytest.raises(ValueError, match="must be at least"): quick("openai:gpt-4o-mini", questions(1), book, **kw)
 

@@ -322,9 +322,12 @@ def test_lost_replies_are_not_asked_for_again_behind_ones_back(tmp_path):
     def rule(request):
         if lost(request): raise Lost("connection closed")
         return backtracks(request)
-    with pytest.warns(UserWarning, match="have no reply"): rows, report, service = teach(tmp_path, rule, n=30, over=1., rounds=8)
-    assert len(rows) == 30 and max(map(service.sent.count, service.sent)) == 1 and len(service.sent) > 30 # further rounds asked new questions
+    with pytest.warns(UserWarning, match="have no reply"):
+        rows, report, service = teach(tmp_path, rule, n=30, over=1., rounds=8)
+    # further rounds asked new questions
+    assert len(rows) == 30 and max(map(service.sent.count, service.sent)) == 1 and len(service.sent) > 30
     spent = lambda book: losses(book)[1] + sum(cost for *_, cost in book.totals())
     with Ledger(tmp_path/"a.db") as book: most = .95*spent(book)
-    with pytest.raises(OverBudget), pytest.warns(UserWarning): teach(tmp_path, rule, n=30, over=1., rounds=8, name="b.db", max_cost=most)
+    with pytest.raises(OverBudget), pytest.warns(UserWarning):
+        teach(tmp_path, rule, n=30, over=1., rounds=8, name="b.db", max_cost=most)
     with Ledger(tmp_path/"b.db") as book: assert spent(book) <= most
