@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PIECE', 'SPECIAL', 'BASES', 'BOS', 'SOFTMAX', 'micro_words', 'micro_tokenizer', 'check_spells', 'micro_model',
            'n_params', 'attention', 'end_ids', 'model_ends', 'base_path', 'load_tokenizer', 'token_ids', 'known_ids',
-           'check_whole', 'load_model', 'digest', 'file_digest', 'weights_digest', 'weights_of', 'save_checkpoint',
-           'begin_token', 'with_begin', 'Critic', 'without_dropout', 'check_steady', 'token_logprobs']
+           'check_whole', 'load_model', 'check_checkpoint', 'digest', 'file_digest', 'weights_digest', 'weights_of',
+           'save_checkpoint', 'begin_token', 'with_begin', 'Critic', 'without_dropout', 'check_steady',
+           'token_logprobs']
 
 # %% ../nbs/04_models.ipynb #c002
 import copy
@@ -167,13 +168,19 @@ def _some(names:Iterable[str])->str:
     names = sorted(names)
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
+def _torn(model:PreTrainedModel)->bool:
+    "Is the head not the embedding, though the config says so?"
+    head = model.get_output_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    return tied and head is not None and head.weight is not model.get_input_embeddings().weight
+
 def check_whole(
     model:PreTrainedModel, # as transformers has loaded it
     found:dict,            # what transformers says about it (`output_loading_info`)
     where:str,             # its folder or hub id
 ):
     "Raise ValueError unless a checkpoint holds exactly the weights that its config asks for"
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if found["mismatched_keys"]:
         name, has, wants = min(found["mismatched_keys"])
         raise ValueError(f"{where}: {name} is {tuple(has)}, config.json asks for {tuple(wants)}: one of the two belongs to another model")
@@ -187,26 +194,43 @@ def check_whole(
     if found["unexpected_keys"]:
         raise ValueError(f"{where} holds {_some(found['unexpected_keys'])}, for which config.json has no place; the model would not be the one that was "
                          "trained. Correct config.json, or remove from the file what is not part of the language model")
-    if head is not None and model.config.get_text_config().tie_word_embeddings and head.weight is not embedding.weight:
+    if _torn(model):
         raise ValueError(f"{where}: config.json says tie_word_embeddings=true, but the file holds a head that differs from the embedding. "
                          "Set it to false, or remove the head from the file")
 
 # %% ../nbs/04_models.ipynb #w003
+def _load(where:str, **how)->tuple[PreTrainedModel, dict]: # the model, and what transformers found
+    "A checkpoint as it is, from safetensors only"
+    exactly = dict(use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
+    try: return AutoModelForCausalLM.from_pretrained(where, **exactly, **how)
+    except SafetensorError as e:
+        raise ValueError(f"the weights in {where} are damaged ({e}): put a good copy there, or remove the stage it belongs to (the folder NAME-HASH) "
+                         "and run the same command, which makes it again") from None
+
 def load_model(
     name:str|Path,                     # a base, a local folder, or a hub id
     device:str|torch.device="cpu",     # where to put it
     dtype:torch.dtype=torch.float32,   # weights
     bf16:bool=False,                   # will it run under autocast to bfloat16? (attention may then be flash-attn's)
 )->PreTrainedModel: # in eval mode
-    "A causal language model from a checkpoint, from safetensors only"
+    "A causal language model from a checkpoint; raises ValueError where it holds other weights than its config asks for"
     where = _where(name)
     small = (Path(where)/"model.safetensors").is_file() and (Path(where)/"model.safetensors").stat().st_size < 50e6
-    how = attention(device, small, torch.bfloat16 if bf16 else dtype)
-    exactly = dict(use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
-    try: model, found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=how, **exactly)
-    except SafetensorError as e: raise ValueError(f"the weights in {where} are damaged ({e}): put a good copy there, or remove the stage it belongs to (the folder NAME-HASH) and run the same command, which makes it again") from None
+    model, found = _load(where, dtype=dtype, attn_implementation=attention(device, small, torch.bfloat16 if bf16 else dtype))
     check_whole(model, found, where)
     return model.to(device).eval()
+
+def check_checkpoint(
+    name:str|Path, # a base, a local folder, or a hub id
+):
+    "Raise ValueError as `load_model` does, reading names and shapes alone where `accelerate` is installed"
+    if importlib.util.find_spec("accelerate") is None:
+        load_model(name)
+        return
+    model, found = _load(_where(name), device_map="meta")
+    if _torn(model): load_model(name) # the file holds head and embedding: their values decide
+    else: check_whole(model, found, _where(name))
+
 
 # %% ../nbs/04_models.ipynb #w004
 def digest(x)->str:
