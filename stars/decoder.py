@@ -97,8 +97,8 @@ class Decoder:
             missing.discard(name)
         if missing: raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])}{' …' if len(missing) > 3 else ''}")
         if head is not None and not torch.equal(head.to(self.embed), self.embed):
-            raise ValueError("the config says tie_word_embeddings=true, but lm_head.weight is not the embedding; "
-                             "the sampler would not be the model. Set it to false")
+            raise ValueError("the config says tie_word_embeddings=true, but lm_head.weight is not the "
+                             "embedding. The sampler would not be the model: set it to false")
 
     def reach(self, positions:int):
         "Make room for rotations up to a position"

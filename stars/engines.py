@@ -179,7 +179,7 @@ class VLLMEngine:
         if wrong: raise ValueError(f"sync: {len(wrong)} weights are missing, unknown or of another shape, the first of them {wrong[0]}; send all weights of the checkpoint, as it names them")
         for tied, name in self.ties.items():
             if not torch.equal(weights.setdefault(tied, weights[name]), weights[name]):
-                raise ValueError(f"sync: {tied} is not {name}, though the config says tie_word_embeddings=true; "
+                raise ValueError(f"sync: {tied} is not {name}, but the config says tie_word_embeddings=true; "
                                  "set it to false")
         with self._working():
             self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights.items())))

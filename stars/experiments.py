@@ -42,8 +42,9 @@ from .curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
 from .datasets import from_parquet, to_parquet
 from .evals import complete, failures, summarize, write_completions
 from .files import replacing, write_json
-from .models import (BASES, attention, base_path, begin_token, check_spells, file_digest, known_ids, load_model,
-                          load_tokenizer, micro_model, micro_tokenizer, token_ids, weights_digest, weights_of, with_begin)
+from .models import (BASES, attention, base_path, begin_token, check_spells, file_digest, known_ids,
+                          load_model, load_tokenizer, micro_model, micro_tokenizer, token_ids, weights_digest,
+                          weights_of, with_begin)
 from .parallel import Team, on_workers, prepare, start_ray
 from .ppo import ppo
 from .pretraining import RULES_LABELLER, label_corpus, rule_labeller
