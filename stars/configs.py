@@ -37,7 +37,7 @@ class Config:
     max_target:int=40                 # largest target
     top:int=99                        # largest integer that is written (and that the micro tokenizer knows)
     template:str="micro"              # prompt template: micro, base, chat or a file
-    bos:str="none"                    # begin prompts with the tokenizer's token for that: none, auto (where it does so by itself), always
+    bos:str="none"                    # begin prompts with the tokenizer's token for it: none, auto or always
     # data: problems per split
     data_seed:int=0                   # the same problems for every seed of a run, so that seeds differ in training alone
     data_prime:int=2_000              # distinct problems for priming
@@ -206,7 +206,8 @@ class Config:
             if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)} must be at least 1")
         Space(**self.world)
         messages(Problem((1, 2), 3), self.template)
-        if self.bos not in BOS: raise ValueError(f"bos={self.bos!r} is unknown; choose one of {', '.join(BOS)}")
+        if self.bos not in BOS:
+            raise ValueError(f"bos={self.bos!r} is unknown; choose one of {', '.join(BOS)}")
         if self.base_hidden % self.base_heads: raise ValueError(f"base_hidden={self.base_hidden} does not divide by base_heads={self.base_heads}")
         if self.eval_temperature < 0: raise ValueError(f"eval_temperature={self.eval_temperature} must be at least 0")
         if self.template == "micro" and self.micro_prompt + self.ppo_max_tokens > self.base_context:

@@ -88,8 +88,8 @@ class Decoder:
         "Copy weights in place; raises ValueError if one is missing, unknown, or of another shape"
         missing, head = set(self.names), None
         for name, w in weights:
-            if name == "lm_head.weight" and name not in self.names: # tied: the same matrix under its other name
-                head = w
+            if name == "lm_head.weight" and name not in self.names:
+                head = w # tied: the same matrix under its other name
                 continue
             mine = self.names.get(name)
             if mine is None or mine.shape != w.shape: raise ValueError(f"weight {name} {tuple(w.shape)}: the sampler has {None if mine is None else tuple(mine.shape)}; it was made for another model")
@@ -97,7 +97,8 @@ class Decoder:
             missing.discard(name)
         if missing: raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])}{' …' if len(missing) > 3 else ''}")
         if head is not None and not torch.equal(head.to(self.embed), self.embed):
-            raise ValueError("the config says tie_word_embeddings=true, but lm_head.weight is not the embedding; the sampler would not be the model. Set it to false")
+            raise ValueError("the config says tie_word_embeddings=true, but lm_head.weight is not the "
+                             "embedding. The sampler would not be the model: set it to false")
 
     def reach(self, positions:int):
         "Make room for rotations up to a position"

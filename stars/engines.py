@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from .models import end_ids, known_ids
+from .models import check_checkpoint, end_ids, known_ids
 from .parallel import start_ray
 from .rollouts import Engine, Rollout, check_lengths
 
@@ -124,6 +124,7 @@ class VLLMEngine:
             longest = getattr(config, "max_position_embeddings", None)
             self.context, self.vocab, known = context or longest, config.vocab_size, known_ids(tokenizer)
             self.ends = _ends(path, config, tokenizer.eos_token_id)
+            check_checkpoint(path)
             if not self.context or longest and self.context > longest: raise ValueError(f"context={context}: the model of {path} has room for {longest} tokens")
             with torch.device("meta"): skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             self.shapes = {n: p.shape for n, p in skeleton.named_parameters()}
@@ -178,7 +179,8 @@ class VLLMEngine:
         if wrong: raise ValueError(f"sync: {len(wrong)} weights are missing, unknown or of another shape, the first of them {wrong[0]}; send all weights of the checkpoint, as it names them")
         for tied, name in self.ties.items():
             if not torch.equal(weights.setdefault(tied, weights[name]), weights[name]):
-                raise ValueError(f"sync: {tied} is not {name}, though the config says tie_word_embeddings=true; set it to false")
+                raise ValueError(f"sync: {tied} is not {name}, but the config says tie_word_embeddings=true; "
+                                 "set it to false")
         with self._working():
             self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights.items())))
             if not self.llm.reset_prefix_cache(reset_running_requests=True): raise RuntimeError("keys and values of the old weights could not be dropped")

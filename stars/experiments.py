@@ -42,8 +42,9 @@ from .curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
 from .datasets import from_parquet, to_parquet
 from .evals import complete, failures, summarize, write_completions
 from .files import replacing, write_json
-from .models import (BASES, attention, base_path, begin_token, check_spells, file_digest, known_ids, load_model, load_tokenizer,
-                          micro_model, micro_tokenizer, token_ids, weights_digest, weights_of, with_begin)
+from .models import (BASES, attention, base_path, begin_token, check_spells, file_digest, known_ids,
+                          load_model, load_tokenizer, micro_model, micro_tokenizer, token_ids, weights_digest,
+                          weights_of, with_begin)
 from .parallel import Team, on_workers, prepare, start_ray
 from .ppo import ppo
 from .pretraining import RULES_LABELLER, label_corpus, rule_labeller
@@ -67,7 +68,8 @@ def data_stage(job:Job)->Path:
         for split, problems in drawn.items():
             if split == "train": problems = reorder(problems, cfg.data_rows, cfg.data_seed)
             to_parquet(problems, out/f"{split}.parquet", split, cfg.template if cfg.template != "micro" else "base")
-    return stage(job.store/"shared", "data", cfg.world | cfg.settings("data_") | dict(template=cfg.template_key), {}, run, **job.how)
+    settings = cfg.world | cfg.settings("data_") | dict(template=cfg.template_key)
+    return stage(job.store/"shared", "data", settings, {}, run, **job.how)
 
 def base_stage(job:Job)->Path:
     "The model that everything starts from: shipped, given, or pretrained here"
@@ -76,7 +78,8 @@ def base_stage(job:Job)->Path:
         gguf = smollm2_gguf()
         return stage(job.model_dir, "base", {}, dict(gguf=file_digest(gguf)), lambda out: convert_gguf(gguf, out/"model"), **job.how)/"model"
     if name not in BASES: return Path(name)
-    settings = cfg.world | cfg.settings("base_", "top") | dict(template=cfg.template_key) | (dict() if name == "rich" else dict(base_share=0., base_mix=""))
+    settings = cfg.world | cfg.settings("base_", "top") | dict(template=cfg.template_key)
+    if name != "rich": settings |= dict(base_share=0., base_mix="")
     try:
         if json.loads((base_path(name)/"recipe.json").read_text())["hash"] == stage_key("base", settings, {}): return base_path(name)
     except (ValueError, OSError, KeyError): pass # not shipped with this installation: train it
@@ -277,12 +280,15 @@ def make_engine(
 def ppo_stage(job:Job)->Path:
     "PPO from the primed model: checkpoints step-NNNN/ and metrics.jsonl"
     cfg, start, data = job.cfg, sft_stage(job), data_stage(job)
-    return stage(job.dir, "ppo", dict(seed=job.seed) | cfg.settings("template", "ppo_", "lora_"), dict(data=data.name, start=_base_digest(start)), lambda out: _train(_ppo, job, start, data, out), **job.how)
+    settings = dict(seed=job.seed) | cfg.settings("template", "ppo_", "lora_")
+    inputs = dict(data=data.name, start=_base_digest(start))
+    return stage(job.dir, "ppo", settings, inputs, lambda out: _train(_ppo, job, start, data, out), **job.how)
 
 def _ppo(job:Job, start:Path, data:Path, out:Path):
     "PPO, as each worker runs it"
     cfg, team, tok = job.cfg, Team.join(job.cfg.shard), load_tokenizer(start)
-    problems, prompt, half = _problems(job, data, "train", tok), prompt_for(cfg, tok), number_type(cfg.ppo_bf16)
+    problems, prompt = _problems(job, data, "train", tok), prompt_for(cfg, tok)
+    half = number_type(cfg.ppo_bf16)
     policy = load_model(start, device(), bf16=cfg.ppo_bf16)
     engine = make_engine(cfg, policy, start, tok, map(prompt, problems), team)
     try: ppo(prepare(policy, cfg.remat, cfg.lora_rank, cfg.lora_alpha, job.seed), tok, problems, out, cfg.ppo(job.seed), prompt, engine, lambda: load_model(start, device(), half),
@@ -308,8 +314,8 @@ def eval_stage(job:Job)->Path:
             if engine: engine.close()
         table = summarize(pd.concat(map(pd.read_parquet, sorted(out.glob("completions-*.parquet")))))
         with replacing(out/"results.csv") as tmp: table.to_csv(tmp, index=False)
-    return stage(job.dir, "eval", dict(seed=job.seed, max_tokens=cfg.ppo_max_tokens, rules=RULES_VERSION) | cfg.settings("template", "eval_"), dict(data=data.name, ppo=run_.name), run, **job.how)
-
+    settings = dict(seed=job.seed, max_tokens=cfg.ppo_max_tokens, rules=RULES_VERSION) | cfg.settings("template", "eval_")
+    return stage(job.dir, "eval", settings, dict(data=data.name, ppo=run_.name), run, **job.how)
 
 # %% ../nbs/10_experiments.ipynb #c013
 def _start_worker(parent:int, processes:int):
@@ -371,7 +377,9 @@ def run_jobs(
     jobs = list(dict.fromkeys(jobs))
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores()))
     for j in jobs: _rows_file(j) # one that is missing is refused before anything is built
-    with silent(): done = {j: _outcome(j) for j in jobs} if all(map(is_built, jobs)) else _build_all(jobs, workers, progress)
+    with silent():
+        if all(map(is_built, jobs)): done = {j: _outcome(j) for j in jobs}
+        else: done = _build_all(jobs, workers, progress)
     failed = {j: f.exception() for j, f in done.items() if f.exception()}
     died = [j for j, e in failed.items() if isinstance(e, BrokenProcessPool)]
     for j, e in failed.items():

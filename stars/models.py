@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PIECE', 'SPECIAL', 'BASES', 'BOS', 'SOFTMAX', 'micro_words', 'micro_tokenizer', 'check_spells', 'micro_model',
            'n_params', 'attention', 'end_ids', 'model_ends', 'base_path', 'load_tokenizer', 'token_ids', 'known_ids',
-           'check_whole', 'load_model', 'digest', 'file_digest', 'weights_digest', 'weights_of', 'save_checkpoint',
-           'begin_token', 'with_begin', 'Critic', 'without_dropout', 'check_steady', 'token_logprobs']
+           'check_whole', 'load_model', 'check_checkpoint', 'digest', 'file_digest', 'weights_digest', 'weights_of',
+           'save_checkpoint', 'begin_token', 'with_begin', 'Critic', 'without_dropout', 'check_steady',
+           'token_logprobs']
 
 # %% ../nbs/04_models.ipynb #c002
 import copy
@@ -30,8 +31,9 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig,
-                          PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
+                          LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
+                          PreTrainedTokenizerFast)
 
 from .countdown import TEMPLATES
 from .files import replacing_folder
@@ -115,14 +117,16 @@ def end_ids(
 )->list[int]: # sorted
     "All ids that end a response"
     named = [eos, *(getattr(c, "eos_token_id", None) for c in configs)]
-    return sorted({int(i) for ids in named if ids is not None for i in ([ids] if isinstance(ids, int) else ids)})
+    lists = [[ids] if isinstance(ids, int) else ids for ids in named if ids is not None]
+    return sorted({int(i) for ids in lists for i in ids})
 
 def model_ends(
     model:PreTrainedModel, # whose config and generation config may name more
     eos:int|Sequence[int], # the tokenizer's end-of-sequence token, or several
 )->list[int]: # sorted
     "All ids that end a response of a model"
-    return end_ids(eos, model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+    generation = getattr(model, "generation_config", None)
+    return end_ids(eos, model.config, model.config.get_text_config(), generation)
 
 # %% ../nbs/04_models.ipynb #c013
 BASES = ("plain", "rich")
@@ -167,46 +171,75 @@ def _some(names:Iterable[str])->str:
     names = sorted(names)
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
+def _torn(model:PreTrainedModel)->bool:
+    "Is the head not the embedding, though the config says so?"
+    head = model.get_output_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    return tied and head is not None and head.weight is not model.get_input_embeddings().weight
+
 def check_whole(
     model:PreTrainedModel, # as transformers has loaded it
     found:dict,            # what transformers says about it (`output_loading_info`)
     where:str,             # its folder or hub id
 ):
     "Raise ValueError unless a checkpoint holds exactly the weights that its config asks for"
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if found["mismatched_keys"]:
         name, has, wants = min(found["mismatched_keys"])
-        raise ValueError(f"{where}: {name} is {tuple(has)}, config.json asks for {tuple(wants)}: one of the two belongs to another model")
-    if found["missing_keys"]:
-        lost = [p for n, p in model.named_parameters() if n in found["missing_keys"]]
+        raise ValueError(f"{where}: {name} is {tuple(has)}, config.json asks for {tuple(wants)}: "
+                         "one of the two belongs to another model")
+    missing, odd = found["missing_keys"], found["unexpected_keys"]
+    if missing:
+        lost = [p for n, p in model.named_parameters() if n in missing]
         headless = head is not None and len(lost) == 1 and lost[0] is head.weight
-        hint = "set tie_word_embeddings=true in config.json if the head is the embedding" if headless else "correct config.json"
-        other = f". It holds instead {_some(found['unexpected_keys'])}" if found["unexpected_keys"] else ""
-        raise ValueError(f"{where} holds no {_some(found['missing_keys'])}, which config.json asks for; random numbers would take the place. "
-                         f"Put it there, or {hint}{other}")
-    if found["unexpected_keys"]:
-        raise ValueError(f"{where} holds {_some(found['unexpected_keys'])}, for which config.json has no place; the model would not be the one that was "
-                         "trained. Correct config.json, or remove from the file what is not part of the language model")
-    if head is not None and model.config.get_text_config().tie_word_embeddings and head.weight is not embedding.weight:
-        raise ValueError(f"{where}: config.json says tie_word_embeddings=true, but the file holds a head that differs from the embedding. "
-                         "Set it to false, or remove the head from the file")
+        hint = "correct config.json"
+        if headless: hint = "set tie_word_embeddings=true in config.json if the head is the embedding"
+        if odd: hint += f". It holds instead {_some(odd)}"
+        raise ValueError(f"{where} holds no {_some(missing)}, which config.json asks for; random numbers "
+                         f"would take the place. Put it there, or {hint}")
+    if odd:
+        raise ValueError(f"{where} holds {_some(odd)}, for which config.json has no place; the model would "
+                         "not be the one that was trained. Correct config.json, or remove it from the file")
+    if _torn(model):
+        raise ValueError(f"{where}: config.json says tie_word_embeddings=true, but the file holds a head "
+                         "that differs from the embedding. Set it to false, or remove the head from the file")
 
 # %% ../nbs/04_models.ipynb #w003
+def _load(where:str, **how)->tuple[PreTrainedModel, dict]: # the model, and what transformers found
+    "A checkpoint as it is, from safetensors only"
+    safe = dict(use_safetensors=True, trust_remote_code=False)
+    told = dict(ignore_mismatched_sizes=True, output_loading_info=True)
+    try: return AutoModelForCausalLM.from_pretrained(where, **safe, **told, **how)
+    except SafetensorError as e:
+        raise ValueError(f"the weights in {where} are damaged ({e}): put a good copy there, or remove the "
+                         "stage it belongs to (the folder NAME-HASH) and run the same command, which makes it again"
+                         ) from None
+
 def load_model(
     name:str|Path,                     # a base, a local folder, or a hub id
     device:str|torch.device="cpu",     # where to put it
     dtype:torch.dtype=torch.float32,   # weights
     bf16:bool=False,                   # will it run under autocast to bfloat16? (attention may then be flash-attn's)
 )->PreTrainedModel: # in eval mode
-    "A causal language model from a checkpoint, from safetensors only"
+    "The causal language model of a checkpoint; ValueError unless its weights are those its config asks for"
     where = _where(name)
     small = (Path(where)/"model.safetensors").is_file() and (Path(where)/"model.safetensors").stat().st_size < 50e6
     how = attention(device, small, torch.bfloat16 if bf16 else dtype)
-    exactly = dict(use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
-    try: model, found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=how, **exactly)
-    except SafetensorError as e: raise ValueError(f"the weights in {where} are damaged ({e}): put a good copy there, or remove the stage it belongs to (the folder NAME-HASH) and run the same command, which makes it again") from None
+    model, found = _load(where, dtype=dtype, attn_implementation=how)
     check_whole(model, found, where)
     return model.to(device).eval()
+
+def check_checkpoint(
+    name:str|Path, # a base, a local folder, or a hub id
+):
+    "Raise ValueError as `load_model` does, reading names and shapes alone where `accelerate` is installed"
+    if importlib.util.find_spec("accelerate") is None:
+        load_model(name)
+        return
+    model, found = _load(_where(name), device_map="meta")
+    if _torn(model): load_model(name) # the file holds head and embedding: their values decide
+    else: check_whole(model, found, _where(name))
+
 
 # %% ../nbs/04_models.ipynb #w004
 def digest(x)->str:
@@ -283,10 +316,12 @@ def begin_token(
     token, id = tokenizer.bos_token, tokenizer.bos_token_id
     if bos == "none": return ""
     if bos == "always" and id is None:
-        raise ValueError("bos='always': the tokenizer has no bos_token; set one in its tokenizer_config.json, or take bos='none' or 'auto'")
+        raise ValueError("bos='always': the tokenizer has no bos_token; set one in tokenizer_config.json, or "
+                         "take bos='none' or 'auto'")
     if id is None or bos == "auto" and tokenizer("a").input_ids[:1] != [id]: return ""
     if tokenizer(token, add_special_tokens=False).input_ids != [id]:
-        raise ValueError(f"bos={bos!r}: the tokenizer does not read its bos_token {token!r} as one token; mend it, or take bos='none'")
+        raise ValueError(f"bos={bos!r}: the tokenizer does not read its bos_token {token!r} as one token; "
+                         "mend it, or take bos='none'")
     return token
 
 def with_begin(
@@ -302,7 +337,8 @@ class Critic(nn.Module):
     def __init__(self, body:PreTrainedModel):
         super().__init__()
         self.body = body
-        self.head = nn.utils.skip_init(nn.Linear, body.config.hidden_size, 1, bias=False).to(next(body.parameters())) # draws nothing
+        head = nn.utils.skip_init(nn.Linear, body.config.hidden_size, 1, bias=False) # draws no random numbers
+        self.head = head.to(next(body.parameters()))
         nn.init.zeros_(self.head.weight)
 
     @classmethod
@@ -321,9 +357,11 @@ def _rates(model:nn.Module)->list[tuple[object, str, float]]: # who has it, its 
         config = getattr(m, "config", None)
         parts = (config, *vars(config).values()) if isinstance(config, PreTrainedConfig) else ()
         owners |= {id(c): c for c in parts if isinstance(c, PreTrainedConfig)}
-    named = [(x, k, v) for x in owners.values() for k, v in vars(x).items() if re.search("drop|jitter", k, re.IGNORECASE)]
-    layers = [(x, "p", x.p) for x in owners.values() if "drop" in type(x).__name__.lower() and hasattr(x, "p")]
-    return [(x, k, v) for x, k, v in named + layers if isinstance(v, int|float) and not isinstance(v, bool) and v > 0]
+    random = re.compile("drop|jitter", re.IGNORECASE)
+    found = [(x, k, v) for x in owners.values() for k, v in vars(x).items() if random.search(k)]
+    layers = [x for x in owners.values() if "drop" in type(x).__name__.lower() and hasattr(x, "p")]
+    found += [(x, "p", x.p) for x in layers]
+    return [(x, k, v) for x, k, v in found if isinstance(v, int|float) and not isinstance(v, bool) and v > 0]
 
 def without_dropout(
     model:nn.Module, # changed in place, its config too
@@ -333,7 +371,8 @@ def without_dropout(
     for x, k, _ in found: setattr(x, k, 0.)
     if found:
         said = {f"{k if k != 'p' else type(x).__name__}={v:g}" for x, k, v in found}
-        warnings.warn(f"{', '.join(sorted(said))}: set to 0, for log-probabilities that differ from pass to pass cannot be compared")
+        warnings.warn(f"{', '.join(sorted(said))}: set to 0, for log-probabilities that differ from pass "
+                      "to pass cannot be compared")
     return model
 
 # %% ../nbs/04_models.ipynb #d003
@@ -347,8 +386,9 @@ def check_steady(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         a, b = (model(ids, use_cache=False).logits.float() for _ in range(2))
     if (gap := (a - b).abs().max()) <= 1e-3 * a.abs().max().clamp(min=1e-3) or not gap.isfinite(): return
-    raise ValueError(f"{type(model).__name__} draws random numbers in training: two passes over the same tokens differ by {gap:.2g} in a logit, "
-                     "and no setting named dropout or jitter turns that off. Switch it off in the model's config, or train another architecture")
+    raise ValueError(f"{type(model).__name__} draws random numbers in training: two passes over the same "
+                     f"tokens differ by {gap:.2g} in a logit, and no setting named dropout or jitter turns it off. "
+                     "Switch it off in the model's config, or train another architecture")
 
 # %% ../nbs/04_models.ipynb #c019
 SOFTMAX = 2**26 # numbers: a softmax over more is taken piece by piece, and once more on the way back

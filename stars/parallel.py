@@ -359,7 +359,8 @@ def _start_here(init:Callable):
 
 @contextmanager
 def _ours():
-    "Ray takes SIGTERM and `breakpoint()` over; afterwards they are whose they were. What begins with RAY_ stays in the environment, for Ray reads it later"
+    "Ray takes SIGTERM and `breakpoint()` over; afterwards they are whose they were"
+    # what begins with RAY_ stays in the environment, for Ray reads it later
     name, main = "PYTHONBREAKPOINT", threading.current_thread() is threading.main_thread()
     debugger, ended = os.environ.get(name), signal.getsignal(signal.SIGTERM)
     try: yield

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arithmetic import autocast, threads_for, warn_of_slow_half
 from .behaviors import column_of, count_in
 from .countdown import Problem, make_prompt, reward_of
-from .models import (Critic, check_steady, known_ids, n_params, save_checkpoint, token_ids, token_logprobs, weights_of,
-                          without_dropout)
+from .models import (Critic, check_steady, known_ids, n_params, save_checkpoint, token_ids, token_logprobs,
+                          weights_of, without_dropout)
 from .parallel import Team, load_state, memory_for, save_state
 from .rollouts import Engine, LlamaEngine, Rollout, check_tags, probe, seeds_of, texts_of
 from .sft import Log, check_finite, pad, resumed
@@ -65,7 +65,7 @@ def group_advantages(
     scores:Tensor,    # one per response; responses to one prompt are neighbours [batch]
     n:int,            # responses per prompt
     scale:bool=True,  # divide by the group's standard deviation
-    kept:Tensor|None=None, # which responses count; of the others nothing enters the group (default: all) [batch]
+    kept:Tensor|None=None, # which responses count; the others are no part of a group (default: all) [batch]
 )->Tensor: # one per response, 0 where it does not count or has nothing to be compared with [batch]
     "GRPO: score relative to the group's mean"
     g = scores.view(-1, n)
@@ -234,7 +234,7 @@ class PPOConfig:
     format_score:float=.1         # reward of a complete answer that is wrong
     bf16:bool=False               # autocast to bfloat16 (the weights that are trained stay fp32), and checkpoints in bfloat16
     is_cap:float=0.               # samplers that differ from the trainer: weigh tokens by min(trainer/sampler probability, is_cap); 0 trusts the sampler's logprobs
-    mask_truncated:bool=False     # leave responses cut at max_tokens out of the loss and of what others are compared with (else they earn what the verifier gives)
+    mask_truncated:bool=False     # leave responses cut at max_tokens out of loss and comparison
     seed:int=0                    # prompt order and draws
     save_every:int=10             # steps between checkpoints, which are also where a killed run resumes
 
@@ -354,11 +354,11 @@ def scored(
     reward:Callable[[str, Problem], float], count:Callable[[str, Problem], dict[str, int]],
     team:Team,
 )->tuple[list[float], list[dict[str, int]]]: # scores, counts of habits; the same on every worker
-    "What responses are worth: asked once, by the first worker, for a reward may throw dice, keep a memory, or cost something"
-    said = [], []
+    "What responses are worth: the first worker asks, once, for a reward may throw dice, or cost something"
+    scores, counts = [], []
     with team.as_one():
-        if team.first: said = [reward(x, p) for x, p in zip(texts, problems)], list(map(count, texts, problems))
-    return team.agree(said)
+        if team.first: scores, counts = list(map(reward, texts, problems)), list(map(count, texts, problems))
+    return team.agree((scores, counts))
 
 def _valued(
     rollouts:Sequence[Rollout], scores:Sequence[float],

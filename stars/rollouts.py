@@ -23,8 +23,8 @@ from .arithmetic import threads_for
 from .countdown import answer_of
 from .decoder import Decoder, KVCache
 from .ledger import Model, Reply, Request
-from .models import (BASES, base_path, begin_token, check_spells, known_ids, load_model, load_tokenizer, model_ends, n_params, token_logprobs,
-                          weights_digest, weights_of, with_begin)
+from .models import (BASES, base_path, begin_token, check_spells, known_ids, load_model, load_tokenizer,
+                          model_ends, n_params, token_logprobs, weights_digest, weights_of, with_begin)
 from .parallel import memory_for
 from .sft import pad
 
@@ -135,7 +135,7 @@ class LlamaEngine:
     shared = False # each worker of a team has its own
     def __init__(self,
         model:PreTrainedModel,         # its architecture and, for now, its weights
-        eos:int|Sequence[int],         # the tokenizer's end-of-sequence token; others that the model's configs name end a response, too
+        eos:int|Sequence[int],         # end of sequence of the tokenizer; the model's configs may add others
         rows:int=512,                  # responses sampled at once
         vocab:int|None=None,           # ids the tokenizer knows (default: all)
         dtype:torch.dtype|None=None,   # of the copy that samples (default: the model's)
@@ -291,7 +291,8 @@ def texts_of(
 )->list[str]: # one per response
     "What responses say, tags included"
     special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    named, silent = set(tokenizer.special_tokens_map.values()), {i for i, t in special.items() if not any(tag in t for tag in TAGS)}
+    silent = {i for i, t in special.items() if not any(tag in t for tag in TAGS)}
+    named = set(tokenizer.special_tokens_map.values())
     mute = {i for i in silent if special[i] in named}
     def said(r:Rollout)->str:
         ids = r.ids[:-1] if r.finished and r.ids and r.ids[-1] in silent else r.ids
@@ -305,8 +306,9 @@ def check_tags(
     text = " ".join(TAGS)
     said, = texts_of(tokenizer, [Rollout([], tokenizer(text, add_special_tokens=False).input_ids, [], False)])
     if answer_of(said) is None or not all(tag in said for tag in TAGS):
-        raise ValueError(f"the tokenizer turns {text!r} into {said!r}: no answer would be seen, and every reward would be 0. "
-                         "Take a tokenizer that keeps the tags, or give a reward that reads what it makes of them")
+        raise ValueError(f"the tokenizer turns {text!r} into {said!r}: no answer would be seen, and every "
+                         "reward would be 0. Take a tokenizer that keeps the tags, or give a reward that reads what "
+                         "it makes of them")
 
 # %% ../nbs/05_rollouts.ipynb #c019
 class EngineService:
@@ -316,17 +318,20 @@ class EngineService:
         tokenizer:PreTrainedTokenizerBase, # its tokenizer
         rows:int=64,                       # requests taken at once
         context:float=inf,                 # tokens that fit into the model, prompt and reply together
-        bos:str="auto",                    # does a prompt begin with the tokenizer's token for that? (`models.BOS`)
+        bos:str="auto",                    # when prompts begin with the tokenizer's token for it (`BOS`)
     ):
-        self.engine, self.tokenizer, self.rows, self.context, self.begin = engine, tokenizer, rows, context, begin_token(tokenizer, bos)
+        self.engine, self.tokenizer, self.rows, self.context = engine, tokenizer, rows, context
+        self.begin = begin_token(tokenizer, bos)
 
     def _prompt(self, r:Request)->str:
         "The text that is continued"
         if r.schema: raise ValueError("schema: a model in this process cannot be held to a JSON schema; ask for tagged text instead")
-        if not self.tokenizer.chat_template: return with_begin("\n\n".join(filter(None, (r.system, r.prompt))) + "\n", self.begin)
+        if not self.tokenizer.chat_template:
+            return with_begin("\n\n".join(filter(None, (r.system, r.prompt))) + "\n", self.begin)
         chat = [dict(role="system", content=r.system)] if r.system else []
         asked = [*chat, dict(role="user", content=r.prompt)]
-        return with_begin(self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False), self.begin)
+        text = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        return with_begin(text, self.begin)
 
     def answer_all(self, requests:Sequence[Request], keys:Sequence[str])->list[Reply]:
         "A reply to each request; its draws follow from its key. What does not fit into the model is cut to nothing"
@@ -341,19 +346,23 @@ class EngineService:
             while group:
                 n = max(1, AT_ONCE // (len(ids[group[0]]) + max_tokens))
                 piece, group = group[:n], group[n:]
-                done = self.engine.generate([ids[i] for i in piece], max_tokens, temperature, [int(keys[i][:15], 16) for i in piece])
+                seeds = [int(keys[i][:15], 16) for i in piece]
+                done = self.engine.generate([ids[i] for i in piece], max_tokens, temperature, seeds)
                 for i, r, text in zip(piece, done, texts_of(self.tokenizer, done)):
-                    replies[i] = Reply(text, "stop" if r.finished else "length", len(r.prompt), len(r.ids), mode="local")
+                    ended = "stop" if r.finished else "length"
+                    replies[i] = Reply(text, ended, len(r.prompt), len(r.ids), mode="local")
         return replies
 
 def local_service(
     name:str|Path,     # a base, a folder with a checkpoint, or a hub id
     device:str="cpu",  # where it runs
     rows:int=64,       # requests taken at once
-    bos:str="auto",    # does a prompt begin with the tokenizer's token for that? (`models.BOS`)
+    bos:str="auto",    # when prompts begin with the tokenizer's token for it (`models.BOS`)
 )->tuple[Model, EngineService]: # for `ask(model, …, service=service)`
     "A checkpoint on this machine as a model to ask"
     folder, tokenizer = base_path(name) if str(name) in BASES else Path(name), load_tokenizer(name)
     label = f"{name}@{weights_digest(folder)}" if folder.is_dir() else str(name)
     model = load_model(name).to(device)
-    return Model("local", label), EngineService(LlamaEngine(model, tokenizer.eos_token_id, vocab=known_ids(tokenizer)), tokenizer, rows, model.config.max_position_embeddings, bos)
+    engine = LlamaEngine(model, tokenizer.eos_token_id, vocab=known_ids(tokenizer))
+    context = model.config.max_position_embeddings
+    return Model("local", label), EngineService(engine, tokenizer, rows, context, bos)

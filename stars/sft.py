@@ -43,12 +43,13 @@ def encode(
     rows:Sequence[dict],               # with `query` and `completion`
     tokenizer:PreTrainedTokenizerBase, # of the model
     max_length:int=2048,               # tokens; longer examples are an error, never cut silently
-    ends:Sequence[int]=(),             # ids that end a response of the model, beside the tokenizer's end of sequence (`models.model_ends`)
+    ends:Sequence[int]=(),             # further ids that end a response of the model (`models.model_ends`)
 )->list[Example]: # one per row
     "Turn rows into token ids"
     ids = lambda key: tokenizer([r[key] for r in rows], add_special_tokens=False).input_ids if rows else []
-    eos, ended = tokenizer.eos_token_id, {tokenizer.eos_token_id, *ends}
-    out = [Example([*q, *c, *([] if c and c[-1] in ended else [eos])], len(q)) for q, c in zip(ids("query"), ids("completion"))]
+    eos, ended = [tokenizer.eos_token_id], {tokenizer.eos_token_id, *ends}
+    completions = [c if c and c[-1] in ended else c + eos for c in ids("completion")]
+    out = [Example(q + c, len(q)) for q, c in zip(ids("query"), completions)]
     for i, e in enumerate(out):
         if not e.prompt: raise ValueError(f"row {i} has an empty query; a completion needs at least one token before it")
         if len(e.ids) > max_length: raise ValueError(f"row {i} takes {len(e.ids)} tokens, max_length={max_length} (sft_max_length or cpt_max_length of a preset, base_context for a base); raise it or drop the row")
@@ -239,7 +240,8 @@ def sft(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if not rows: raise ValueError("rows is empty; give at least one example to train on")
-    examples, val = (encode(r, tokenizer, cfg.max_length, model_ends(model, tokenizer.eos_token_id)) for r in (rows, val_rows))
+    ends = model_ends(model, tokenizer.eos_token_id)
+    examples, val = (encode(r, tokenizer, cfg.max_length, ends) for r in (rows, val_rows))
     if cfg.packing: examples = pack(examples, cfg.max_length)
     if progress: warn_of_slow_half(model.device, {"bf16 (of a preset: sft_bf16, or base_bf16 for a base)": cfg.bf16})
     with threads_for(n_params(model)), team.locked(out):

@@ -150,8 +150,8 @@ def sft_counterparts(
 def sft_steps(cfg:Config)->int: return cfg.prime_rows // cfg.sft_batch_size * cfg.sft_epochs # updates; verl drops a batch that is not full
 
 # %% ../nbs/10d_verl.ipynb #c015
-IN_DATA = ("preset", "n_numbers", "min_", "max_", "top", "template", "bos", "data_", "base_", "prime_", "models", "seeds", "figures",
-           "corpus_", "curate_", "cpt_", "restarts") # beginnings of field names: what the export holds already, or what such a run never asks
+IN_DATA = ("preset", "n_numbers", "min_", "max_", "top", "template", "bos", "data_", "base_", "prime_", "models",
+           "seeds", "figures", "corpus_", "curate_", "cpt_", "restarts") # beginnings of field names: what the export holds already, or what such a run never asks
 
 NOTES = dict(
     ppo_mask_truncated="", # refused where it is not False
@@ -317,7 +317,8 @@ def to_verl(
     about = dict(config=asdict(cfg), model=model, condition=condition, seed=seed, gpus=gpus, nodes=nodes, tensor_parallel=tensor_parallel,
                  data=data.name, prime=prime.name if prime else None)
     _claim(out, about)
-    prompts = [t for split in ("train", "eval") for t in write_rl(data/f"{split}.parquet", out/f"{split}.parquet", prompt_for(cfg, tokenizer))]
+    prompt, prompts = prompt_for(cfg, tokenizer), []
+    for name in ("train.parquet", "eval.parquet"): prompts += write_rl(data/name, out/name, prompt)
     longest = max(map(len, token_ids(tokenizer, sorted(set(prompts)))))
     if prime:
         for split in ("train", "val"): encode(write_sft(prime/f"{split}.parquet", out/f"sft-{split}.parquet"), tokenizer, cfg.sft_max_length) # none is too long, or verl stops

@@ -1,4 +1,5 @@
 "vLLM against transformers: the same logprobs, the same greedy tokens, the weights it was given; engines that die"
+import importlib.util
 import os
 import random
 import sys
@@ -7,13 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 pytest.importorskip("vllm", reason="needs vLLM (make dev)")
 ray = pytest.importorskip("ray", reason="needs Ray (make dev)")
 
 from stars import engines as E
-from stars.models import base_path, load_model, load_tokenizer, save_checkpoint, token_logprobs
+from stars.models import base_path, check_checkpoint, load_model, load_tokenizer, save_checkpoint, token_logprobs
 from stars.rollouts import LlamaEngine, Rollout
 
 TOK = load_tokenizer("plain")
@@ -235,8 +237,9 @@ def test_padded_embeddings(engine, tmp_path):
         with pytest.raises(ValueError, match="context of 128"): padded.generate(PROMPTS, 120, 1., range(4))
 
 @pytest.mark.parametrize("where", ["generation_config", "config"])
-def test_every_end_of_a_checkpoint_ends_a_response(base, where, tmp_path):
-    "The default sampler's ends, and its responses"
+def test_every_end_of_a_checkpoint_ends_a_response(engine, where, tmp_path):
+    "The default sampler's ends, and its responses; the shared engine has been closed, or is now"
+    engine.close()
     model, comma = load_model("plain"), TOK.convert_tokens_to_ids(",")
     getattr(model, where).eos_token_id = [comma, TOK.eos_token_id]
     path = save_checkpoint(model, TOK, tmp_path/"model")
@@ -247,3 +250,25 @@ def test_every_end_of_a_checkpoint_ends_a_response(base, where, tmp_path):
         drawn = several.generate(PROMPTS*6, 60, 1., range(24))
     assert {r.ids[-1] for r in drawn if r.finished} == {comma, TOK.eos_token_id}
     for r in drawn: assert not {comma, TOK.eos_token_id} & set(r.ids[:-1]) and r.finished == (r.ids[-1] in (comma, TOK.eos_token_id))
+
+def test_a_checkpoint_without_all_its_weights_is_refused(engine, base, tmp_path, monkeypatch):
+    "vLLM would sample from whatever is in their place; whether `accelerate` spares reading the file or not"
+    engine.close()
+    path = save_checkpoint(base, TOK, tmp_path/"model")
+    whole = load_file(path/"model.safetensors")
+    for change, said in ((lambda w: w.pop("model.layers.0.mlp.up_proj.weight"), "no model.layers.0.mlp.up_proj.weight"),
+                         (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(96)}), "holds model.layers.0.self_attn.q_proj.bias"),
+                         (lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}), "differs from the embedding")):
+        change(weights := dict(whole))
+        save_file(weights, path/"model.safetensors", dict(format="pt"))
+        with pytest.raises(ValueError, match=said): E.VLLMEngine(path, TOK, dtype="float32", cache=.125)
+    save_file(whole | {"lm_head.weight": whole["model.embed_tokens.weight"].clone()}, path/"model.safetensors", dict(format="pt")) # the same, twice
+    check_checkpoint(path)
+    save_file(whole, path/"model.safetensors", dict(format="pt"))
+    config = (path/"config.json").read_text()
+    (path/"config.json").write_text(config.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+    for spec in (True, False):
+        if not spec: monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="no lm_head.weight"): check_checkpoint(path)
+    (path/"config.json").write_text(config)
+    check_checkpoint(path)
