@@ -206,7 +206,8 @@ def test_ratings_are_tidy_and_join_back(tmp_path):
     assert ratings["count"].dtype == "Int64" and not ratings["count"].isna().any() and set(ratings.rater) == {"openai:somebody"} and set(ratings.tries) == {1}
     assert ratings.row.drop_duplicates().tolist() == draw_sample(df, 6).index.tolist()
     requests = judge_requests(df, MODEL, format="tags", n=6)
-    assert asked == requests and ratings["count"].tolist() == [len(r.prompt) % 7 for r in requests]
+    assert sorted(asked, key=repr) == sorted(requests, key=repr) # several are under way at a time
+    assert ratings["count"].tolist() == [len(r.prompt) % 7 for r in requests]
     joined = ratings.merge(labelled(df), on=RATING_KEYS)
     assert len(joined) == len(ratings) and all(text in r.prompt for text, r in zip(joined.generated, requests))
 
