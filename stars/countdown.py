@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'TEMPLATES', 'MAX_CHARS', 'MAX_TOKENS', 'MAX_DIGITS', 'MAX_DEPTH', 'LAYOUTS', 'Problem', 'solvable', 'solve',
-           'split_of', 'messages', 'make_prompt', 'parse_expression', 'answer_of', 'parse_answer', 'score', 'reward_of',
-           'Verdict', 'explain']
+           'split_of', 'messages', 'chat_prompt', 'make_prompt', 'parse_expression', 'answer_of', 'parse_answer',
+           'score', 'reward_of', 'Verdict', 'explain']
 
 # %% ../nbs/00_countdown.ipynb #c002
 import hashlib
@@ -188,6 +188,15 @@ def messages(
     "The prompt as a list of chat messages"
     return [dict(role='user', content=_ask(problem, template))]
 
+def chat_prompt(
+    said:str,   # by the user
+    tokenizer,  # has `apply_chat_template`
+)->str: # text the model continues, inside `<think>`
+    "A message in a tokenizer's chat template; where the template has opened `<think>`, as those of reasoning models do, it is open"
+    text = tokenizer.apply_chat_template([dict(role='user', content=said)], tokenize=False, add_generation_prompt=True)
+    added = text.rpartition(said)[2] # the message speaks of the tags, too
+    return text if added.rfind('<think>') > added.rfind('</think>') else text + '<think>'
+
 def make_prompt(
     problem:Problem,
     template:str|Path='micro', # a name in `TEMPLATES` or the path of a text file
@@ -196,7 +205,7 @@ def make_prompt(
     "The prompt as text"
     if template!='chat': return _ask(problem, template)
     _check(tokenizer is not None, "template='chat' needs a tokenizer with a chat template; pass tokenizer=…, or use template='base'")
-    return tokenizer.apply_chat_template(messages(problem, 'chat'), tokenize=False, add_generation_prompt=True) + '<think>'
+    return chat_prompt(_ask(problem, 'chat'), tokenizer)
 
 # %% ../nbs/00_countdown.ipynb #c038
 MAX_CHARS,MAX_TOKENS,MAX_DIGITS,MAX_DEPTH = 200,64,12,16 # bounds of an answer

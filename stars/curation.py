@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .behaviors import count_behaviors
 from .corpus import embedded_rewrite
+from .countdown import chat_prompt
 from .files import check_settings, held, write_json, write_table
 from .pretraining import (Shard, Text, changed_file, corpus_files, label_files, labels_file, plan_shards,
                                read_shard,
@@ -211,8 +212,7 @@ def frame(
     "A prompt that poses a question"
     if template not in FRAMES: raise ValueError(f"template={template!r} has no frame for questions; choose one of {', '.join(FRAMES)}")
     said = FRAMES[template].replace("{question}", question.strip())
-    if template != "chat": return said
-    return tokenizer.apply_chat_template([dict(role="user", content=said)], tokenize=False, add_generation_prompt=True) + "<think>"
+    return chat_prompt(said, tokenizer) if template == "chat" else said
 
 def training_rows(
     rows:Sequence[dict],  # of one method, from `match_sets`

@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import HealthCheck,given,settings,strategies as st
 from limits import ends,tuples_at_most
-from stars.countdown import (MAX_CHARS,MAX_DEPTH,SPLITS,TEMPLATES,Problem,answer_of,explain,make_prompt,messages,parse_answer,
+from stars.countdown import (MAX_CHARS,MAX_DEPTH,SPLITS,TEMPLATES,Problem,answer_of,chat_prompt,explain,make_prompt,messages,parse_answer,
                              parse_expression,score,solvable,solve,split_of)
+from stars.curation import frame
 from stars.datasets import from_parquet,problems_from_rows,read_problems,to_parquet
 from stars.problems import Space,all_problems,sample_problems
 
@@ -188,6 +189,15 @@ def test_prompts(tmp_path):
     for t in TEMPLATES: assert [m['role'] for m in messages(p, t)]==['user']
     f = tmp_path/'own.txt'; f.write_text('{"q": "{numbers} -> {target}"} <think>')
     assert make_prompt(p, f)==make_prompt(p, str(f))=='{"q": "5, 3, 4 -> 17"} <think>'
+
+@pytest.mark.parametrize('opens,want', [('', '<think>'), ('<think>', '<think>'), ('<think>\n', '<think>\n'), ('\n<think>\n\n', '\n<think>\n\n'), ('<think>\nOkay, ', '<think>\nOkay, '),
+                                        ('<think>\n\n</think>\n\n', '<think>\n\n</think>\n\n<think>'), ('think: ', 'think: <think>')])
+def test_thinking_is_opened_once(opens, want):
+    "By the chat template of a reasoning model, or here; what the question says of the tags does not count"
+    class Opens(Chat):
+        def apply_chat_template(self, *args, **how): return super().apply_chat_template(*args, **how) + opens
+    for prompt in (make_prompt(Problem((5,3,4), 17), 'chat', Opens()), frame('What is <think> for?', 'chat', Opens()), chat_prompt('Begin with <think>.', Opens())):
+        assert prompt.endswith('<|assistant|>' + want) and prompt.startswith('<|user|>')
 
 def test_bad_prompts(tmp_path):
     p = Problem((5,3,4), 17)
