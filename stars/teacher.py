@@ -17,7 +17,7 @@ import pandas as pd
 
 from .behaviors import HABIT_NAMES, count_behaviors
 from .countdown import Problem, make_prompt, parse_answer, score
-from .ledger import Ledger, Model, Reply, Request
+from .ledger import Ledger, Model, Reply, Request, lost_keys
 from .llm import ask, declines, flow
 from .priming import MIXES, Trace, is_search, reorder, thoughts_of
 
@@ -320,11 +320,11 @@ def ask_teacher(
 
 def _ask_on(model:Model, requests:list[Request], ledger:Ledger, before:list[Reply|None],
             max_cost:float|None=None, **how)->list[Reply|None]:
-    "Replies to requests, the first of them asked before; what then had none is not asked again, but its cost counts"
-    silent = {i for i, reply in enumerate(before) if reply is None}
-    if max_cost is not None and silent:
-        lost = ledger.lost(ledger.note(model, [requests[i] for i in silent]))
-        max_cost = max(0., max_cost - lost)
+    "Replies to requests, the first of them asked before; what then was lost is not asked again, but its cost counts"
+    keys = ledger.note(model, requests[:len(before)])
+    lost = lost_keys(ledger, [k for k, reply in zip(keys, before) if reply is None])
+    silent = {i for i, k in enumerate(keys) if k in lost}
+    if max_cost is not None: max_cost = max(0., max_cost - ledger.lost(lost))
     asked = [r for i, r in enumerate(requests) if i not in silent]
     replies = iter(ask(model, asked, ledger, max_cost=max_cost, **how))
     return [None if i in silent else next(replies) for i in range(len(requests))]
