@@ -129,7 +129,7 @@ def _written(path, n, seed, space, layout, recipe, workers, progress):
             if pool: pool.shutdown(wait=False, cancel_futures=True)
             raise
     if end<n:
-        shutil.rmtree(parts) # they belong to a file that cannot be
+        shutil.rmtree(parts, ignore_errors=True) # they belong to a file that cannot be
         raise ValueError(too_few(n, end, space))
     return _join([part(i) for i in range(done)], path, dict(recipe=recipe), parts, layout)
 
@@ -138,7 +138,7 @@ def _join(parts, path, metadata, folder, layout):
     schema = (pq.read_schema(parts[0]) if parts else _table([], 0, None, *layout).schema).with_metadata(metadata)
     with replacing(path) as tmp, pq.ParquetWriter(tmp, schema) as w:
         for p in parts: w.write_table(pq.read_table(p).replace_schema_metadata(metadata))
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True) # what stays goes when the file is asked for again
     return path
 
 # %% ../nbs/00b_datasets.ipynb #c011

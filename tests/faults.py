@@ -47,6 +47,7 @@ from stars.models import micro_model, micro_tokenizer, save_checkpoint
 
 # names that nobody takes for a result; a state carries its hash
 HIDDEN = re.compile(r"(^|/)\.|\.(tmp|partial|lock)(/|$)|(^|/)state-")
+LEFT = re.compile(r"(^|/)\.|\.tmp(/|$)") # of them, those that are removed sooner or later
 GROWING = (".jsonl", ".db", ".db-journal") # what can be read of them is left to those who read them
 HELPERS = (".lock", ".db-wal", ".db-shm") # empty ones that stay, and what SQLite takes in sooner or later
 
@@ -315,7 +316,7 @@ def attempt(disk:Disk, run:Callable, root:Path, kind:str="", at:int=0)->Outcome:
     os.close(read)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     warnings.simplefilter("ignore")
-    signal.alarm(600) # what waits for ever ends
+    signal.alarm(3600) # what waits for ever ends
     os.chdir(root.parent)
     try:
         out, there = Outcome(seen(root)), set(sizes(root))
@@ -374,7 +375,7 @@ class Trial:
         second = attempt(self.disk, self.command.run, self.root)
         wrong = [f"it says: {first.error}"] * (not first.clear) + self.half_written(second.seen)
         if not first.killed and not first.error: # what could not be removed may wait for the next time
-            now = {n: x for n, x in first.files.items() if ".tmp/" not in n and not n.endswith(".tmp")}
+            now = {n: x for n, x in first.files.items() if not LEFT.search(n)}
             wrong += self.compare(now, "as if nothing had happened, but it")
         if second.error: wrong.append(f"given again: {second.error}")
         else: wrong += self.compare(second.files, "given again, it")

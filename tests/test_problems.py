@@ -324,3 +324,14 @@ def test_damage(tmp_path):
     (tmp_path/'e.jsonl').write_bytes(b'\xef\xbb\xbf{"nums": [3,4], "target": 7}\n{"nums": "'+b'x'*10**6+b'"}')
     got,report = read_problems(tmp_path/'e.jsonl')
     assert got==[Problem((3,4), 7)] and len(str(report))<1000
+
+
+def test_parts_that_cannot_be_removed_are_no_failure(tmp_path, monkeypatch):
+    "The file is whole; what stays beside it goes when the same file is asked for again"
+    def write(): return write_problems(tmp_path/"x.parquet", 5, space=Space(n_numbers=(3,)), workers=1, progress=False)
+    def fails(*args, **how): raise OSError("a disk that fails for a moment")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", fails)
+        before = write().read_bytes()
+    assert len(from_parquet(tmp_path/"x.parquet")) == 5 and list(tmp_path.glob(".*.parts"))
+    assert write().read_bytes() == before and not list(tmp_path.glob(".*.parts"))
