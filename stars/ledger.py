@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SERVICES', 'OFFICIAL', 'FINISHES', 'LOST', 'IN_THE_AIR', 'secret_free', 'Model', 'Request', 'Reply', 'request_key',
-           'Batch', 'Ledger', 'recorded_keys', 'addresses', 'take_off', 'land', 'lost_keys', 'losses', 'noted_model',
-           'uncounted', 'noted_requests']
+           'Batch', 'Ledger', 'recorded_keys', 'keys_in', 'addresses', 'take_off', 'land', 'lost_keys', 'losses',
+           'noted_model', 'uncounted', 'noted_requests']
 
 # %% ../nbs/02_ledger.ipynb #c002
 import hashlib
@@ -396,18 +396,13 @@ class Ledger:
         "Batches under way that hold some of the keys, each with all its keys"
         with self._lock:
             rows = self._db.execute("SELECT * FROM under_way WHERE model = ?", (str(model),)).fetchall()
-        inside = {b: self.keys_in(b) for b in (Batch(*row) for row in rows)}
+        inside = {b: keys_in(self, b) for b in (Batch(*row) for row in rows)}
         wanted = set(keys)
         return {b: ks for b, ks in inside.items() if not wanted.isdisjoint(ks)}
 
     def abandoned(self, batch:Batch)->bool:
         "Has a batch no id, and nobody who is just submitting it?"
         return batch.id is None and batch.name not in self._handing_in and (batch.owner == self.owner or not self._alive(batch.owner))
-
-    def keys_in(self, batch:Batch)->list[str]:
-        "What a batch holds"
-        with self._lock: rows = self._db.execute("SELECT key FROM items WHERE batch = ?", (batch.name,)).fetchall()
-        return [k for k, in rows]
 
     def batch_ids(self)->set[str]:
         "The services' names of all batches ever submitted"
@@ -513,6 +508,14 @@ def _in_hand(ledger:Ledger, keys:Iterable[str])->set[str]:
     inside = "SELECT key FROM items JOIN under_way ON batch = name WHERE key IN"
     under_way = {k for k, in ledger._in(inside, keys)}
     return under_way | ledger.answered(keys) | (ledger.errors(keys).keys() if ledger.replay else set())
+
+def keys_in(
+    ledger:Ledger, # that handed it in
+    batch:Batch,   # of requests
+)->list[str]:
+    "What a batch holds"
+    with ledger._lock: rows = ledger._db.execute("SELECT key FROM items WHERE batch = ?", (batch.name,)).fetchall()
+    return [k for k, in rows]
 
 def addresses(
     ledger:Ledger, # any

@@ -23,7 +23,7 @@ from pathlib import Path
 from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, stop_any, wait_exponential_jitter
 from tqdm.auto import tqdm
 
-from .ledger import (LOST, Batch, Ledger, Model, Reply, Request, addresses, land, noted_model, noted_requests,
+from .ledger import (LOST, Batch, Ledger, Model, Reply, Request, addresses, keys_in, land, noted_model, noted_requests,
                           recorded_keys, request_key, take_off)
 from .services import (RESPONSES, Busy, Failure, Gone, Lost, Price, Refused, Rejected, Service, Unusable,
                             connect, cost_ceiling, input_ceiling, only_responses, price_changing, price_of,
@@ -486,11 +486,11 @@ def give_up(
     "Give up a batch under way; raises ValueError where there is none, or no key, ConnectionError where nobody answers"
     batch = next((b for b, _ in ledger.under_way() if b.id == id), None)
     if batch is None: raise ValueError(f"batch={id!r} is not under way in {ledger.path}")
-    keys = ledger.keys_in(batch)
+    keys = keys_in(ledger, batch)
     model, todo = noted_model(ledger, keys[0]), noted_requests(ledger, keys)
     price = None if price_changing(model) else price_of(model, prices)
     with tqdm(total=len(keys), disable=True) as bar:
-        run = _Run(model, todo, ledger, service or (connect(model) if cancel else None), price, None, bar)
+        run = _Run(model, todo, ledger, service or (_reached(model) if cancel else None), price, None, bar)
         try: over = cancel and _cancelled(run, id, patience)
         except Gone: cancel = over = False
         if over: return GivenUp(len(keys) - (n := len(_collect(run, batch, keys, cancelled=True))), n, True)
@@ -499,6 +499,13 @@ def give_up(
         n = ledger.forget(id)
         for k in keys: ledger.fail(k, LOST + "its batch was given up here and may have run on", most[k])
         return GivenUp(0, n, False, sum(most.values()))
+
+def _reached(model:Model)->Service:
+    "The service of a model, or what to do without it"
+    try: return connect(model)
+    except ValueError as e:
+        raise ValueError(f"{e}; without that, a batch can only be forgotten here (cancel=False, --no-cancel): "
+                         "it may run on and be billed") from None
 
 def _cancelled(run:_Run, id:str, patience:float)->bool: # False: not yet
     "Have a batch stopped, and wait for the end of it"

@@ -1109,6 +1109,13 @@ def test_what_cannot_be_cancelled_is_booked(service, how, book, table):
         assert kept or not s.batches[id].cancelled
         assert right(quick(m, todo, book, prices=table), todo)
 
+def test_without_a_key_a_batch_can_only_be_forgotten_here(book, table, monkeypatch):
+    m = Model("openai", "own")
+    book.mark(book.open_batch(m, book.claim(book.note(m, questions(3)))), "running", "b1")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ValueError, match="set OPENAI_API_KEY in the environment; without that.*--no-cancel"): give_up(book, "b1")
+    assert len(book.under_way()) == 1 and give_up(book, "b1", cancel=False, prices=table).free == 3 and not book.under_way()
+
 @BOTH
 def test_a_slow_cancellation_is_taken_up_later(service, book):
     with serve(Faults(batch_latency_s=600., cancel_s=2.)) as s:
