@@ -3,7 +3,14 @@
 Nothing is executed. A notebook's page holds its prose, its outputs as they were saved and, for each exported function, class or constant, a heading,
 the signature with its comments and the source behind a fold. Two pages are written here: the index of all symbols and that of all figures.
 """
-import ast, json, re, shutil, subprocess, sys, tempfile
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,277 +18,513 @@ import yaml
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 
-from stars.gallery import place_name
+from stars.show.gallery import place_name
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDGET = 'application/vnd.jupyter.widget-view+json'
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 @dataclass
 class Symbol:
     "Something that a chapter exports"
-    module:str
-    page:str   # of its chapter
-    name:str
-    stub:str   # its source without what it does
-    about:str  # one line
-    kind:str   # function, class or constant
-    @property
-    def id(self): return f'stars.{self.module}.{self.name}'
 
-def source(cell): return ''.join(cell['source'])
-def directives(text): return {m[1] for m in re.finditer(r'^#\|\s*(\w+)(?=\s|$)', text, re.M)}
-def markdown(text): return dict(cell_type='markdown', metadata={}, source=text)
+    module: str
+    page: str  # of its chapter
+    name: str
+    stub: str  # its source without what it does
+    about: str  # one line
+    kind: str  # function, class or constant
+
+    @property
+    def id(self):
+        return f"stars.{self.module}.{self.name}"
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def directives(text):
+    return {m[1] for m in re.finditer(r"^#\|\s*(\w+)(?=\s|$)", text, re.M)}
+
+
+def markdown(text):
+    return dict(cell_type="markdown", metadata={}, source=text)
+
 
 # ---- symbols
 
-def first_line(text): return text.strip().split('\n')[0].strip()
+
+def first_line(text):
+    return text.strip().split("\n")[0].strip()
+
 
 def header(lines, node):
     "A def or class up to its body, decorators included"
     start, body = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.body[0]
-    rest = lines[start:body.lineno - 1] + [lines[body.lineno - 1].encode()[:body.col_offset].decode()]
-    return '\n'.join(rest).rstrip()
+    rest = lines[start : body.lineno - 1] + [lines[body.lineno - 1].encode()[: body.col_offset].decode()]
+    return "\n".join(rest).rstrip()
+
 
 def trailing(lines, node):
     "The comment behind a statement"
-    after = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip()
-    return after[1:].strip() if after.startswith('#') else ''
+    after = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+    return after[1:].strip() if after.startswith("#") else ""
+
 
 def class_stub(lines, node):
     "Header, fields, and methods with what they say about themselves"
     out = [header(lines, node)]
     for n in node.body:
-        if isinstance(n, ast.AnnAssign): out += lines[n.lineno - 1:n.end_lineno]
-        elif isinstance(n, ast.FunctionDef) and (not n.name.startswith('_') or n.name in ('__init__', '__call__')):
+        if isinstance(n, ast.AnnAssign):
+            out += lines[n.lineno - 1 : n.end_lineno]
+        elif isinstance(n, ast.FunctionDef) and (
+            not n.name.startswith("_") or n.name in ("__init__", "__call__")
+        ):
             doc = ast.get_docstring(n)
-            out += [header(lines, n)] + ([f'{" "*(n.col_offset + 4)}"{first_line(doc)}"'] if doc else [])
-    return '\n'.join(out)
+            out += [header(lines, n)] + ([f'{" " * (n.col_offset + 4)}"{first_line(doc)}"'] if doc else [])
+    return "\n".join(out)
+
 
 def names_of(node):
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return [n.id for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t]) if isinstance(n, ast.Name)]
+    return [
+        n.id
+        for t in targets
+        for n in (t.elts if isinstance(t, ast.Tuple) else [t])
+        if isinstance(n, ast.Name)
+    ]
+
 
 def symbols(module, page, text):
     "What an exported cell defines, in order"
-    lines = text.split('\n')
+    lines = text.split("\n")
     for n in ast.parse(text).body:
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_'):
-            stub, kind = (class_stub(lines, n), 'class') if isinstance(n, ast.ClassDef) else (header(lines, n), 'function')
-            yield Symbol(module, page, n.name, stub, first_line(ast.get_docstring(n) or trailing(lines, n) or trailing(lines, n.body[-1])), kind)
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_"):
+            stub, kind = (
+                (class_stub(lines, n), "class")
+                if isinstance(n, ast.ClassDef)
+                else (header(lines, n), "function")
+            )
+            yield Symbol(
+                module,
+                page,
+                n.name,
+                stub,
+                first_line(ast.get_docstring(n) or trailing(lines, n) or trailing(lines, n.body[-1])),
+                kind,
+            )
         elif isinstance(n, (ast.Assign, ast.AnnAssign)):
-            body = lines[n.lineno - 1:n.end_lineno]
-            stub = '\n'.join(body if len(body) < 16 else body[:12] + ['    …'])
+            body = lines[n.lineno - 1 : n.end_lineno]
+            stub = "\n".join(body if len(body) < 16 else body[:12] + ["    …"])
             for name in names_of(n):
-                if not name.startswith('_'): yield Symbol(module, page, name, stub, trailing(lines, n), 'constant')
+                if not name.startswith("_"):
+                    yield Symbol(module, page, name, stub, trailing(lines, n), "constant")
 
-def subtitle(nb): return next(m[1] for c in nb['cells'] for m in [re.search(r'^#\s.*\n+>\s*(.+)', source(c))] if m)
+
+def subtitle(nb):
+    return next(m[1] for c in nb["cells"] for m in [re.search(r"^#\s.*\n+>\s*(.+)", source(c))] if m)
+
 
 def module_of(nb):
-    found = [m[1] for c in nb['cells'] if c['cell_type'] == 'code' for m in [re.search(r'^#\|\s*default_exp\s+(\w+)', source(c), re.M)] if m]
+    found = [
+        m[1]
+        for c in nb["cells"]
+        if c["cell_type"] == "code"
+        for m in [re.search(r"^#\|\s*default_exp\s+([\w.]+)", source(c), re.M)]
+        if m
+    ]
     return found[0] if found else None
+
 
 def exported(nb, page):
     "All symbols of a chapter"
-    found = [s for c in nb['cells'] if c['cell_type'] == 'code' and 'export' in directives(source(c)) for s in symbols(module_of(nb), page, source(c))]
-    return list({s.id: s for s in reversed(found)}.values())[::-1] # the first of those that are made in several statements
+    found = [
+        s
+        for c in nb["cells"]
+        if c["cell_type"] == "code" and "export" in directives(source(c))
+        for s in symbols(module_of(nb), page, source(c))
+    ]
+    return list({s.id: s for s in reversed(found)}.values())[
+        ::-1
+    ]  # the first of those that are made in several statements
+
 
 # ---- pages
 
+
 def reference(module, text, before):
     "Cells in place of an exported one: its symbols, less those before it, then its source behind a fold"
-    code, found, out, shown = re.sub(r'^#\|.*\n', '', text, flags=re.M), [s for s in {s.id: s for s in symbols(module, '', text)}.values() if s.id not in before], [], set()
+    code, found, out, shown = (
+        re.sub(r"^#\|.*\n", "", text, flags=re.M),
+        [s for s in {s.id: s for s in symbols(module, "", text)}.values() if s.id not in before],
+        [],
+        set(),
+    )
     before |= {s.id for s in found}
     only_constants = all(isinstance(n, (ast.Assign, ast.AnnAssign)) for n in ast.parse(text).body)
     for s in found:
-        anchor = f'### {s.name} {{#{s.id}}}' if s.kind != 'constant' else f'<span id="{s.id}"></span>'
-        block = f'\n\n```python\n{s.stub}\n```' if s.stub not in shown and not only_constants else ''
-        out.append(anchor + block + (f'\n\n*{s.about}*' if s.about and s.kind != 'constant' else ''))
+        anchor = f"### {s.name} {{#{s.id}}}" if s.kind != "constant" else f'<span id="{s.id}"></span>'
+        block = f"\n\n```python\n{s.stub}\n```" if s.stub not in shown and not only_constants else ""
+        out.append(anchor + block + (f"\n\n*{s.about}*" if s.about and s.kind != "constant" else ""))
         shown.add(s.stub)
-    fold = '' if only_constants else f'#| code-fold: true\n#| code-summary: {"Source" if found else "Imports" if "import" in code.split(maxsplit=1)[0] or code.startswith("from") else "Source"}\n'
-    return [markdown(o) for o in out] + [dict(cell_type='code', metadata={}, execution_count=None, outputs=[], source=fold + code)]
+    fold = (
+        ""
+        if only_constants
+        else f"#| code-fold: true\n#| code-summary: {'Source' if found else 'Imports' if 'import' in code.split(maxsplit=1)[0] or code.startswith('from') else 'Source'}\n"
+    )
+    return [markdown(o) for o in out] + [
+        dict(cell_type="code", metadata={}, execution_count=None, outputs=[], source=fold + code)
+    ]
+
 
 def linked(text, module, known):
     "Symbols in backticks become links; a bare name counts in its own chapter, and elsewhere if it cannot be a mere word"
+
     def link(m):
         name = m[1]
-        found = [s for s in known if name in (s.name, s.id, f'{s.module}.{s.name}')]
+        found = [s for s in known if name in (s.name, s.id, f"{s.module}.{s.name}")]
         here = [s for s in found if s.module == module]
-        far = [s for s in found if s.kind != 'constant' and ('.' in name or m[2] or '_' in name or name != name.lower())]
+        far = [
+            s
+            for s in found
+            if s.kind != "constant" and ("." in name or m[2] or "_" in name or name != name.lower())
+        ]
         s = here[0] if here else far[0] if len(far) == 1 else None
-        return f'[{m[0]}](/{s.page}.ipynb#{s.id})' if s else m[0]
-    parts = re.split(r'(^```.*?^```|\[[^\]]*\]\([^)]*\)|^#.*$)', text, flags=re.M | re.S)
-    return ''.join(p if i % 2 else re.sub(r'`([A-Za-z_][\w.]*)(\(\))?`', link, p) for i, p in enumerate(parts))
+        return f"[{m[0]}](/{s.page}.ipynb#{s.id})" if s else m[0]
 
-def enlargeable(text): return re.sub(r'^!\[(.*?)\]\((\S*figures/\S+)\.png\)', r'[![\1](\2.png)](\2.svg)', text, flags=re.M) # a picture on a phone: touch it for the large one
+    parts = re.split(r"(^```.*?^```|\[[^\]]*\]\([^)]*\)|^#.*$)", text, flags=re.M | re.S)
+    return "".join(
+        p if i % 2 else re.sub(r"`([A-Za-z_][\w.]*)(\(\))?`", link, p) for i, p in enumerate(parts)
+    )
+
+
+def enlargeable(text):
+    return re.sub(
+        r"^!\[(.*?)\]\((\S*figures/\S+)\.png\)", r"[![\1](\2.png)](\2.svg)", text, flags=re.M
+    )  # a picture on a phone: touch it for the large one
+
 
 def titled(cells):
     "Title and subtitle as front matter, and the rest"
-    m = re.match(r'#\s+(.+?)\s*(?:\n+>\s*(.+?)\s*)?(\n.*)?$', source(cells[0]), re.S)
-    if not m: raise ValueError(f'a notebook must open with `# title` and `> subtitle`, not with {source(cells[0])[:60]!r}')
-    front = yaml.safe_dump(dict(title=m[1], subtitle=m[2] or ''), allow_unicode=True, width=10_000)
-    return [dict(cell_type='raw', metadata={}, source=f'---\n{front}---'), *([markdown(m[3])] if (m[3] or '').strip() else []), *cells[1:]]
+    m = re.match(r"#\s+(.+?)\s*(?:\n+>\s*(.+?)\s*)?(\n.*)?$", source(cells[0]), re.S)
+    if not m:
+        raise ValueError(
+            f"a notebook must open with `# title` and `> subtitle`, not with {source(cells[0])[:60]!r}"
+        )
+    front = yaml.safe_dump(dict(title=m[1], subtitle=m[2] or ""), allow_unicode=True, width=10_000)
+    return [
+        dict(cell_type="raw", metadata={}, source=f"---\n{front}---"),
+        *([markdown(m[3])] if (m[3] or "").strip() else []),
+        *cells[1:],
+    ]
+
 
 def page(nb, known):
     "A notebook as it is shown"
     module, cells, before = module_of(nb), [], set()
-    for c in nb['cells']:
+    for c in nb["cells"]:
         text = source(c)
-        d = directives(text) if c['cell_type'] == 'code' else set()
-        if d & {'hide', 'default_exp'} or not text.strip(): continue
-        if 'export' in d: cells += reference(module, text, before)
-        elif c['cell_type'] == 'markdown': cells.append(c | dict(source=linked(enlargeable(text), module, known)))
-        else: cells.append(c | dict(source=re.sub(r'^#\|\s*\w+\s*\n', '', text, flags=re.M), outputs=[o for o in c['outputs'] if WIDGET not in o.get('data', {})]))
+        d = directives(text) if c["cell_type"] == "code" else set()
+        if d & {"hide", "default_exp"} or not text.strip():
+            continue
+        if "export" in d:
+            cells += reference(module, text, before)
+        elif c["cell_type"] == "markdown":
+            cells.append(c | dict(source=linked(enlargeable(text), module, known)))
+        else:
+            cells.append(
+                c
+                | dict(
+                    source=re.sub(r"^#\|\s*\w+\s*\n", "", text, flags=re.M),
+                    outputs=[o for o in c["outputs"] if WIDGET not in o.get("data", {})],
+                )
+            )
     return nb | dict(cells=titled(cells))
+
 
 # ---- figures
 
+
 def pictures(name):
     "Where a figure has been drawn: place → manifest"
-    return {p.parent.name: json.loads(p.with_suffix('.json').read_text()) for p in sorted((ROOT/'figures').glob(f'*/{name}.png'))}
+    return {
+        p.parent.name: json.loads(p.with_suffix(".json").read_text())
+        for p in sorted((ROOT / "figures").glob(f"*/{name}.png"))
+    }
+
 
 def defaults(nb):
-    cell = next(c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', []))
+    cell = next(c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []))
     return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(source(cell)).body}
+
 
 def commands(name, params):
     "How to draw a figure, from the parameters of its notebook"
-    lines = [(f'stars figure {name}', f'preset {params["preset"]}; builds missing runs'), (f'stars figure {name} --preset smoke', 'tiny: a few minutes')]
-    if 'source' in params: lines.append((f'stars figure {name} -p source=published', 'the published results'))
-    if len(params.get('seeds', ())) == 1: lines.append((f"stars figure {name} -p 'seeds=[0,1,2]'", 'intervals over seeds'))
+    lines = [
+        (f"stars figure {name}", f"preset {params['preset']}; builds missing runs"),
+        (f"stars figure {name} --preset smoke", "tiny: a few minutes"),
+    ]
+    if "source" in params:
+        lines.append((f"stars figure {name} -p source=published", "the published results"))
+    if len(params.get("seeds", ())) == 1:
+        lines.append((f"stars figure {name} -p 'seeds=[0,1,2]'", "intervals over seeds"))
     wide = max(len(c) for c, _ in lines)
-    return '\n'.join(['```sh', *(f'{c:{wide}}  # {about}' for c, about in lines), '```'])
+    return "\n".join(["```sh", *(f"{c:{wide}}  # {about}" for c, about in lines), "```"])
 
-def drawn(name, place, manifest, folder=''):
+
+def drawn(name, place, manifest, folder=""):
     "A picture of the repository with what belongs to it; `folder`: where the pictures are, seen from the page"
-    path = f'{folder}{place}/{name}'
-    links = [f'[{ext.upper()}]({path}.{ext})' for ext in ('svg', 'csv', 'json') if (ROOT/f'figures/{place}/{name}.{ext}').is_file() and not (ext == 'csv' and 'published' in place)]
-    return f'[![{manifest.get("title", name)}]({path}.png)]({path}.svg)\n\n{manifest.get("caption", "")} {" · ".join(links)}\n'
+    path = f"{folder}{place}/{name}"
+    links = [
+        f"[{ext.upper()}]({path}.{ext})"
+        for ext in ("svg", "csv", "json")
+        if (ROOT / f"figures/{place}/{name}.{ext}").is_file() and not (ext == "csv" and "published" in place)
+    ]
+    return f"[![{manifest.get('title', name)}]({path}.png)]({path}.svg)\n\n{manifest.get('caption', '')} {' · '.join(links)}\n"
+
 
 def as_drawn(nb, name):
     "A figure's notebook as it was executed for the picture of the repository, if it was; cells that have changed since come without results"
-    made = ROOT/'figures'/defaults(nb)['preset']/f'{name}.ipynb' if 'preset' in defaults(nb) else ROOT
-    if not made.is_file(): return nb
-    done = json.loads(made.read_text(encoding='utf-8'))['cells']
-    results = {source(c): c['outputs'] for c in done if c['cell_type'] == 'code'}
-    given = [x for c in done if 'injected-parameters' in c['metadata'].get('tags', [])
-             for x in (markdown('What follows was run with'), c | dict(source=source(c).removeprefix('# Parameters\n')))]
+    made = ROOT / "figures" / defaults(nb)["preset"] / f"{name}.ipynb" if "preset" in defaults(nb) else ROOT
+    if not made.is_file():
+        return nb
+    done = json.loads(made.read_text(encoding="utf-8"))["cells"]
+    results = {source(c): c["outputs"] for c in done if c["cell_type"] == "code"}
+    given = [
+        x
+        for c in done
+        if "injected-parameters" in c["metadata"].get("tags", [])
+        for x in (
+            markdown("What follows was run with"),
+            c | dict(source=source(c).removeprefix("# Parameters\n")),
+        )
+    ]
     cells = []
-    for c in nb['cells']:
-        cells.append(c | dict(outputs=results.get(source(c), [])) if c['cell_type'] == 'code' else c)
-        if 'parameters' in c['metadata'].get('tags', []): cells += given
+    for c in nb["cells"]:
+        cells.append(c | dict(outputs=results.get(source(c), [])) if c["cell_type"] == "code" else c)
+        if "parameters" in c["metadata"].get("tags", []):
+            cells += given
     return nb | dict(cells=cells)
+
 
 def with_commands(nb, name):
     "A figure's notebook with how to run it, and with the pictures of the repository that it does not show itself"
-    cells, at = list(nb['cells']), next(i for i, c in enumerate(nb['cells']) if 'parameters' in c['metadata'].get('tags', []))
+    cells, at = (
+        list(nb["cells"]),
+        next(i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", [])),
+    )
     params, places = defaults(nb), pictures(name)
-    shows = any('image/png' in o.get('data', {}) for c in cells for o in c.get('outputs', []))
-    others = {k: m for k, m in places.items() if not (shows and k == params['preset'])}
-    album = [markdown('\n'.join(['## Drawn so far\n', *(f'### {place_name(place)}\n\n{drawn(name, place, m)}' for place, m in others.items())]))] if others else []
-    cells.insert(at, markdown(f'## How to run it\n\n{commands(name, params)}\n\nThese are the parameters; `-p` sets each of them, `--set` any field of the preset.'))
-    return nb | dict(cells=cells + album if shows else cells[:at] + album + cells[at:]) # a page without outputs begins with what there is
+    shows = any("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
+    others = {k: m for k, m in places.items() if not (shows and k == params["preset"])}
+    album = (
+        [
+            markdown(
+                "\n".join(
+                    [
+                        "## Drawn so far\n",
+                        *(
+                            f"### {place_name(place)}\n\n{drawn(name, place, m)}"
+                            for place, m in others.items()
+                        ),
+                    ]
+                )
+            )
+        ]
+        if others
+        else []
+    )
+    cells.insert(
+        at,
+        markdown(
+            f"## How to run it\n\n{commands(name, params)}\n\nThese are the parameters; `-p` sets each of them, `--set` any field of the preset."
+        ),
+    )
+    return nb | dict(
+        cells=cells + album if shows else cells[:at] + album + cells[at:]
+    )  # a page without outputs begins with what there is
+
 
 def write_figures(proc, notebooks):
     "reproduce.qmd: all figures, the question that each asks, the newest picture of it"
-    out = ['---\ntitle: Reproduce\nsubtitle: "Every figure: what it asks, how to draw it, what came out."\n---\n',
-           '```sh\nmake reproduce                    # the headline figures from nothing: a quarter of an hour on two cores\nstars reproduce --preset smoke    # every figure, tiny: a few minutes\n'
-           'stars reproduce                   # every figure of the preset cpu: an evening on two cores\n```\n',
-           'A figure is a notebook with parameters, run by papermill; what it needs and does not find in `runs/` is built first. [All pictures on one page](figures/index.html), with their numbers and manifests.\n']
-    order = (proc/'sidebar.yml').read_text()
+    out = [
+        '---\ntitle: Reproduce\nsubtitle: "Every figure: what it asks, how to draw it, what came out."\n---\n',
+        "```sh\nmake reproduce                    # the headline figures from nothing: a quarter of an hour on two cores\nstars reproduce --preset smoke    # every figure, tiny: a few minutes\n"
+        "stars reproduce                   # every figure of the preset cpu: an evening on two cores\n```\n",
+        "A figure is a notebook with parameters, run by papermill; what it needs and does not find in `runs/` is built first. [All pictures on one page](figures/index.html), with their numbers and manifests.\n",
+    ]
+    order = (proc / "sidebar.yml").read_text()
     for name, nb in sorted(notebooks.items(), key=lambda x: order.find(x[0])):
         question = subtitle(nb)
-        out.append(f'## {question} {{#{name}}}\n\n[{name}](figures/{name}.ipynb), how to run it and what it shows.\n')
+        out.append(
+            f"## {question} {{#{name}}}\n\n[{name}](figures/{name}.ipynb), how to run it and what it shows.\n"
+        )
         places = pictures(name)
-        best = next((p for p in ('cpu+published', 'cpu', *places) if p in places), None)
-        if best: out.append(drawn(name, best, places[best], 'figures/'))
-    (proc/'reproduce.qmd').write_text('\n'.join(out), encoding='utf-8')
+        best = next((p for p in ("cpu+published", "cpu", *places) if p in places), None)
+        if best:
+            out.append(drawn(name, best, places[best], "figures/"))
+    (proc / "reproduce.qmd").write_text("\n".join(out), encoding="utf-8")
+
 
 def write_symbols(proc, chapters):
     "api.qmd: every exported symbol, what it is, and where"
     n = sum(len(s) for _, s in chapters.values())
-    out = ['---\ntitle: API\nsubtitle: "Every exported symbol, one line each."\ntoc-depth: 2\nsearch: false\n---\n',
-           f'{n} functions, classes and constants in {len(chapters)} modules. A module is a chapter: the links lead to signature, comments, source and the checks below it.\n']
+    out = [
+        '---\ntitle: API\nsubtitle: "Every exported symbol, one line each."\ntoc-depth: 2\nsearch: false\n---\n',
+        f"{n} functions, classes and constants in {len(chapters)} modules. A module is a chapter: the links lead to signature, comments, source and the checks below it.\n",
+    ]
     for module, (about, found) in chapters.items():
-        rows = [f'| [`{s.name}`]({s.page}.ipynb#{s.id}) | {(s.about or s.kind).replace("|", chr(92) + "|")} |' for s in found]
-        out.append('\n'.join([f'## stars.{module} {{#{module}}}\n', f'[{about}]({found[0].page}.ipynb)\n', '::: {.symbols}', '| name | |', '|:--|:--|', *rows, ':::\n']))
-    (proc/'api.qmd').write_text('\n'.join(out), encoding='utf-8')
+        rows = [
+            f"| [`{s.name}`]({s.page}.ipynb#{s.id}) | {(s.about or s.kind).replace('|', chr(92) + '|')} |"
+            for s in found
+        ]
+        out.append(
+            "\n".join(
+                [
+                    f"## stars.{module} {{#{module}}}\n",
+                    f"[{about}]({found[0].page}.ipynb)\n",
+                    "::: {.symbols}",
+                    "| name | |",
+                    "|:--|:--|",
+                    *rows,
+                    ":::\n",
+                ]
+            )
+        )
+    (proc / "api.qmd").write_text("\n".join(out), encoding="utf-8")
+
 
 # ---- navigation and names
 
+
 def existing(item, root):
     "The part of a navigation entry whose pages exist; `*` is written out"
-    if isinstance(item, list): return [o for i in item for o in existing(i, root)]
-    if isinstance(item, str): return [str(p.relative_to(root)) for p in sorted(root.glob(item))]
-    if 'contents' not in item: return [item] if (root/item['href']).is_file() else []
-    contents = existing(item['contents'], root)
-    return [item | {'contents': contents}] if contents else []
+    if isinstance(item, list):
+        return [o for i in item for o in existing(i, root)]
+    if isinstance(item, str):
+        return [str(p.relative_to(root)) for p in sorted(root.glob(item))]
+    if "contents" not in item:
+        return [item] if (root / item["href"]).is_file() else []
+    contents = existing(item["contents"], root)
+    return [item | {"contents": contents}] if contents else []
+
 
 def trim_navigation(root):
     "Leave out of navbar and sidebar what is not there to link to"
-    for name, bar, key in (('_quarto.yml', 'navbar', 'left'), ('sidebar.yml', 'sidebar', 'contents')):
-        cfg = yaml.safe_load((root/name).read_text())
-        part = cfg['website'][bar]
+    for name, bar, key in (("_quarto.yml", "navbar", "left"), ("sidebar.yml", "sidebar", "contents")):
+        cfg = yaml.safe_load((root / name).read_text())
+        part = cfg["website"][bar]
         part[key] = existing(part[key], root)
-        (root/name).write_text(yaml.safe_dump(cfg, sort_keys=False))
+        (root / name).write_text(yaml.safe_dump(cfg, sort_keys=False))
 
-def final_name(path): return path.with_name(re.sub(r'^\d\d[a-z]?_', '', path.name))
+
+def final_name(path):
+    return path.with_name(re.sub(r"^\d\d[a-z]?_", "", path.name))
+
 
 def final_names(root):
     "Give pages their names on the site, 00_countdown.ipynb -> countdown.ipynb, and point links and pictures there"
-    pages = [*root.rglob('*.ipynb')]
-    for p in [*pages, *root.glob('*.yml')]:
-        link = r'\]\((?:[^()\s"]*/)?' if p.suffix == '.ipynb' else r'\b' # elsewhere a name is that of a file in the repository
-        text = re.sub(rf'({link})\d\d[a-z]?_(\w+\.ipynb)', r'\1\2', p.read_text(encoding='utf-8'))
-        p.write_text(text.replace('../figures/', 'figures/') if p.parent == root else text.replace('../../figures/', '../figures/'), encoding='utf-8')
-    for p in pages: p.rename(final_name(p))
+    pages = [*root.rglob("*.ipynb")]
+    for p in [*pages, *root.glob("*.yml")]:
+        link = (
+            r'\]\((?:[^()\s"]*/)?' if p.suffix == ".ipynb" else r"\b"
+        )  # elsewhere a name is that of a file in the repository
+        text = re.sub(rf"({link})\d\d[a-z]?_(\w+\.ipynb)", r"\1\2", p.read_text(encoding="utf-8"))
+        p.write_text(
+            text.replace("../figures/", "figures/")
+            if p.parent == root
+            else text.replace("../../figures/", "../figures/"),
+            encoding="utf-8",
+        )
+    for p in pages:
+        p.rename(final_name(p))
+
 
 # ---- the build
 
+
 def kept_back(folder, names):
     "Files of `figures` that are no part of the project to render: executed notebooks, which are copied afterwards, and published rows, which are not ours to publish"
-    return [n for n in names if n.endswith('.ipynb') or (n.endswith('.csv') and 'published' in Path(folder).name)]
+    return [
+        n for n in names if n.endswith(".ipynb") or (n.endswith(".csv") and "published" in Path(folder).name)
+    ]
+
 
 def prepare(proc):
     "The project that Quarto or smalldocs renders; returns the subtitle of each page"
     nbs = get_config().nbs_path
-    notebooks = {p: json.loads(p.read_text(encoding='utf-8')) for p in sorted(nbs.rglob('*.ipynb')) if not any(part[0] in '._' for part in p.relative_to(nbs).parts)}
-    chapters = {module_of(nb): (subtitle(nb), exported(nb, final_name(p).stem)) for p, nb in notebooks.items() if module_of(nb)}
+    notebooks = {
+        p: json.loads(p.read_text(encoding="utf-8"))
+        for p in sorted(nbs.rglob("*.ipynb"))
+        if not any(part[0] in "._" for part in p.relative_to(nbs).parts)
+    }
+    chapters = {
+        module_of(nb): (subtitle(nb), exported(nb, str(final_name(p).relative_to(nbs).with_suffix(""))))
+        for p, nb in notebooks.items()
+        if module_of(nb)
+    }
     known = [s for _, found in chapters.values() for s in found]
     for p, nb in notebooks.items():
-        if p.parent.name == 'figures': nb = with_commands(as_drawn(nb, p.stem), p.stem)
-        to = proc/p.relative_to(nbs)
+        if p.parent.name == "figures":
+            nb = with_commands(as_drawn(nb, p.stem), p.stem)
+        to = proc / p.relative_to(nbs)
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(json.dumps(page(nb, known), ensure_ascii=False), encoding='utf-8')
-    for p in [*nbs.glob('*.yml'), *nbs.glob('*.css'), *nbs.glob('*.svg')]: shutil.copy2(p, proc)
-    shutil.copytree(ROOT/'figures', proc/'figures', dirs_exist_ok=True, ignore=kept_back)
-    gallery = proc/'figures'/'index.html'
-    gallery.write_text(gallery.read_text(encoding='utf-8').replace('</head>', '<link rel="icon" href="../favicon.svg">\n</head>', 1), encoding='utf-8')
-    write_figures(proc, {p.stem: nb for p, nb in notebooks.items() if p.parent.name == 'figures'})
+        to.write_text(json.dumps(page(nb, known), ensure_ascii=False), encoding="utf-8")
+    for p in [*nbs.glob("*.yml"), *nbs.glob("*.css"), *nbs.glob("*.svg")]:
+        shutil.copy2(p, proc)
+    shutil.copytree(ROOT / "figures", proc / "figures", dirs_exist_ok=True, ignore=kept_back)
+    gallery = proc / "figures" / "index.html"
+    gallery.write_text(
+        gallery.read_text(encoding="utf-8").replace(
+            "</head>", '<link rel="icon" href="../favicon.svg">\n</head>', 1
+        ),
+        encoding="utf-8",
+    )
+    write_figures(proc, {p.stem: nb for p, nb in notebooks.items() if p.parent.name == "figures"})
     write_symbols(proc, chapters)
     trim_navigation(proc)
     final_names(proc)
-    return {str(final_name(p).relative_to(nbs).with_suffix('.html')): subtitle(nb) for p, nb in notebooks.items()}
+    return {
+        str(final_name(p).relative_to(nbs).with_suffix(".html")): subtitle(nb) for p, nb in notebooks.items()
+    }
+
 
 def polish(site, subtitles):
     "What smalldocs has no setting for: no fonts from another host, a search that does not take *verification* for *verifier*, and one that knows subtitles"
-    for path, what, instead in (('*.css', r'@import\s*url\(["\']?https?:[^)]*\);?', ''), ('smalldocs*.js', r'threshold: 0\.3\b', 'threshold: 0.1')):
-        for p in site.rglob(path): p.write_text(re.sub(what, instead, p.read_text(encoding='utf-8')), encoding='utf-8')
-    index = json.loads((site/'search.json').read_text(encoding='utf-8'))
+    for path, what, instead in (
+        ("*.css", r'@import\s*url\(["\']?https?:[^)]*\);?', ""),
+        ("smalldocs*.js", r"threshold: 0\.3\b", "threshold: 0.1"),
+    ):
+        for p in site.rglob(path):
+            p.write_text(re.sub(what, instead, p.read_text(encoding="utf-8")), encoding="utf-8")
+    index = json.loads((site / "search.json").read_text(encoding="utf-8"))
     for e in index:
-        if about := subtitles.get(e['href']): e['title'] += f': {about}'
-    (site/'search.json').write_text(json.dumps(index, ensure_ascii=False), encoding='utf-8')
+        if about := subtitles.get(e["href"]):
+            e["title"] += f": {about}"
+    (site / "search.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+
 
 def main(out):
     refresh_quarto_yml()
-    quarto = shutil.which('quarto')
+    quarto = shutil.which("quarto")
     with tempfile.TemporaryDirectory() as proc:
         subtitles = prepare(proc := Path(proc))
-        subprocess.run([quarto, 'render'] if quarto else [Path(sys.executable).parent/'smalldocs', 'render', '--strict'], cwd=proc, check=True)
-        for p in (ROOT/'figures').glob('*/*.ipynb'):
-            if 'published' not in p.parent.name: shutil.copy2(p, proc/get_config().doc_path.name/'figures'/p.parent.name)
-        if not quarto: polish(proc/get_config().doc_path.name, subtitles)
+        subprocess.run(
+            [quarto, "render"]
+            if quarto
+            else [Path(sys.executable).parent / "smalldocs", "render", "--strict"],
+            cwd=proc,
+            check=True,
+        )
+        for p in (ROOT / "figures").glob("*/*.ipynb"):
+            if "published" not in p.parent.name:
+                shutil.copy2(p, proc / get_config().doc_path.name / "figures" / p.parent.name)
+        if not quarto:
+            polish(proc / get_config().doc_path.name, subtitles)
         shutil.rmtree(out, ignore_errors=True)
-        shutil.move(proc/get_config().doc_path.name, out)
-    print(f'{out.name}/index.html')
+        shutil.move(proc / get_config().doc_path.name, out)
+    print(f"{out.name}/index.html")
 
-if __name__ == '__main__': main(Path(sys.argv[1]) if sys.argv[1:] else get_config().doc_path)
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else get_config().doc_path)

@@ -1,6 +1,6 @@
 """How the book reads: sizes of exported cells, prose beside code, density, names, parameters. A table per part and over all.
 
-    python benchmarks/book.py [--worst 20]
+python benchmarks/book.py [--worst 20]
 """
 
 import argparse
@@ -100,7 +100,10 @@ def row(paths):
     defs = (ast.FunctionDef, ast.ClassDef)
     functions = [n for c in cells for n in ast.walk(c["tree"]) if isinstance(n, ast.FunctionDef)]
     lambdas = [
-        n for c in cells for n in ast.walk(c["tree"]) if isinstance(n, ast.Assign) and isinstance(n.value, ast.Lambda)
+        n
+        for c in cells
+        for n in ast.walk(c["tree"])
+        if isinstance(n, ast.Assign) and isinstance(n.value, ast.Lambda)
     ]
     return {
         "chapters": len(paths),

@@ -2,20 +2,30 @@
 
 The services are the loopback servers of tests/llm_server.py, asked through the official SDKs. Give --quick for a tenth of the work.
 """
-import argparse, os, random, signal, subprocess, sys, tempfile, time, warnings
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent/"tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 os.environ.update(OPENAI_API_KEY="test-key", ANTHROPIC_API_KEY="test-key")
 from llm_server import Faults, LLMServer
 
-from stars.llm import Ledger, Model, Reply, Request, ask
-from stars.services import connect
+from stars.llm.ask import ask
+from stars.llm.ledger import Ledger, Model, Reply, Request
+from stars.llm.services import connect
 
 CLIENT = """
 import signal, sys, warnings
-from stars.llm import *
+from stars.llm.ask import *
 signal.signal(signal.SIGINT, signal.default_int_handler) # also where a background job inherited that it is ignored
 service, url, path, n, batch = sys.argv[1:]
 todo = [Request(f"question {i}", "Say it backwards.", max_tokens=50) for i in range(int(n))]
@@ -23,13 +33,27 @@ warnings.simplefilter("ignore")
 with Ledger(path) as book: ask(Model(service, "m", url), todo, book, batch=batch == "batch", poll=.05, progress=False, concurrency=16)
 """
 
-def questions(n): return [Request(f"question {i}", "Say it backwards.", max_tokens=50) for i in range(n)]
-def backwards(q): return q["prompt"][::-1]
-def model(s, service): return Model(service, "m", s.url if service == "anthropic" else s.openai_url)
-def rss(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+
+def questions(n):
+    return [Request(f"question {i}", "Say it backwards.", max_tokens=50) for i in range(n)]
+
+
+def backwards(q):
+    return q["prompt"][::-1]
+
+
+def model(s, service):
+    return Model(service, "m", s.url if service == "anthropic" else s.openai_url)
+
+
+def rss():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+
 
 class Instant:
-    def answer(self, request, key): return Reply(request.prompt[::-1], input_tokens=20, output_tokens=10)
+    def answer(self, request, key):
+        return Reply(request.prompt[::-1], input_tokens=20, output_tokens=10)
+
 
 def overhead(n):
     print(f"{n:,} requests to a service that answers at once, 16 in the air: the ledger and nothing else")
@@ -38,52 +62,102 @@ def overhead(n):
             todo = [Request(f"{part}/{i}", "Say it backwards.") for i in range(n // 5)]
             start = time.perf_counter()
             ask("openai:m", todo, book, service=Instant(), progress=False)
-            print(f"  requests {(part + 1)*n//5:7,}   {(time.perf_counter() - start)/len(todo)*1e6:6.0f} µs each   resident {rss():6.0f} MB   file {os.path.getsize(f'{d}/ledger.db')/1e6:5.1f} MB")
+            print(
+                f"  requests {(part + 1) * n // 5:7,}   {(time.perf_counter() - start) / len(todo) * 1e6:6.0f} µs each   resident {rss():6.0f} MB   file {os.path.getsize(f'{d}/ledger.db') / 1e6:5.1f} MB"
+            )
         start = time.perf_counter()
         ask("openai:m", todo, book, progress=False)
-        print(f"  asked again, all known                    {(time.perf_counter() - start)/len(todo)*1e6:6.0f} µs each")
+        print(
+            f"  asked again, all known                    {(time.perf_counter() - start) / len(todo) * 1e6:6.0f} µs each"
+        )
         start = time.perf_counter()
         book.export(f"{d}/study.parquet")
-        print(f"  exported to parquet                       {(time.perf_counter() - start)/n*1e6:6.0f} µs each, {os.path.getsize(f'{d}/study.parquet')/1e6:.2f} MB")
+        print(
+            f"  exported to parquet                       {(time.perf_counter() - start) / n * 1e6:6.0f} µs each, {os.path.getsize(f'{d}/study.parquet') / 1e6:.2f} MB"
+        )
         start = time.perf_counter()
         Ledger(f"{d}/study.parquet").close()
-        print(f"  read back, keys checked                   {(time.perf_counter() - start)/n*1e6:6.0f} µs each")
+        print(
+            f"  read back, keys checked                   {(time.perf_counter() - start) / n * 1e6:6.0f} µs each"
+        )
+
 
 def against_sdk(n):
     print(f"{n:,} requests over the SDKs to a loopback server, 16 in the air")
     for service in ("anthropic", "openai"):
-        with LLMServer(answer=backwards) as s, tempfile.TemporaryDirectory() as d, Ledger(f"{d}/ledger.db") as book:
+        with (
+            LLMServer(answer=backwards) as s,
+            tempfile.TemporaryDirectory() as d,
+            Ledger(f"{d}/ledger.db") as book,
+        ):
             at, times = connect(model(s, service)), dict(bare=[], ask=[])
             for round_ in range(3):
                 todo = [Request(f"{round_}/{i}", "Say it backwards.") for i in range(n // 3)]
                 start = time.perf_counter()
-                with ThreadPoolExecutor(16) as pool: list(pool.map(lambda r: at.answer(r, f"bare {r.prompt}"), todo))
+                with ThreadPoolExecutor(16) as pool:
+                    list(pool.map(lambda r: at.answer(r, f"bare {r.prompt}"), todo))
                 times["bare"].append(time.perf_counter() - start)
                 start = time.perf_counter()
-                ask(model(s, service), [Request(f"ledger {r.prompt}", r.system) for r in todo], book, service=at, progress=False)
+                ask(
+                    model(s, service),
+                    [Request(f"ledger {r.prompt}", r.system) for r in todo],
+                    book,
+                    service=at,
+                    progress=False,
+                )
                 times["ask"].append(time.perf_counter() - start)
-            bare, whole = (min(t)/(n // 3)*1e3 for t in times.values())
-            print(f"  {service:10} SDK alone {bare:5.2f} ms a request, with `ask` {whole:5.2f} ms (x{whole/bare:.2f})")
+            bare, whole = (min(t) / (n // 3) * 1e3 for t in times.values())
+            print(
+                f"  {service:10} SDK alone {bare:5.2f} ms a request, with `ask` {whole:5.2f} ms (x{whole / bare:.2f})"
+            )
+
 
 def killed(service, mode, n, kills, how, honour, rng):
-    faults = Faults(latency_s=.02, p_429=.02, p_500=.02, p_529=.01, p_drop_before=.01, p_drop_after=.01 if honour else 0., p_batch_item_expired=.05, p_batch_item_error=.05,
-                    batch_latency_s=20., drop_submit_after=2, drop_results_after_n_lines=200, honour_idempotency=honour)
+    faults = Faults(
+        latency_s=0.02,
+        p_429=0.02,
+        p_500=0.02,
+        p_529=0.01,
+        p_drop_before=0.01,
+        p_drop_after=0.01 if honour else 0.0,
+        p_batch_item_expired=0.05,
+        p_batch_item_error=0.05,
+        batch_latency_s=20.0,
+        drop_submit_after=2,
+        drop_results_after_n_lines=200,
+        honour_idempotency=honour,
+    )
     with LLMServer(answer=backwards, faults=faults) as s, tempfile.TemporaryDirectory() as d:
         m, done, start = model(s, service), 0, time.perf_counter()
-        run = lambda: subprocess.Popen([sys.executable, "-c", CLIENT, service, m.base_url, f"{d}/ledger.db", str(n), mode], stderr=subprocess.DEVNULL)
+        run = lambda: subprocess.Popen(
+            [sys.executable, "-c", CLIENT, service, m.base_url, f"{d}/ledger.db", str(n), mode],
+            stderr=subprocess.DEVNULL,
+        )
         while done < kills:
-            p, goal = run(), s.received + (1 if mode == "batch" else rng.randint(n // (2*kills), n // kills))
-            while p.poll() is None and s.received < goal: time.sleep(.001)
-            if mode == "batch": time.sleep(rng.uniform(0., .6)) # while it hands in, waits or collects
-            if p.poll() is not None: break # it came to its end before it could be killed
+            p, goal = (
+                run(),
+                s.received + (1 if mode == "batch" else rng.randint(n // (2 * kills), n // kills)),
+            )
+            while p.poll() is None and s.received < goal:
+                time.sleep(0.001)
+            if mode == "batch":
+                time.sleep(rng.uniform(0.0, 0.6))  # while it hands in, waits or collects
+            if p.poll() is not None:
+                break  # it came to its end before it could be killed
             p.send_signal(how)
             p.wait()
             done += 1
         assert run().wait() == 0
-        with Ledger(f"{d}/ledger.db") as book: right = sum(r is not None and r.text == q.prompt[::-1] for q in questions(n) for r in [book.get(m, q)])
+        with Ledger(f"{d}/ledger.db") as book:
+            right = sum(
+                r is not None and r.text == q.prompt[::-1] for q in questions(n) for r in [book.get(m, q)]
+            )
         more = sum(s.served.values()) - n
-        print(f"  {service:9} {mode:10} {signal.Signals(how).name:7} ×{done:2}, {'idempotency keys honoured' if honour else 'keys ignored':25} replies right {right:,}/{n:,}, "
-              f"billed {sum(s.served.values()):,} (+{more}), {time.perf_counter() - start:.0f} s")
+        print(
+            f"  {service:9} {mode:10} {signal.Signals(how).name:7} ×{done:2}, {'idempotency keys honoured' if honour else 'keys ignored':25} replies right {right:,}/{n:,}, "
+            f"billed {sum(s.served.values()):,} (+{more}), {time.perf_counter() - start:.0f} s"
+        )
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

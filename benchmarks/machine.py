@@ -6,6 +6,7 @@ only where a CPU has units for them.
 
     python benchmarks/machine.py [--out FILE]
 """
+
 import argparse
 import json
 import os
@@ -22,32 +23,33 @@ from common.report import report
 from torch.nn.functional import linear
 from transformers.utils import logging
 
-from stars.arithmetic import half_slowdown
-from stars.evals import complete
-from stars.models import known_ids, load_model, load_tokenizer
-from stars.experiments import preset
-from stars.ppo import ppo
-from stars.priming import control_rows, priming_rows
-from stars.problems import sample_problems
-from stars.progress import makespan
-from stars.rollouts import LlamaEngine
-from stars.sft import encode, read_log, sft
+from stars.habits.priming import control_rows, priming_rows
+from stars.lab.configs import preset
+from stars.lab.progress import makespan
+from stars.models.arithmetic import half_slowdown
+from stars.models.micro import known_ids, load_model, load_tokenizer
+from stars.rl.evals import complete
+from stars.rl.loops import read_log
+from stars.rl.ppo import ppo
+from stars.rl.rollouts import LlamaEngine
+from stars.rl.sft import encode, sft
+from stars.task.problems import sample_problems
 
 AVX2 = dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2")
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 HEADLINE = ("base", "empty_cot", "dots", "backtracking_verification")
-ROWS, STEPS, ANSWERS = 1_600, 4, 200 # enough for a pace, in half a minute
-RESULTS = Path(__file__).parent.parent/"figures/cpu/fig_controls.csv"
+ROWS, STEPS, ANSWERS = 1_600, 4, 200  # enough for a pace, in half a minute
+RESULTS = Path(__file__).parent.parent / "figures/cpu/fig_controls.csv"
 
 
-def flags()->str:
+def flags() -> str:
     "Those of the CPU's features that decide how fast it multiplies"
     info = Path("/proc/cpuinfo")
     words = info.read_text().split("flags", 1)[1].split("\n", 1)[0].split() if info.exists() else []
     return " ".join(f for f in FLAGS if f in words) or "unknown"
 
 
-def gigaflops(tokens:int, width:int, out:int)->float:
+def gigaflops(tokens: int, width: int, out: int) -> float:
     "Of one thread on a product of the model's own shape"
     x, w = torch.randn(tokens, width), torch.randn(out, width)
     times = []
@@ -58,31 +60,40 @@ def gigaflops(tokens:int, width:int, out:int)->float:
     return 2e-9 * tokens * width * out / statistics.median(times)
 
 
-def rows_of(cfg, condition:str, n:int)->list[dict]:
+def rows_of(cfg, condition: str, n: int) -> list[dict]:
     "Priming rows as the stage makes them"
     problems = sample_problems(cfg.data_prime, 0, split="prime", **cfg.world)
-    teacher = dict(attempts=cfg.prime_attempts, patience=cfg.prime_patience, slip=cfg.prime_slip, top=cfg.prime_top,
-                   budget=cfg.prime_budget)
-    if condition == cfg.prime_mix: return list(priming_rows(condition, problems, n, 0, **teacher))
+    teacher = dict(
+        attempts=cfg.prime_attempts,
+        patience=cfg.prime_patience,
+        slip=cfg.prime_slip,
+        top=cfg.prime_top,
+        budget=cfg.prime_budget,
+    )
+    if condition == cfg.prime_mix:
+        return list(priming_rows(condition, problems, n, 0, **teacher))
     words = lambda text: len(text.split())
     return list(control_rows(condition, cfg.prime_mix, problems, n, 0, n_tokens=words, **teacher))
 
 
-def prime(cfg, model, tok, folder:str)->float: # tokens per second
+def prime(cfg, model, tok, folder: str) -> float:  # tokens per second
     "Prime a base for a while"
     rows = rows_of(cfg, cfg.prime_mix, ROWS)
     sft(model, tok, rows, folder, cfg.sft(0), progress=False)
     return statistics.median(r["tokens_per_s"] for r in read_log(f"{folder}/metrics.jsonl")[2:])
 
 
-def measure()->dict:
+def measure() -> dict:
     "Pace of every kind of work, in this process"
     logging.disable_progress_bar()
-    torch.set_num_threads(1) # as in the processes of `make reproduce`, one per core
+    torch.set_num_threads(1)  # as in the processes of `make reproduce`, one per core
     cfg = preset("cpu", sft_epochs=1, ppo_steps=STEPS + 1, ppo_save_every=100)
     tok, model = load_tokenizer("plain"), load_model("plain")
-    out = dict(kernels=torch.backends.cpu.get_cpu_capability(), bf16=half_slowdown(),
-               gflops=gigaflops(2_048, cfg.base_hidden, 2*cfg.base_ffn))
+    out = dict(
+        kernels=torch.backends.cpu.get_cpu_capability(),
+        bf16=half_slowdown(),
+        gflops=gigaflops(2_048, cfg.base_hidden, 2 * cfg.base_ffn),
+    )
     with tempfile.TemporaryDirectory() as d:
         out["sft"] = prime(cfg, model, tok, f"{d}/sft")
         start = lambda: load_model(f"{d}/sft/model")
@@ -95,23 +106,31 @@ def measure()->dict:
     seconds = {p: statistics.median(r[f"s_{p}"] for r in log) for p in ("sample", "score", "value", "update")}
     tokens = statistics.median(r["response_tokens"] for r in log) * cfg.ppo_prompts * cfg.ppo_samples
     return {k: float(v) if not isinstance(v, str) else v for k, v in out.items()} | dict(
-        ppo=tokens / sum(seconds.values()), **{f"s_{p}": s for p, s in seconds.items()})
+        ppo=tokens / sum(seconds.values()), **{f"s_{p}": s for p, s in seconds.items()}
+    )
 
 
-def work()->dict[str, dict[str, float]]: # condition → tokens of SFT, PPO and evaluation
+def work() -> dict[str, dict[str, float]]:  # condition → tokens of SFT, PPO and evaluation
     "What `make reproduce` has to do: traces as the teacher makes them, responses as long as in the committed run"
     cfg, tok = preset("cpu"), load_tokenizer("plain")
     lengths = pd.read_csv(RESULTS).groupby("condition").response_tokens.mean()
     out = {}
     for c in HEADLINE:
         rows = [] if c == "base" else rows_of(cfg, c, 200)
-        primed = statistics.mean(len(e.ids) for e in encode(rows, tok)) * cfg.prime_rows * cfg.sft_epochs if rows else 0.
-        out[c] = dict(sft=primed, ppo=cfg.ppo_steps * cfg.ppo_prompts * cfg.ppo_samples * lengths[c],
-                      eval=cfg.checkpoints * cfg.data_eval * lengths[c])
+        primed = (
+            statistics.mean(len(e.ids) for e in encode(rows, tok)) * cfg.prime_rows * cfg.sft_epochs
+            if rows
+            else 0.0
+        )
+        out[c] = dict(
+            sft=primed,
+            ppo=cfg.ppo_steps * cfg.ppo_prompts * cfg.ppo_samples * lengths[c],
+            eval=cfg.checkpoints * cfg.data_eval * lengths[c],
+        )
     return out
 
 
-def minutes(pace:dict, tokens:dict, processes:int=2)->float:
+def minutes(pace: dict, tokens: dict, processes: int = 2) -> float:
     "Of all conditions on two cores, the longest first; without installing, importing and drawing"
     jobs = (sum(n / pace[kind] for kind, n in todo.items()) for todo in tokens.values())
     return makespan(sorted(jobs, reverse=True), processes) / 60
@@ -122,24 +141,54 @@ def main():
     ap.add_argument("--out", help="markdown file to append the table to")
     ap.add_argument("--measure", action="store_true", help="measure in this process and print JSON")
     args = ap.parse_args()
-    if args.measure: return print(json.dumps(measure()))
+    if args.measure:
+        return print(json.dumps(measure()))
     tokens, rows = work(), []
     for way, env in (("as it is", {}), ("held to AVX2", AVX2)):
-        done = subprocess.run([sys.executable, __file__, "--measure"], env=os.environ | env | dict(OMP_NUM_THREADS="1"),
-                              capture_output=True, text=True)
-        if done.returncode: sys.exit(done.stderr)
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure"],
+            env=os.environ | env | dict(OMP_NUM_THREADS="1"),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            sys.exit(done.stderr)
         m = json.loads(done.stdout.splitlines()[-1])
         step = m["s_sample"] + m["s_score"] + m["s_value"] + m["s_update"]
-        rows.append([way, m["kernels"], f"{m['gflops']:.0f}", f"{m['bf16']:.1f}", f"{m['sft']:,.0f}", f"{m['ppo']:,.0f}",
-                     *(f"{100*m[f's_{p}']/step:.0f}" for p in ("sample", "value", "update")), f"{m['eval']:,.0f}",
-                     f"{minutes(m, tokens):.1f}"])
+        rows.append(
+            [
+                way,
+                m["kernels"],
+                f"{m['gflops']:.0f}",
+                f"{m['bf16']:.1f}",
+                f"{m['sft']:,.0f}",
+                f"{m['ppo']:,.0f}",
+                *(f"{100 * m[f's_{p}'] / step:.0f}" for p in ("sample", "value", "update")),
+                f"{m['eval']:,.0f}",
+                f"{minutes(m, tokens):.1f}",
+            ]
+        )
         print(" ".join(map(str, rows[-1])), flush=True)
-    head = ["this CPU", "kernels", "GFLOP/s", "bf16 ÷ fp32", "SFT tokens/s", "PPO tokens/s", "sample %", "value %", "update %",
-            "evaluation tokens/s", "make reproduce, min"]
-    notes = [f"CPU features: {flags()}. One thread; tokens of SFT with prompts, of PPO and evaluation sampled ones. "
-             "`bf16 ÷ fp32`: how many times as long a 16-bit product takes. The last column is an estimate for two free cores, "
-             "without installing, importing and drawing."]
+    head = [
+        "this CPU",
+        "kernels",
+        "GFLOP/s",
+        "bf16 ÷ fp32",
+        "SFT tokens/s",
+        "PPO tokens/s",
+        "sample %",
+        "value %",
+        "update %",
+        "evaluation tokens/s",
+        "make reproduce, min",
+    ]
+    notes = [
+        f"CPU features: {flags()}. One thread; tokens of SFT with prompts, of PPO and evaluation sampled ones. "
+        "`bf16 ÷ fp32`: how many times as long a 16-bit product takes. The last column is an estimate for two free cores, "
+        "without installing, importing and drawing."
+    ]
     report("Pace of the preset `cpu`", head, rows, args.out, notes)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

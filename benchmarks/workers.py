@@ -10,87 +10,206 @@
 
     python benchmarks/workers.py [--sft-rows 640] [--ppo-steps 10] [--out FILE]
 """
-import argparse, statistics, tempfile, time, warnings
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
+from common.report import report
 from transformers.utils import logging
 
-from common.report import report
-from stars import experiments as ex
-from stars.countdown import make_prompt
-from stars.workers import cores
-from stars.evals import complete, summarize
-from stars.models import known_ids, load_model, load_tokenizer
-from stars.notebooks import figure_notebook, run_notebook
-from stars.parallel import Team, on_workers
-from stars.ppo import ppo
-from stars.priming import priming_rows, reorder
-from stars.problems import sample_problems
-from stars.rollouts import LlamaEngine
-from stars.sft import read_log, sft
+from stars.habits.priming import priming_rows, reorder
+from stars.habits.summaries import summarize
+from stars.lab import experiments as ex
+from stars.lab.notebooks import figure_notebook, run_notebook
+from stars.models.micro import known_ids, load_model, load_tokenizer
+from stars.models.parallel import Team, on_workers
+from stars.rl.evals import complete
+from stars.rl.loops import read_log
+from stars.rl.ppo import ppo
+from stars.rl.rollouts import LlamaEngine
+from stars.rl.sft import sft
+from stars.task.countdown import make_prompt
+from stars.task.problems import sample_problems
+from stars.util.workers import cores
 
 MIX = "backtracking_verification"
 
-def teacher(cfg, n:int)->list[dict]:
-    how = dict(attempts=cfg.prime_attempts, patience=cfg.prime_patience, slip=cfg.prime_slip, insight=cfg.prime_insight, top=cfg.prime_top, budget=cfg.prime_budget, prompt=make_prompt)
-    return list(priming_rows(MIX, sample_problems(cfg.data_prime, cfg.data_seed, split="prime", **cfg.world), n, 0, **how))
 
-def train(cfg, rows:list[dict], problems:list, out:Path): # SFT, and PPO, both from the shipped base, as each worker of a team runs them
+def teacher(cfg, n: int) -> list[dict]:
+    how = dict(
+        attempts=cfg.prime_attempts,
+        patience=cfg.prime_patience,
+        slip=cfg.prime_slip,
+        insight=cfg.prime_insight,
+        top=cfg.prime_top,
+        budget=cfg.prime_budget,
+        prompt=make_prompt,
+    )
+    return list(
+        priming_rows(
+            MIX, sample_problems(cfg.data_prime, cfg.data_seed, split="prime", **cfg.world), n, 0, **how
+        )
+    )
+
+
+def train(
+    cfg, rows: list[dict], problems: list, out: Path
+):  # SFT, and PPO, both from the shipped base, as each worker of a team runs them
     team, tok = Team.join(), load_tokenizer("plain")
-    sft(load_model("plain"), tok, rows, out/"sft", cfg.sft(0), progress=False, team=team)
-    ppo(load_model("plain"), tok, problems, out/"ppo", cfg.ppo(0), reference=lambda: load_model("plain"), progress=False, team=team)
+    sft(load_model("plain"), tok, rows, out / "sft", cfg.sft(0), progress=False, team=team)
+    ppo(
+        load_model("plain"),
+        tok,
+        problems,
+        out / "ppo",
+        cfg.ppo(0),
+        reference=lambda: load_model("plain"),
+        progress=False,
+        team=team,
+    )
 
-def compare(cfg, rows:list[dict], problems:list)->list[list]: # table rows
+
+def compare(cfg, rows: list[dict], problems: list) -> list[list]:  # table rows
     logs, wall = {}, {}
     with tempfile.TemporaryDirectory() as d:
         for n in (1, 2):
-            out = Path(d)/f"{n}"
+            out = Path(d) / f"{n}"
             out.mkdir()
             start = time.perf_counter()
             on_workers(train, (cfg, rows, problems, out), n, out)
-            wall[n], logs[n] = time.perf_counter() - start, {k: read_log(out/k/"metrics.jsonl") for k in ("sft", "ppo")}
-    seconds = dict(sft=lambda r: 1 / r["tokens_per_s"], ppo=lambda r: sum(r[f"s_{k}"] for k in ("sample", "score", "value", "update")))
+            wall[n], logs[n] = (
+                time.perf_counter() - start,
+                {k: read_log(out / k / "metrics.jsonl") for k in ("sft", "ppo")},
+            )
+    seconds = dict(
+        sft=lambda r: 1 / r["tokens_per_s"],
+        ppo=lambda r: sum(r[f"s_{k}"] for k in ("sample", "score", "value", "update")),
+    )
     table = []
     for kind, keys in dict(sft=("loss",), ppo=("policy_loss", "value_loss")).items():
         one, two = logs[1][kind], logs[2][kind]
-        if len(one) != len(two): raise AssertionError(f"{kind}: {len(one)} updates on one worker, {len(two)} on two")
+        if len(one) != len(two):
+            raise AssertionError(f"{kind}: {len(one)} updates on one worker, {len(two)} on two")
         t = {n: statistics.median(map(seconds[kind], logs[n][kind][1:])) for n in (1, 2)}
         gap = lambda rs: max(abs(a[k] - b[k]) for k in keys for a, b in rs)
-        same = [(a, b) for a, b in zip(one, two) if kind == "sft" or a["response_tokens"] == b["response_tokens"] and a["reward"] == b["reward"]]
+        same = [
+            (a, b)
+            for a, b in zip(one, two)
+            if kind == "sft" or a["response_tokens"] == b["response_tokens"] and a["reward"] == b["reward"]
+        ]
         unit = "µs per token" if kind == "sft" else "s per step"
-        show = lambda x: f"{x*1e6:.1f}" if kind == "sft" else f"{x:.2f}"
-        table.append([kind.upper(), unit, show(t[1]), show(t[2]), f"{t[1]/t[2]:.2f}", len(one), len(same), f"{gap(list(zip(one, two))[:1]):.1e}", f"{gap(same):.1e}" if same else "–"])
-    print(f"wall time, with the start of the group: {wall[1]:.1f} s on one worker, {wall[2]:.1f} s on two", flush=True)
+        show = lambda x: f"{x * 1e6:.1f}" if kind == "sft" else f"{x:.2f}"
+        table.append(
+            [
+                kind.upper(),
+                unit,
+                show(t[1]),
+                show(t[2]),
+                f"{t[1] / t[2]:.2f}",
+                len(one),
+                len(same),
+                f"{gap(list(zip(one, two))[:1]):.1e}",
+                f"{gap(same):.1e}" if same else "–",
+            ]
+        )
+    print(
+        f"wall time, with the start of the group: {wall[1]:.1f} s on one worker, {wall[2]:.1f} s on two",
+        flush=True,
+    )
     return table
 
-def bare(cfg, out:Path)->pd.DataFrame: # the results that the stages give, without them
+
+def bare(cfg, out: Path) -> pd.DataFrame:  # the results that the stages give, without them
     tok, eval_ = load_tokenizer("plain"), []
-    train_problems = reorder(sample_problems(cfg.data_train, cfg.data_seed, split="train", **cfg.world), cfg.data_rows, cfg.data_seed)
+    train_problems = reorder(
+        sample_problems(cfg.data_train, cfg.data_seed, split="train", **cfg.world),
+        cfg.data_rows,
+        cfg.data_seed,
+    )
     held_out = sample_problems(cfg.data_eval, cfg.data_seed, split="eval", **cfg.world)
     rows = teacher(cfg, cfg.prime_rows + cfg.prime_val)
-    path = sft(load_model("plain"), tok, rows[:cfg.prime_rows], out/"sft", cfg.sft(0), rows[cfg.prime_rows:], progress=False)
-    ppo(load_model(path), tok, train_problems, out/"ppo", cfg.ppo(0), reference=lambda: load_model(path), progress=False)
-    for ckpt in sorted((out/"ppo").glob("step-*")):
-        engine, step = LlamaEngine(load_model(ckpt), tok.eos_token_id, cfg.engine_rows, known_ids(tok)), int(ckpt.name[5:])
-        eval_.append(complete(engine, tok, held_out, cfg.ppo_max_tokens, cfg.eval_samples, cfg.eval_temperature, f"{cfg.eval_seed}/0/{step}", labels=dict(model="plain", condition=MIX, seed=0, step=step)))
+    path = sft(
+        load_model("plain"),
+        tok,
+        rows[: cfg.prime_rows],
+        out / "sft",
+        cfg.sft(0),
+        rows[cfg.prime_rows :],
+        progress=False,
+    )
+    ppo(
+        load_model(path),
+        tok,
+        train_problems,
+        out / "ppo",
+        cfg.ppo(0),
+        reference=lambda: load_model(path),
+        progress=False,
+    )
+    for ckpt in sorted((out / "ppo").glob("step-*")):
+        engine, step = (
+            LlamaEngine(load_model(ckpt), tok.eos_token_id, cfg.engine_rows, known_ids(tok)),
+            int(ckpt.name[5:]),
+        )
+        eval_.append(
+            complete(
+                engine,
+                tok,
+                held_out,
+                cfg.ppo_max_tokens,
+                cfg.eval_samples,
+                cfg.eval_temperature,
+                f"{cfg.eval_seed}/0/{step}",
+                labels=dict(model="plain", condition=MIX, seed=0, step=step),
+            )
+        )
     return summarize(pd.concat(eval_))
 
-def overhead(cfg, change:dict)->list[list]: # table rows
+
+def overhead(cfg, change: dict) -> list[list]:  # table rows
     took, results = {}, {}
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         start = time.perf_counter()
-        results["bare"] = bare(cfg, d/"bare")
+        results["bare"] = bare(cfg, d / "bare")
         took["bare loop"] = time.perf_counter() - start
-        for name, more in {"stages, notebook": {}, "stages, notebook, 2 Ray workers": dict(workers=2)}.items():
-            where, start = d/f"{len(took)}", time.perf_counter()
-            run_notebook(figure_notebook("fig_dynamics"), where/"fig.ipynb", preset="cpu", models=["plain"], conditions=[MIX], seeds=[0], overrides=change | more, runs=str(where/"runs"), figures=str(where/"figures"))
+        for name, more in {
+            "stages, notebook": {},
+            "stages, notebook, 2 Ray workers": dict(workers=2),
+        }.items():
+            where, start = d / f"{len(took)}", time.perf_counter()
+            run_notebook(
+                figure_notebook("fig_dynamics"),
+                where / "fig.ipynb",
+                preset="cpu",
+                models=["plain"],
+                conditions=[MIX],
+                seeds=[0],
+                overrides=change | more,
+                runs=str(where / "runs"),
+                figures=str(where / "figures"),
+            )
             took[name] = time.perf_counter() - start
-            results[name] = pd.read_csv(next((where/"runs").rglob("results.csv")))
+            results[name] = pd.read_csv(next((where / "runs").rglob("results.csv")))
     first = took["bare loop"]
     last = lambda r: r.sort_values("step").iloc[-1]
-    return [[k, f"{v:.1f}", f"{v - first:.1f}", f"{100*(v/first - 1):.1f} %", f"{last(r).accuracy:.3f}", f"{last(r).response_length:.2f}"] for (k, v), r in zip(took.items(), results.values())]
+    return [
+        [
+            k,
+            f"{v:.1f}",
+            f"{v - first:.1f}",
+            f"{100 * (v / first - 1):.1f} %",
+            f"{last(r).accuracy:.3f}",
+            f"{last(r).response_length:.2f}",
+        ]
+        for (k, v), r in zip(took.items(), results.values())
+    ]
+
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -99,16 +218,46 @@ def main():
     ap.add_argument("--only", choices=("workers", "overhead"), help="one of the two parts")
     ap.add_argument("--out", help="markdown file to append the tables to")
     args = ap.parse_args()
-    if cores() < 2: raise SystemExit("this comparison needs two cores")
+    if cores() < 2:
+        raise SystemExit("this comparison needs two cores")
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    change = dict(prime_rows=args.sft_rows, prime_val=32, sft_epochs=1, ppo_steps=args.ppo_steps, ppo_save_every=max(1, args.ppo_steps // 2))
+    change = dict(
+        prime_rows=args.sft_rows,
+        prime_val=32,
+        sft_epochs=1,
+        ppo_steps=args.ppo_steps,
+        ppo_save_every=max(1, args.ppo_steps // 2),
+    )
     cfg, packages = ex.preset("cpu", **change), ("torch", "transformers", "ray", "papermill")
     if args.only != "overhead":
         problems = sample_problems(cfg.data_train, 0, split="train", **cfg.world)
-        report("One and two workers (Ray Train, gloo, DDP), 0.5M weights, the cores shared out", ["job", "unit", "1 worker", "2 workers", "×", "updates", "with the same rollouts", "difference of the losses, first", "largest"],
-               compare(cfg, teacher(cfg, args.sft_rows), problems), args.out, packages=packages)
+        report(
+            "One and two workers (Ray Train, gloo, DDP), 0.5M weights, the cores shared out",
+            [
+                "job",
+                "unit",
+                "1 worker",
+                "2 workers",
+                "×",
+                "updates",
+                "with the same rollouts",
+                "difference of the losses, first",
+                "largest",
+            ],
+            compare(cfg, teacher(cfg, args.sft_rows), problems),
+            args.out,
+            packages=packages,
+        )
     if args.only != "workers":
-        report(f"Stage machinery, papermill and Ray: {args.sft_rows} rows of SFT, {args.ppo_steps} steps of PPO, 3 evaluations", ["how", "s", "more than bare", "share", "last accuracy", "tokens per response"], overhead(cfg, change), args.out, packages=packages)
+        report(
+            f"Stage machinery, papermill and Ray: {args.sft_rows} rows of SFT, {args.ppo_steps} steps of PPO, 3 evaluations",
+            ["how", "s", "more than bare", "share", "last accuracy", "tokens per response"],
+            overhead(cfg, change),
+            args.out,
+            packages=packages,
+        )
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()

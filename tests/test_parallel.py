@@ -1,4 +1,5 @@
 "Two workers compute what one computes: losses, gradients, rollouts, checkpoints, states; and what Ray does with them"
+
 import json
 import os
 import queue
@@ -16,9 +17,10 @@ import torch
 import torch.distributed as dist
 from tiny import PPO, TOK, cut_short, fingerprint, forked, model, run, untimed
 
-from stars import experiments as ex, ppo as P
-from stars.models import load_model, save_checkpoint, weights_of
-from stars.parallel import Team, on_workers, saved_states, start_ray
+from stars.lab import experiments as ex
+from stars.models.micro import load_model, save_checkpoint, weights_of
+from stars.models.parallel import Team, on_workers, saved_states, start_ray
+from stars.rl import ppo as P
 
 
 def whole(path, shard):
@@ -33,20 +35,27 @@ def fail(out):
     "One worker's disk is full; the other one's is not"
     team = Team.join()
     with team.as_one():
-        if team.first: raise OSError(28, "No space left on device")
+        if team.first:
+            raise OSError(28, "No space left on device")
 
 
 def dice(out, file, stop=None):
     "PPO with a reward that differs from call to call and from process to process, and says of each that it was made"
+
     def reward(text, problem):
-        with file.open("a") as f: f.write(f"{os.getpid()}\n")
-        if len(file.read_text().split()) == stop: raise KeyError("the judge is out")
+        with file.open("a") as f:
+            f.write(f"{os.getpid()}\n")
+        if len(file.read_text().split()) == stop:
+            raise KeyError("the judge is out")
         return random.SystemRandom().random()
+
     batches, valued = [], P._valued
+
     def kept(rollouts, scores, *args):
         batch, *rest = valued(rollouts, scores, *args)
         batches.append((scores, batch.advantages.tolist()))
         return batch, *rest
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(P, "_valued", kept)
         run("ppo", out, reward=reward, estimator="group", kl_in="loss")
@@ -61,22 +70,31 @@ def serve(rank, folder, tasks, answers):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for name, args, kwargs in iter(tasks.get, None):
-        try: answers.put((rank, WORK[name](*args, **kwargs), None))
-        except Exception as e: answers.put((rank, None, f"{type(e).__name__}: {e}\n{traceback.format_exc()}"))
+        try:
+            answers.put((rank, WORK[name](*args, **kwargs), None))
+        except Exception as e:
+            answers.put((rank, None, f"{type(e).__name__}: {e}\n{traceback.format_exc()}"))
 
 
 class Pair:
     "Two processes in one group"
+
     def __init__(self, folder):
         ctx = forked()
         self.tasks, self.answers = [ctx.Queue() for _ in range(2)], ctx.Queue()
-        self.processes = [ctx.Process(target=serve, args=(r, folder, self.tasks[r], self.answers), daemon=True) for r in range(2)]
-        for p in self.processes: p.start()
+        self.processes = [
+            ctx.Process(target=serve, args=(r, folder, self.tasks[r], self.answers), daemon=True)
+            for r in range(2)
+        ]
+        for p in self.processes:
+            p.start()
 
     def both(self, name, *args, **kwargs):
         "What each of the two returns or raises"
-        for t in self.tasks: t.put((name, args, kwargs))
-        try: said = sorted([self.answers.get(timeout=600) for _ in range(2)], key=lambda a: a[0])
+        for t in self.tasks:
+            t.put((name, args, kwargs))
+        try:
+            said = sorted([self.answers.get(timeout=600) for _ in range(2)], key=lambda a: a[0])
         except queue.Empty:
             self.close()
             raise AssertionError(f"{name}{args}: one worker waits for the other") from None
@@ -87,22 +105,27 @@ class Pair:
         assert not any(error for _, error in said), "\n".join(filter(None, (e for _, e in said)))
 
     def close(self):
-        for p in self.processes: p.kill()
+        for p in self.processes:
+            p.kill()
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    with closing(Pair(tmp_path_factory.mktemp("group"))) as pair: yield pair
+    with closing(Pair(tmp_path_factory.mktemp("group"))) as pair:
+        yield pair
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     "What one process computes, once per setting"
     made = {}
+
     def of(kind, **how):
         key = json.dumps([kind, how], sort_keys=True)
-        if key not in made: run(kind, made.setdefault(key, tmp_path_factory.mktemp("alone")), **how)
+        if key not in made:
+            run(kind, made.setdefault(key, tmp_path_factory.mktemp("alone")), **how)
         return made[key]
+
     torch.set_num_threads(1)
     return of
 
@@ -111,57 +134,82 @@ def close_logs(a, b, tol=1e-5):
     a, b = untimed(a), untimed(b)
     assert len(a) == len(b) and a
     for x, y in zip(a, b):
-        near = {k: pytest.approx(v, rel=1e-3 if k == "explained_variance" else tol, abs=tol) for k, v in x.items()} # a ratio whose denominator is nearly nothing where all returns are alike
-        assert y.keys() == x.keys() and not (far := [(k, y[k], x[k]) for k in x if y[k] != near[k]]), (x["step"], far)
+        near = {
+            k: pytest.approx(v, rel=1e-3 if k == "explained_variance" else tol, abs=tol) for k, v in x.items()
+        }  # a ratio whose denominator is nearly nothing where all returns are alike
+        assert y.keys() == x.keys() and not (far := [(k, y[k], x[k]) for k in x if y[k] != near[k]]), (
+            x["step"],
+            far,
+        )
 
 
 def close_weights(a, b, tol=1e-4):
     a, b = load_model(a).state_dict(), load_model(b).state_dict()
     assert a.keys() == b.keys()
-    for k in a: torch.testing.assert_close(a[k], b[k], rtol=tol, atol=tol, msg=lambda m: f"{k}: {m}")
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=tol, atol=tol, msg=lambda m: f"{k}: {m}")
 
 
 # one short batch per epoch; more pieces here than there; several documents in a row; recomputed activations; adapters
-@pytest.mark.parametrize("how", [dict(), dict(packing=True), dict(remat=True), dict(lora=2), dict(micro_tokens=4096)], ids=str)
+@pytest.mark.parametrize(
+    "how", [dict(), dict(packing=True), dict(remat=True), dict(lora=2), dict(micro_tokens=4096)], ids=str
+)
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
 def test_sft(pair, alone, tmp_path, shard, how):
     pair("run", "sft", tmp_path, shard=shard, **how)
     one = alone("sft", **how)
     close_logs(one, tmp_path)
-    close_weights(one/"model", tmp_path/"model")
+    close_weights(one / "model", tmp_path / "model")
 
 
-@pytest.mark.parametrize("how", [dict(), dict(estimator="group", kl_in="loss", is_cap=2.), dict(is_cap=1.5, remat=True, mask_truncated=True, epochs=2), dict(lora=2, aggregate="sequence-mean")], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(),
+        dict(estimator="group", kl_in="loss", is_cap=2.0),
+        dict(is_cap=1.5, remat=True, mask_truncated=True, epochs=2),
+        dict(lora=2, aggregate="sequence-mean"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
 def test_ppo(pair, alone, tmp_path, shard, how):
     pair("run", "ppo", tmp_path, shard=shard, **how)
     one = alone("ppo", **how)
     close_logs(one, tmp_path)
-    for step in range(PPO["steps"] + 1): close_weights(one/f"step-{step:04d}", tmp_path/f"step-{step:04d}", 3e-4) # a tenth of a step of Adam
+    for step in range(PPO["steps"] + 1):
+        close_weights(
+            one / f"step-{step:04d}", tmp_path / f"step-{step:04d}", 3e-4
+        )  # a tenth of a step of Adam
     assert len(list(tmp_path.glob("step-*"))) == PPO["steps"] + 1
 
 
 def test_a_response_is_scored_once_for_all(pair, tmp_path):
     "Whatever a reward rolls, pays or remembers: every worker trains on the same scores; and where it fails, nobody waits"
-    file, (first, second) = tmp_path/"calls", (said for said, _ in pair.both("dice", tmp_path/"run", tmp_path/"calls"))
+    file, (first, second) = (
+        tmp_path / "calls",
+        (said for said, _ in pair.both("dice", tmp_path / "run", tmp_path / "calls")),
+    )
     calls = file.read_text().split()
     assert len(calls) == PPO["steps"] * PPO["prompts"] * PPO["samples"] and len(set(calls)) == 1
     assert first == second and len(first) == PPO["steps"] and first[0] != first[1]
-    logged = [r["reward"] for r in untimed(tmp_path/"run")]
+    logged = [r["reward"] for r in untimed(tmp_path / "run")]
     assert logged == pytest.approx([sum(scores) / len(scores) for scores, _ in first])
-    errors = [error for _, error in pair.both("dice", tmp_path/"failed", tmp_path/"more", 5)]
-    assert [e.split("\n")[0] for e in errors] == ["KeyError: 'the judge is out'"]*2
+    errors = [error for _, error in pair.both("dice", tmp_path / "failed", tmp_path / "more", 5)]
+    assert [e.split("\n")[0] for e in errors] == ["KeyError: 'the judge is out'"] * 2
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
 def test_a_shared_model_is_saved_whole(pair, tmp_path, shard):
-    pair("whole", str(tmp_path/"model"), shard)
+    pair("whole", str(tmp_path / "model"), shard)
     m = model()
-    save_checkpoint(m, TOK, tmp_path/"alone")
-    a, b = load_model(tmp_path/"alone").state_dict(), load_model(tmp_path/"model").state_dict()
+    save_checkpoint(m, TOK, tmp_path / "alone")
+    a, b = load_model(tmp_path / "alone").state_dict(), load_model(tmp_path / "model").state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert (tmp_path/"alone/model.safetensors").read_bytes() == (tmp_path/"model/model.safetensors").read_bytes()
-    assert dict(weights_of(m)).keys() == dict(load_model(tmp_path/"model").named_parameters()).keys()
+    assert (tmp_path / "alone/model.safetensors").read_bytes() == (
+        tmp_path / "model/model.safetensors"
+    ).read_bytes()
+    assert dict(weights_of(m)).keys() == dict(load_model(tmp_path / "model").named_parameters()).keys()
 
 
 @pytest.mark.parametrize("kind,how", [("sft", dict()), ("sft", dict(lora=2)), ("ppo", dict())], ids=str)
@@ -169,26 +217,46 @@ def test_a_state_fits_any_number_of_workers(pair, alone, tmp_path, kind, how):
     "Written by two (split), taken up by one; written by one, taken up by two; copied, taken up split"
     stop = 2 if kind == "ppo" else 3
     one = alone(kind, **how)
-    for name, write, read in (("two to one", lambda d: pair("cut_short", kind, d, stop, shard=True, **how), lambda d: run(kind, d, **how)),
-                              ("one to two", lambda d: cut_short(kind, d, stop, **how), lambda d: pair("run", kind, d, shard=True, **how)),
-                              ("copied to split", lambda d: pair("cut_short", kind, d, stop, **how), lambda d: pair("run", kind, d, shard=True, **how))):
-        out = tmp_path/name
+    for name, write, read in (
+        (
+            "two to one",
+            lambda d: pair("cut_short", kind, d, stop, shard=True, **how),
+            lambda d: run(kind, d, **how),
+        ),
+        (
+            "one to two",
+            lambda d: cut_short(kind, d, stop, **how),
+            lambda d: pair("run", kind, d, shard=True, **how),
+        ),
+        (
+            "copied to split",
+            lambda d: pair("cut_short", kind, d, stop, **how),
+            lambda d: pair("run", kind, d, shard=True, **how),
+        ),
+    ):
+        out = tmp_path / name
         write(out)
         assert len(untimed(out)) == stop and saved_states(out)[0].name.startswith(f"state-{stop:06d}"), name
         read(out)
         close_logs(one, out)
-        close_weights(*((d/"model" if kind == "sft" else d/f"step-{PPO['steps']:04d}") for d in (one, out)))
+        close_weights(
+            *((d / "model" if kind == "sft" else d / f"step-{PPO['steps']:04d}") for d in (one, out))
+        )
 
 
 def test_an_error_of_one_worker_is_everybodys(pair, tmp_path):
-    assert [error.split("\n")[0] for _, error in pair.both("fail", tmp_path)] == ["OSError: [Errno 28] No space left on device"]*2
+    assert [error.split("\n")[0] for _, error in pair.both("fail", tmp_path)] == [
+        "OSError: [Errno 28] No space left on device"
+    ] * 2
 
 
 # Ray
 
+
 def diverge(out):
     "What a training function may raise"
-    with (Path(out)/"tried").open("a") as f: f.write(f"{os.getpid()}\n")
+    with (Path(out) / "tried").open("a") as f:
+        f.write(f"{os.getpid()}\n")
     raise FloatingPointError("step 3: loss is nan")
 
 
@@ -196,23 +264,32 @@ def diverge(out):
 def cluster():
     "Two CPUs, as a laptop has them"
     import ray
-    forked() # a worker imports this file
+
+    forked()  # a worker imports this file
     start_ray(quiet=True, num_cpus=2)
     yield
     ray.shutdown()
 
 
 def test_the_functions_own_error_is_raised_once(cluster, tmp_path):
-    with pytest.raises(FloatingPointError, match="^step 3: loss is nan$"): on_workers(diverge, (tmp_path,), 2, tmp_path)
-    assert len(set((tmp_path/"tried").read_text().split())) <= 2 and [p.name for p in tmp_path.iterdir()] == ["tried"]
+    with pytest.raises(FloatingPointError, match="^step 3: loss is nan$"):
+        on_workers(diverge, (tmp_path,), 2, tmp_path)
+    assert len(set((tmp_path / "tried").read_text().split())) <= 2 and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["tried"]
 
 
 def test_ray_that_was_not_up_in_time_is_started_again(monkeypatch):
     "What the failed start left behind is ended first; other failures are raised at once"
     import ray
+
     class Node:
-        def __init__(self, says): raise Exception(says)
-        def kill_all_processes(self, check_alive): ended.append(self)
+        def __init__(self, says):
+            raise Exception(says)
+
+        def kill_all_processes(self, check_alive):
+            ended.append(self)
+
     late = "The current node timed out during startup.", "Timed out waiting for file gcs_server_port"
     ended, starts = [], [*(partial(Node, says) for says in late), dict]
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -221,7 +298,8 @@ def test_ray_that_was_not_up_in_time_is_started_again(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda *args, **how: starts.pop(0)())
     assert start_ray(quiet=True) and not starts and len(ended) == 2
     starts += [partial(Node, "no such option"), dict]
-    with pytest.raises(RuntimeError, match="Ray did not start: no such option"): start_ray(quiet=True)
+    with pytest.raises(RuntimeError, match="Ray did not start: no such option"):
+        start_ray(quiet=True)
     assert len(starts) == 1 and len(ended) == 3
 
 
@@ -229,14 +307,18 @@ def test_ray_that_was_not_up_in_time_is_started_again(monkeypatch):
 def test_ray_takes_nothing_over(monkeypatch, own):
     "Neither SIGTERM nor breakpoint() nor the patience it was started with"
     import ray
-    def init(*args, **how): # what Ray does
+
+    def init(*args, **how):  # what Ray does
         assert os.environ["RAY_gcs_server_port_wait_time_s"] == "120"
         os.environ["PYTHONBREAKPOINT"] = "ray.util.rpdb._driver_set_trace"
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_gcs_server_port_wait_time_s", raising=False)
-    if own: monkeypatch.setenv("PYTHONBREAKPOINT", own)
-    else: monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)
+    if own:
+        monkeypatch.setenv("PYTHONBREAKPOINT", own)
+    else:
+        monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "cluster_resources", dict)
     monkeypatch.setattr(ray, "init", init)
@@ -246,23 +328,24 @@ def test_ray_takes_nothing_over(monkeypatch, own):
 
 
 def test_more_workers_than_there_are(cluster, tmp_path):
-    with pytest.raises(ValueError, match="workers=64, but Ray has 2 CPUs; lower it"): on_workers(diverge, (tmp_path,), 64, tmp_path)
+    with pytest.raises(ValueError, match="workers=64, but Ray has 2 CPUs; lower it"):
+        on_workers(diverge, (tmp_path,), 64, tmp_path)
 
 
-STEPS, SAVED, LOST = 6, 2, 4 # steps of the run, steps between two states, the step in which a worker dies
+STEPS, SAVED, LOST = 6, 2, 4  # steps of the run, steps between two states, the step in which a worker dies
 PPO_OF_A_JOB = ex._ppo
 
 
 def mortal(job, start, data, out):
     """PPO of a job with a reward that tells any two responses apart.
     The second of two workers dies of kill -9 in the middle of a step, once"""
-    rank, scored, looked, dead, probe = Team.join().rank, [], [], Path(job.runs)/"dead", P.probe
+    rank, scored, looked, dead, probe = Team.join().rank, [], [], Path(job.runs) / "dead", P.probe
 
     def reward(text, problem, format_score):
         scored.append(text)
         return fingerprint(text, problem)
 
-    def looks(*args): # once a step, between scoring and improving
+    def looks(*args):  # once a step, between scoring and improving
         looked.append(args)
         if rank == 1 and len(looked) == LOST and not dead.exists():
             dead.touch()
@@ -273,25 +356,31 @@ def mortal(job, start, data, out):
         patch.setattr(P, "reward_of", reward)
         patch.setattr(P, "probe", looks)
         PPO_OF_A_JOB(job, start, data, out)
-    (Path(job.runs)/f"scored-{rank}").write_text(str(len(scored)))
+    (Path(job.runs) / f"scored-{rank}").write_text(str(len(scored)))
 
 
 def test_a_lost_worker_is_replaced(cluster, tmp_path, monkeypatch):
     """The run ends as one worker alone, undisturbed, would have ended it. The verifier's rewards are all 0 at first:
     the critic's first gradient would be rounding, which Adam makes as large as any, and no two CPUs would agree"""
     cfg = ex.preset("smoke", base_docs=300, ppo_steps=STEPS, ppo_save_every=SAVED)
-    job = ex.Job(cfg, "plain", "base", 0, str(tmp_path/"alone"), progress=False)
+    job = ex.Job(cfg, "plain", "base", 0, str(tmp_path / "alone"), progress=False)
     monkeypatch.setattr(ex, "_ppo", mortal)
     want = ex.ppo_stage(job)
-    shutil.copytree(tmp_path/"alone", tmp_path/"team")
-    shutil.rmtree(next((tmp_path/"team").rglob(want.name)))
-    team = replace(job, runs=str(tmp_path/"team"), cfg=replace(cfg, workers=2))
+    shutil.copytree(tmp_path / "alone", tmp_path / "team")
+    shutil.rmtree(next((tmp_path / "team").rglob(want.name)))
+    team = replace(job, runs=str(tmp_path / "team"), cfg=replace(cfg, workers=2))
     with pytest.warns(UserWarning, match="a worker was lost .*the team starts again"):
         got = ex.ppo_stage(team)
-    assert got.name == want.name and (tmp_path/"team/dead").exists() and not (tmp_path/"alone/dead").exists()
-    again = cfg.ppo_prompts * (STEPS - (LOST - 1) // SAVED * SAVED) # responses since the last state
-    assert [int((tmp_path/f"team/scored-{r}").read_text()) for r in range(2)] == [again, 0] # the first scores for all
+    assert (
+        got.name == want.name and (tmp_path / "team/dead").exists() and not (tmp_path / "alone/dead").exists()
+    )
+    again = cfg.ppo_prompts * (STEPS - (LOST - 1) // SAVED * SAVED)  # responses since the last state
+    assert [int((tmp_path / f"team/scored-{r}").read_text()) for r in range(2)] == [
+        again,
+        0,
+    ]  # the first scores for all
     close_logs(want, got)
-    for step in range(0, STEPS + 1, SAVED): close_weights(*(d/f"step-{step:04d}" for d in (want, got)), 3e-4)
-    assert all(r["grad_norm_policy"] > .1 and r["grad_norm_critic"] > .1 for r in untimed(want))
+    for step in range(0, STEPS + 1, SAVED):
+        close_weights(*(d / f"step-{step:04d}" for d in (want, got)), 3e-4)
+    assert all(r["grad_norm_policy"] > 0.1 and r["grad_norm_critic"] > 0.1 for r in untimed(want))
     assert sorted(p.name for p in got.iterdir()) == sorted(p.name for p in want.iterdir())

