@@ -27,7 +27,7 @@ from stars.habits.priming import control_rows, priming_rows
 from stars.lab.configs import preset
 from stars.lab.progress import makespan
 from stars.models.arithmetic import half_slowdown
-from stars.models.micro import known_ids, load_model, load_tokenizer
+from stars.models.checkpoints import known_ids, load_model, load_tokenizer
 from stars.rl.evals import complete
 from stars.rl.loops import read_log
 from stars.rl.ppo import ppo

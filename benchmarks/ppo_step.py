@@ -20,7 +20,7 @@ from common.report import report
 from transformers.utils import logging
 
 from stars.lab import experiments
-from stars.models.micro import load_model, load_tokenizer
+from stars.models.checkpoints import load_model, load_tokenizer
 from stars.rl.loops import read_log
 from stars.rl.ppo import PPOConfig, ppo
 from stars.task.problems import sample_problems

@@ -24,7 +24,8 @@ from common.report import report
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from stars.models.micro import attention, known_ids, load_model, load_tokenizer, micro_model, save_checkpoint
+from stars.models.checkpoints import known_ids, load_model, load_tokenizer, save_checkpoint
+from stars.models.micro import attention, micro_model
 from stars.rl.rollouts import LlamaEngine, seeds_of
 from stars.task.countdown import make_prompt
 from stars.task.problems import sample_problems

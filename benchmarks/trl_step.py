@@ -31,7 +31,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from stars.models.micro import known_ids, load_model, load_tokenizer, n_params
+from stars.models.checkpoints import known_ids, load_model, load_tokenizer
+from stars.models.micro import n_params
 from stars.rl.loops import read_log
 from stars.rl.ppo import PPOConfig, ppo
 from stars.rl.rollouts import LlamaEngine

@@ -26,7 +26,7 @@ from stars.habits.priming import priming_rows, reorder
 from stars.habits.summaries import summarize
 from stars.lab import experiments as ex
 from stars.lab.notebooks import figure_notebook, run_notebook
-from stars.models.micro import known_ids, load_model, load_tokenizer
+from stars.models.checkpoints import known_ids, load_model, load_tokenizer
 from stars.models.parallel import Team, on_workers
 from stars.rl.evals import complete
 from stars.rl.loops import read_log

@@ -47,7 +47,8 @@ from stars.lab import stages
 from stars.llm import ask as llm
 from stars.llm.ledger import IN_THE_AIR
 from stars.models import parallel
-from stars.models.micro import micro_model, micro_tokenizer, save_checkpoint
+from stars.models.checkpoints import save_checkpoint
+from stars.models.micro import micro_model, micro_tokenizer
 from stars.show import plots
 from stars.task import datasets
 from stars.task.countdown import Problem

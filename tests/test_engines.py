@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 pytest.importorskip("vllm", reason="needs vLLM (make dev)")
 ray = pytest.importorskip("ray", reason="needs Ray (make dev)")
 
-from stars.models.micro import (
+from stars.models.checkpoints import (
     base_path,
     check_checkpoint,
     load_model,

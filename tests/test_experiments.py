@@ -31,7 +31,8 @@ from stars.lab.configs import FIGURES, PRESETS
 from stars.lab.stages import stage_key
 from stars.lab.sweeps import begun
 from stars.lab.verl import to_verl
-from stars.models.micro import micro_model, micro_tokenizer, save_checkpoint, weights_digest
+from stars.models.checkpoints import save_checkpoint, weights_digest
+from stars.models.micro import micro_model, micro_tokenizer
 from stars.show import drawing
 from stars.show.figures import controls
 from stars.show.plots import save_figure

@@ -23,7 +23,7 @@ from stars.cli import main as cli
 from stars.lab import experiments as ex
 from stars.lab import stages
 from stars.models import parallel
-from stars.models.micro import load_model
+from stars.models.checkpoints import load_model
 from stars.rl import ppo as P
 from stars.rl import rollouts as R
 from stars.rl import sft as S

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tiny import PPO, TOK, cut_short, fingerprint, forked, model, run, untimed
 
 from stars.lab import experiments as ex
-from stars.models.micro import load_model, save_checkpoint, weights_of
+from stars.models.checkpoints import load_model, save_checkpoint, weights_of
 from stars.models.parallel import Team, on_workers, saved_states, start_ray
 from stars.rl import ppo as P
 

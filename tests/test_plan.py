@@ -27,7 +27,8 @@ from stars.lab.plan import (
     remedy,
     show_plan,
 )
-from stars.models.micro import Critic, base_path, micro_model, micro_tokenizer, n_params, token_logprobs
+from stars.models.checkpoints import Critic, base_path, token_logprobs
+from stars.models.micro import micro_model, micro_tokenizer, n_params
 from stars.rl.rollouts import LlamaEngine
 
 QWEN, LLAMA = "Qwen/Qwen2.5-3B", "meta-llama/Llama-3.2-3B"
@@ -236,7 +237,7 @@ def test_a_softmax_taken_in_pieces_is_the_same_and_smaller(bf16, monkeypatch):
     shape, m = small(layers=1, vocab=8000)
     ids, out = torch.randint(7000, (3, 101)), []
     for most in (2**26, 3 * 8000 * 7):  # all at once; 7 positions at a time, which do not divide 96
-        monkeypatch.setattr("stars.models.micro.SOFTMAX", most)
+        monkeypatch.setattr("stars.models.checkpoints.SOFTMAX", most)
         m.zero_grad(set_to_none=False)
         gc.collect()
         with Alive([t for p in m.parameters() for t in (p, p.grad) if t is not None]) as alive:

@@ -21,21 +21,20 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from stars.habits.summaries import summarize
 from stars.llm.ledger import Request
-from stars.models.micro import (
+from stars.models.checkpoints import (
     BOS,
     Critic,
     begin_token,
     check_steady,
     load_model,
     load_tokenizer,
-    micro_model,
-    micro_tokenizer,
     save_checkpoint,
     token_logprobs,
     weights_of,
     with_begin,
     without_dropout,
 )
+from stars.models.micro import micro_model, micro_tokenizer
 from stars.models.parallel import Team, micro_batches, prepare
 from stars.rl import ppo as P
 from stars.rl.evals import complete

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from stars.cli import main as cli
 from stars.lab import experiments as ex
-from stars.models.micro import load_model, load_tokenizer, token_logprobs
+from stars.models.checkpoints import load_model, load_tokenizer, token_logprobs
 from stars.rl.loops import read_log
 
 TINY = ["base_docs=300", "prime_rows=120", "data_eval=10"]

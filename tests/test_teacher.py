@@ -20,7 +20,7 @@ from stars.habits.priming import MIXES, SCHEMA, dots, empty_cot, read_rows, writ
 from stars.llm.ask import OverBudget
 from stars.llm.ledger import Ledger, Model, Reply, losses
 from stars.llm.services import Lost, Refused
-from stars.models.micro import load_model, load_tokenizer
+from stars.models.checkpoints import load_model, load_tokenizer
 from stars.rl.evals import failures
 from stars.rl.rollouts import LlamaEngine, seeds_of
 from stars.rl.sft import encode

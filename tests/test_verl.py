@@ -19,7 +19,7 @@ from stars.lab.verl import (
     sft_overrides,
     to_verl,
 )
-from stars.models.micro import load_tokenizer
+from stars.models.checkpoints import load_tokenizer
 from stars.rl.sft import encode
 from stars.task.countdown import make_prompt, score
 from stars.task.datasets import from_parquet

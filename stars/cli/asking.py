@@ -40,7 +40,7 @@ pretraining = Later("stars.text.pretraining")
 labellers = Later("stars.text.labellers")
 rewriting = Later("stars.text.rewriting")
 curation = Later("stars.text.curation")
-models = Later("stars.models.micro")
+models = Later("stars.models.checkpoints")
 
 # %% ../../nbs/cli/92_asking.ipynb #c015
 def _object(name: str, text: str) -> dict:

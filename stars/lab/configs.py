@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..habits.priming import MIXES
 from .notebooks import did_you_mean
-from ..models.micro import BOS
+from ..models.checkpoints import BOS
 from ..rl.ppo import PPOConfig
 from ..rl.sft import SFTConfig
 from ..task.countdown import TEMPLATES, Problem, messages

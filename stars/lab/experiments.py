@@ -52,23 +52,20 @@ from .configs import Config, check_list, preset
 from .progress import Progress, shown, weight
 from .stages import Job, NotBuilt, environment, stage, stage_key
 from ..models.arithmetic import device, number_type, share_cores, warn_of_slow_half
-from ..models.gguf import convert_gguf, smollm2_gguf
-from stars.models.micro import (
+from stars.models.checkpoints import (
     BASES,
-    attention,
     base_path,
     begin_token,
-    check_spells,
     known_ids,
     load_model,
     load_tokenizer,
-    micro_model,
-    micro_tokenizer,
     token_ids,
     weights_digest,
     weights_of,
     with_begin,
 )
+from ..models.gguf import convert_gguf, smollm2_gguf
+from ..models.micro import attention, check_spells, micro_model, micro_tokenizer
 from ..models.parallel import Team, on_workers, prepare, start_ray
 from ..rl.evals import complete, failures, write_completions
 from ..rl.ppo import ppo

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from ..models.micro import SOFTMAX, n_params
+from ..models.checkpoints import SOFTMAX
+from ..models.micro import n_params
 from ..rl.rollouts import AT_ONCE, WIDE
 
 # %% ../../nbs/lab/77_memory.ipynb #c006

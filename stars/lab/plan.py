@@ -27,7 +27,8 @@ from stars.lab.memory import (
     shape_of,
 )
 from .stages import Job
-from ..models.micro import BASES, attention, micro_words
+from ..models.checkpoints import BASES
+from ..models.micro import attention, micro_words
 
 # %% ../../nbs/lab/78_plan.ipynb #c006
 GIB = 2**30

@@ -26,7 +26,8 @@ from .. import __version__
 from ..habits.priming import CONDITIONS, METHODS
 from .configs import Config
 from .notebooks import did_you_mean
-from ..models.micro import BASES, attention
+from ..models.checkpoints import BASES
+from ..models.micro import attention
 from ..models.parallel import drop_states
 from ..rl.sft import SFTConfig
 from ..task.problems import whole

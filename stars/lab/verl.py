@@ -23,7 +23,7 @@ from ..habits.priming import METHODS
 from .configs import Config
 from .experiments import base_stage, data_stage, prime_stage, prompt_for
 from .stages import Job
-from ..models.micro import BASES, load_tokenizer, token_ids
+from ..models.checkpoints import BASES, load_tokenizer, token_ids
 from ..rl.sft import SFTConfig, encode
 from ..task import countdown
 from ..task.countdown import Problem

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .micro import save_checkpoint
+from .checkpoints import save_checkpoint
 
 # %% ../../nbs/models/45_gguf.ipynb #c006
 def smollm2_gguf() -> Path:  # SmolLM2-135M-Instruct, 4 bits per weight

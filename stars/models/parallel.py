@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .arithmetic import share_cores
-from .micro import without_dropout
+from .checkpoints import without_dropout
 from ..util.files import digest, file_digest, flush, held
 
 # %% ../../nbs/models/44_parallel.ipynb #c006

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from ..models.micro import check_checkpoint, end_ids, known_ids
+from ..models.checkpoints import check_checkpoint, end_ids, known_ids
 from ..models.parallel import start_ray
 from .rollouts import Engine, Rollout, check_lengths
 

@@ -23,17 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..habits.behaviors import column_of, count_in
 from ..models.arithmetic import autocast, threads_for, warn_of_slow_half
-from stars.models.micro import (
+from stars.models.checkpoints import (
     Critic,
     check_steady,
     known_ids,
-    n_params,
     save_checkpoint,
     token_ids,
     token_logprobs,
     weights_of,
     without_dropout,
 )
+from ..models.micro import n_params
 from ..models.parallel import Team, load_state, memory_for, save_state
 from .loops import Log, check_finite, pad, resumed
 from .rollouts import Engine, LlamaEngine, Rollout, check_tags, probe, seeds_of, texts_of

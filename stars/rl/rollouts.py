@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.arithmetic import threads_for
+from ..models.checkpoints import model_ends, token_logprobs, weights_of
 from ..models.decoder import Decoder, KVCache
-from ..models.micro import model_ends, n_params, token_logprobs, weights_of
+from ..models.micro import n_params
 from ..models.parallel import memory_for
 from .loops import pad
 from ..task.countdown import answer_of

@@ -14,17 +14,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..llm.ledger import Model, Reply, Request
-from stars.models.micro import (
+from stars.models.checkpoints import (
     BASES,
     base_path,
     begin_token,
-    check_spells,
     known_ids,
     load_model,
     load_tokenizer,
     weights_digest,
     with_begin,
 )
+from ..models.micro import check_spells
 from .rollouts import AT_ONCE, Engine, LlamaEngine, texts_of
 
 # %% ../../nbs/rl/55_service.ipynb #c019

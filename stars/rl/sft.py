@@ -21,14 +21,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.arithmetic import autocast, threads_for, warn_of_slow_half
-from stars.models.micro import (
+from stars.models.checkpoints import (
     check_steady,
     model_ends,
-    n_params,
     save_checkpoint,
     token_logprobs,
     without_dropout,
 )
+from ..models.micro import n_params
 from ..models.parallel import Team, load_state, memory_for, save_state
 from .loops import Log, check_finite, pad, resumed
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ..habits.priming import MIXES
 from ..lab.configs import Config
 from ..lab.experiments import grid, is_built, run_jobs
-from ..models.micro import BASES
+from ..models.checkpoints import BASES
 from .figures import SERIES, make_room
 from .plots import binomial_noise, half_width, page, span, styled
 from .sources import PARTS, published_results

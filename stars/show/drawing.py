@@ -30,7 +30,7 @@ from stars.lab.notebooks import (
 )
 from ..lab.progress import Progress
 from ..lab.stages import Job
-from ..models.micro import BASES
+from ..models.checkpoints import BASES
 from .gallery import gallery
 from .sources import Study
 from ..util.files import replacing

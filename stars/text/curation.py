@@ -342,7 +342,7 @@ def training_sets(
         )
     if not tables:
         raise ValueError(f"{rewrites} is empty: no text poses and solves a problem, by its labels")
-    from stars.models.micro import (
+    from stars.models.checkpoints import (
         token_ids,
     )  # here: each process that rewrites imports this chapter, and none of them needs PyTorch
 

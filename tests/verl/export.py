@@ -14,7 +14,7 @@ from byte_model import checkpoint
 from stars.habits.priming import read_rows
 from stars.lab.configs import preset
 from stars.lab.verl import sft_steps, to_verl
-from stars.models.micro import load_tokenizer
+from stars.models.checkpoints import load_tokenizer
 from stars.rl import ppo
 from stars.rl.sft import encode, lr_at
 from stars.task.countdown import make_prompt, score
