@@ -13,7 +13,7 @@ suffix = "_requirements"
 extras = {k.removesuffix(suffix).replace("_", "-"): cfg[k].split() for k in cfg if k.endswith(suffix)}
 
 setup(
-    name=cfg["lib_name"],
+    name=cfg["dist_name"],
     version=cfg["version"],
     description=cfg["description"],
     long_description=Path("README.md").read_text(encoding="utf-8"),

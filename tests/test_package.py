@@ -46,6 +46,7 @@ def built(tmp_path_factory):
 
 
 def test_wheel_holds_what_runs_need(built):
+    assert built[0].name.startswith("stars_habits-")  # the distribution; the module in it is `stars`
     names = set(zipfile.ZipFile(built[0]).namelist())
     wanted = {
         "stars/prices.json",
@@ -115,6 +116,18 @@ def test_wheel_draws_a_figure_away_from_the_checkout(built, tmp_path):
     assert stars("--version").stdout.startswith("stars ")
     shown = stars("inspect", "runs/smoke", "--json")
     assert shown.returncode == 0 and {r["model"] for r in json.loads(shown.stdout)} == {"plain", "rich"}
+
+
+def test_messages_name_the_distribution_and_extras_that_exist():
+    extras = re.findall(r"^(\w+)_requirements", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)
+    named = [
+        found
+        for path in (ROOT / "stars").rglob("*.py")
+        for found in re.findall(r"pip install '?(stars[\w-]*)\[([\w-]+)\]", path.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 5
+    for distribution, extra in named:
+        assert distribution == "stars-habits" and extra.replace("-", "_") in extras, (distribution, extra)
 
 
 def chapters():

@@ -537,7 +537,7 @@ def test_fifty_thousand_rows_do_not_lag(df, monkeypatch):
 
 def test_without_ipywidgets_the_extra_is_named(df, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(ImportError, match=re.escape("pip install stars[lab]")):
+    with pytest.raises(ImportError, match=re.escape("pip install 'stars-habits[lab]'")):
         viewer(df)
 
 

@@ -328,7 +328,7 @@ def sweep(
     try:
         sweeps.ray
     except ModuleNotFoundError as e:
-        raise ValueError(f"stars sweep needs Ray ({e}): pip install 'stars[ray]'") from None
+        raise ValueError(f"stars sweep needs Ray ({e}): pip install 'stars-habits[ray]'") from None
     cfg = ex.preset(preset, **overrides(set_))
     jobs = ex.grid(
         cfg,

@@ -309,7 +309,9 @@ def _sdk(name: str, *keys: str, needed: bool = True):
     try:
         sdk = import_module(name)
     except ImportError:
-        raise ValueError(f"the {name} SDK is missing; install it with: pip install 'stars[llm]'") from None
+        raise ValueError(
+            f"the {name} SDK is missing; install it with: pip install 'stars-habits[llm]'"
+        ) from None
     if needed and not any(map(os.environ.get, keys)):
         raise ValueError(f"no API key: set {keys[0]} in the environment")
     for k in keys:

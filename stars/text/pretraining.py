@@ -642,7 +642,7 @@ def pinned_rows(
     try:
         from datasets import load_dataset
     except ImportError as e:
-        raise ValueError(f"{source} needs the package datasets: pip install 'stars[hub]'") from e
+        raise ValueError(f"{source} needs the package datasets: pip install 'stars-habits[hub]'") from e
     try:
         return load_dataset(name, split=split, streaming=True, revision=revision)
     except Exception as e:

@@ -231,7 +231,7 @@ def hub_rows(
     try:
         from datasets import load_dataset
     except ImportError as e:
-        raise ValueError(f"{source} needs the package datasets: pip install 'stars[hub]'") from e
+        raise ValueError(f"{source} needs the package datasets: pip install 'stars-habits[hub]'") from e
     try:
         return load_dataset(source.removeprefix("hub:"), split=split, streaming=True)
     except Exception as e:
