@@ -42,7 +42,7 @@ from stars.habits.judges import (
     rule_ratings,
     write_ratings,
 )
-from stars.habits.summaries import KEYS, summarize
+from stars.habits.summaries import CHECKPOINT_KEYS, summarize
 from stars.llm.ask import OverBudget
 from stars.llm.ledger import Ledger, Model, Reply
 from stars.llm.services import Refused
@@ -420,7 +420,10 @@ def test_strata_are_drawn_in_proportion():
 def test_a_draw_keeps_order_labels_and_columns():
     df = frame(((20, 20, 20),), ("base", "dots"), (0, 50))
     drawn = draw_sample(df, 7)
-    assert drawn.equals(df.loc[df.index.isin(drawn.index)]) and (drawn.groupby(KEYS).size() == 7).all()
+    assert (
+        drawn.equals(df.loc[df.index.isin(drawn.index)])
+        and (drawn.groupby(CHECKPOINT_KEYS).size() == 7).all()
+    )
     assert (
         draw_sample(df, 60).equals(df)
         and draw_sample(df, None).equals(df)

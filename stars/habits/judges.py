@@ -24,7 +24,7 @@ import pandas as pd
 
 from .behaviors import HABIT_NAMES, HABITS, count_behaviors
 from .phrases import Rule
-from .summaries import KEYS, summarize
+from .summaries import CHECKPOINT_KEYS, summarize
 from ..llm.ask import ask, inert, names_once
 from ..llm.ledger import Ledger, Model, Reply, Request
 from ..llm.services import price_of
@@ -456,7 +456,7 @@ def _quotas(sizes: Sequence[int], n: int, rng: np.random.Generator) -> np.ndarra
 
 def _checked(df: pd.DataFrame, *columns: str):
     "Refuse completions that could not be rated"
-    if missing := [c for c in (*KEYS, "index", "generated", *columns) if c not in df]:
+    if missing := [c for c in (*CHECKPOINT_KEYS, "index", "generated", *columns) if c not in df]:
         raise ValueError(
             f"completions lack the columns {', '.join(missing)}; `stars eval` writes them, and texts from elsewhere need them too"
         )
@@ -466,12 +466,12 @@ def _checked(df: pd.DataFrame, *columns: str):
         raise ValueError(
             f"row label {df.index[twice][0]} occurs twice, so ratings could not be joined; use completions.reset_index(drop=True)"
         )
-    for c in (*KEYS, "index"):
+    for c in (*CHECKPOINT_KEYS, "index"):
         if df[c].isna().any():
             raise ValueError(
                 f"column {c!r} is empty in row {df.index[df[c].isna()][0]}; every completion needs its checkpoint and problem"
             )
-    for key, folders in df.groupby(KEYS)["folder"].unique().items() if "folder" in df else ():
+    for key, folders in df.groupby(CHECKPOINT_KEYS)["folder"].unique().items() if "folder" in df else ():
         if len(folders) > 1:
             raise ValueError(
                 f"{len(folders)} evaluations of the checkpoint {' '.join(map(str, key))}: {', '.join(map(str, folders[:4]))}"
@@ -504,7 +504,7 @@ def draw_sample(
     if n is not None and n < 1:
         raise ValueError(f"n={n}: draw at least 1 completion per checkpoint")
     verdicts, kept = _verdicts(completions), []
-    for key, at in completions.groupby(KEYS).indices.items():
+    for key, at in completions.groupby(CHECKPOINT_KEYS).indices.items():
         if n is None or len(at) <= n:
             kept.append(at)
             continue
@@ -528,13 +528,13 @@ def _format(format: str, model: Model, prices: str | Path | None) -> str:
 
 
 RATING_KEYS = [
-    *KEYS,
+    *CHECKPOINT_KEYS,
     "index",
     "row",
     "text",
 ]  # what a rating says about its completion: `row` is its label, `text` a digest of it
 JOIN_KEYS = [
-    *KEYS,
+    *CHECKPOINT_KEYS,
     "index",
     "text",
     "copy",
@@ -610,7 +610,7 @@ def judge_settings(
     format, drawn = _format(format, model, prices), draw_sample(completions, n, seed)
     names = [
         [*map(str, names), text]
-        for *names, text in drawn[[*KEYS, "index", "generated"]].itertuples(index=False)
+        for *names, text in drawn[[*CHECKPOINT_KEYS, "index", "generated"]].itertuples(index=False)
     ]
     at = dict(base_url=model.base_url) if model.base_url else {}  # whose ratings they are
     return at | dict(
@@ -756,18 +756,20 @@ def _rated(every: pd.DataFrame, ratings: pd.DataFrame, rater: str) -> pd.DataFra
     "The results of one rater"
     counts = ratings.assign(count=ratings["count"].astype("Float64").astype(float))
     wide = counts.pivot(index=JOIN_KEYS, columns="habit", values="count").reindex(columns=list(HABIT_NAMES))
-    judged = wide.groupby(KEYS).size().rename("judged")
-    rows = every.merge(judged.reset_index()[KEYS]).merge(wide.reset_index(), how="left", on=JOIN_KEYS)
+    judged = wide.groupby(CHECKPOINT_KEYS).size().rename("judged")
+    rows = every.merge(judged.reset_index()[CHECKPOINT_KEYS]).merge(
+        wide.reset_index(), how="left", on=JOIN_KEYS
+    )
     out = summarize(rows, rater).merge(judged.reset_index())
     share = (
         ratings["count"]
         .isna()
-        .groupby([ratings[k] for k in (*KEYS, "habit")])
+        .groupby([ratings[k] for k in (*CHECKPOINT_KEYS, "habit")])
         .mean()
         .unstack()
         .reindex(columns=list(HABIT_NAMES))
     )
-    unscored = rows["score"].isna().groupby([rows[k] for k in KEYS]).any().to_numpy()
+    unscored = rows["score"].isna().groupby([rows[k] for k in CHECKPOINT_KEYS]).any().to_numpy()
     out.loc[unscored, ["accuracy", "format"]] = np.nan
     for h in HABITS:
         out[f"total_{h.column}"] = (
@@ -862,7 +864,7 @@ def write_ratings(
         write_bytes(folder / "ratings.parquet", raw.getvalue()),
         write_bytes(folder / "results.csv", _csv(results)),
     ]
-    by_step = dict(list(ratings.groupby(KEYS)))
+    by_step = dict(list(ratings.groupby(CHECKPOINT_KEYS)))
     for (model, seed), runs in results.groupby(["model", "seed"]):
         top = folder / "upstream" / _name(model) / f"seed{_name(seed)}"
         for condition, steps in runs.groupby("condition"):
