@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from .countdown import SPLITS, Problem, _check, messages, split_of
+from .countdown import SPLITS, Problem, require as _check, messages, split_of
 from .problems import Space, Stream, difficulty_many, in_order, solvable_many, too_few, whole
 from ..util.files import data_files, hub_rows, replacing, write_table
 from ..util.workers import cores, processes

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .countdown import SPLITS, Problem, _check, split_of
+from .countdown import SPLITS, Problem, require as _check, split_of
 
 # %% ../../nbs/task/12_problems.ipynb #c005
 def whole(
