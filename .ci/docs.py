@@ -1,7 +1,9 @@
-"""Builds the site into _docs: by Quarto where it is installed, elsewhere by smalldocs, which reads the same project files.
+"""Builds the site into _docs: by Quarto where it is installed, elsewhere by smalldocs, which reads the same
+project files.
 
-Nothing is executed. A notebook's page holds its prose, its outputs as they were saved and, for each exported function, class or constant, a heading,
-the signature with its comments and the source behind a fold. Two pages are written here: the index of all symbols and that of all figures.
+Nothing is executed. A notebook's page holds its prose, its outputs as they were saved and, for each
+exported function, class or constant, a heading, the signature with its comments and the source behind a
+fold. Two pages are written here: the index of all symbols and that of all figures.
 """
 
 import ast
@@ -168,18 +170,17 @@ def reference(module, text, before):
         block = f"\n\n```python\n{s.stub}\n```" if s.stub not in shown and not only_constants else ""
         out.append(anchor + block + (f"\n\n*{s.about}*" if s.about and s.kind != "constant" else ""))
         shown.add(s.stub)
-    fold = (
-        ""
-        if only_constants
-        else f"#| code-fold: true\n#| code-summary: {'Source' if found else 'Imports' if 'import' in code.split(maxsplit=1)[0] or code.startswith('from') else 'Source'}\n"
-    )
+    imports = not found and code.startswith(("import ", "from "))
+    summary = "Imports" if imports else "Source"
+    fold = "" if only_constants else f"#| code-fold: true\n#| code-summary: {summary}\n"
     return [markdown(o) for o in out] + [
         dict(cell_type="code", metadata={}, execution_count=None, outputs=[], source=fold + code)
     ]
 
 
 def linked(text, module, known):
-    "Symbols in backticks become links; a bare name counts in its own chapter, and elsewhere if it cannot be a mere word"
+    """Symbols in backticks become links; a bare name counts in its own chapter, and elsewhere if it cannot
+    be a mere word"""
 
     def link(m):
         name = m[1]
@@ -274,18 +275,23 @@ def commands(name, params):
 
 
 def drawn(name, place, manifest, folder=""):
-    "A picture of the repository with what belongs to it; `folder`: where the pictures are, seen from the page"
+    """A picture of the repository with what belongs to it; `folder`: where the pictures are, seen from the
+    page"""
     path = f"{folder}{place}/{name}"
     links = [
         f"[{ext.upper()}]({path}.{ext})"
         for ext in ("svg", "csv", "json")
         if (ROOT / f"figures/{place}/{name}.{ext}").is_file() and not (ext == "csv" and "published" in place)
     ]
-    return f"[![{manifest.get('title', name)}]({path}.png)]({path}.svg)\n\n{manifest.get('caption', '')} {' · '.join(links)}\n"
+    return (
+        f"[![{manifest.get('title', name)}]({path}.png)]({path}.svg)\n\n{manifest.get('caption', '')} "
+        f"{' · '.join(links)}\n"
+    )
 
 
 def as_drawn(nb, name):
-    "A figure's notebook as it was executed for the picture of the repository, if it was; cells that have changed since come without results"
+    """A figure's notebook as it was executed for the picture of the repository, if it was; cells that have
+    changed since come without results"""
     made = ROOT / "figures" / defaults(nb)["preset"] / f"{name}.ipynb" if "preset" in defaults(nb) else ROOT
     if not made.is_file():
         return nb
@@ -309,7 +315,8 @@ def as_drawn(nb, name):
 
 
 def with_commands(nb, name):
-    "A figure's notebook with how to run it, and with the pictures of the repository that it does not show itself"
+    """A figure's notebook with how to run it, and with the pictures of the repository that it does not show
+    itself"""
     cells, at = (
         list(nb["cells"]),
         next(i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", [])),
@@ -337,7 +344,8 @@ def with_commands(nb, name):
     cells.insert(
         at,
         markdown(
-            f"## How to run it\n\n{commands(name, params)}\n\nThese are the parameters; `-p` sets each of them, `--set` any field of the preset."
+            f"## How to run it\n\n{commands(name, params)}\n\nThese are the parameters; `-p` sets each of "
+            f"them, `--set` any field of the preset."
         ),
     )
     return nb | dict(
@@ -348,10 +356,14 @@ def with_commands(nb, name):
 def write_figures(proc, notebooks):
     "reproduce.qmd: all figures, the question that each asks, the newest picture of it"
     out = [
-        '---\ntitle: Reproduce\nsubtitle: "Every figure: what it asks, how to draw it, what came out."\n---\n',
-        "```sh\nmake reproduce                    # the headline figures from nothing: a quarter of an hour on two cores\nstars reproduce --preset smoke    # every figure, tiny: a few minutes\n"
+        "---\ntitle: Reproduce\n"
+        'subtitle: "Every figure: what it asks, how to draw it, what came out."\n---\n',
+        "```sh\nmake reproduce                    # the headline figures from nothing: a quarter of an "
+        "hour on two cores\nstars reproduce --preset smoke    # every figure, tiny: a few minutes\n"
         "stars reproduce                   # every figure of the preset cpu: an evening on two cores\n```\n",
-        "A figure is a notebook with parameters, run by papermill; what it needs and does not find in `runs/` is built first. [All pictures on one page](figures/index.html), with their numbers and manifests.\n",
+        "A figure is a notebook with parameters, run by papermill; what it needs and does not find in "
+        "`runs/` is built first. [All pictures on one page](figures/index.html), with their numbers and "
+        "manifests.\n",
     ]
     order = (proc / "sidebar.yml").read_text()
     for name, nb in sorted(notebooks.items(), key=lambda x: order.find(x[0])):
@@ -370,8 +382,10 @@ def write_symbols(proc, chapters):
     "api.qmd: every exported symbol, what it is, and where"
     n = sum(len(s) for _, s in chapters.values())
     out = [
-        '---\ntitle: API\nsubtitle: "Every exported symbol, one line each."\ntoc-depth: 2\nsearch: false\n---\n',
-        f"{n} functions, classes and constants in {len(chapters)} modules. A module is a chapter: the links lead to signature, comments, source and the checks below it.\n",
+        '---\ntitle: API\nsubtitle: "Every exported symbol, one line each."\n'
+        "toc-depth: 2\nsearch: false\n---\n",
+        f"{n} functions, classes and constants in {len(chapters)} modules. A module is a chapter: the "
+        f"links lead to signature, comments, source and the checks below it.\n",
     ]
     for module, (about, found) in chapters.items():
         rows = [
@@ -423,7 +437,8 @@ def final_name(path):
 
 
 def final_names(root):
-    "Give pages their names on the site, 00_countdown.ipynb -> countdown.ipynb, and point links and pictures there"
+    """Give pages their names on the site, 00_countdown.ipynb -> countdown.ipynb, and point links and
+    pictures there"""
     pages = [*root.rglob("*.ipynb")]
     for p in [*pages, *root.glob("*.yml")]:
         link = (
@@ -444,7 +459,8 @@ def final_names(root):
 
 
 def kept_back(folder, names):
-    "Files of `figures` that are no part of the project to render: executed notebooks, which are copied afterwards, and published rows, which are not ours to publish"
+    """Files of `figures` that are no part of the project to render: executed notebooks, which are copied
+    afterwards, and published rows, which are not ours to publish"""
     return [
         n for n in names if n.endswith(".ipynb") or (n.endswith(".csv") and "published" in Path(folder).name)
     ]
@@ -490,7 +506,8 @@ def prepare(proc):
 
 
 def polish(site, subtitles):
-    "What smalldocs has no setting for: no fonts from another host, a search that does not take *verification* for *verifier*, and one that knows subtitles"
+    """What smalldocs has no setting for: no fonts from another host, a search that does not take
+    *verification* for *verifier*, and one that knows subtitles"""
     for path, what, instead in (
         ("*.css", r'@import\s*url\(["\']?https?:[^)]*\);?', ""),
         ("smalldocs*.js", r"threshold: 0\.3\b", "threshold: 0.1"),

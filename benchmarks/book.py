@@ -1,4 +1,5 @@
-"""How the book reads: sizes of exported cells, prose beside code, density, names, parameters. A table per part and over all.
+"""How the book reads: sizes of exported cells, prose beside code, density, names, parameters. A table per
+part and over all.
 
 python benchmarks/book.py [--worst 20]
 """

@@ -1,9 +1,11 @@
-"""A real text corpus for `stars label`, wherever one happens to be: the documentation of the installed packages.
+"""A real text corpus for `stars label`, wherever one happens to be: the documentation of the installed
+packages.
 
     python benchmarks/installed_texts.py OUT.parquet [FOLDER ...]
 
-Docstrings of modules, classes and functions, blocks of comments in Python, C and C++ files, and .md, .rst and .txt files, each text once;
-columns `text` and `source`. Folders: site-packages and the standard library unless given. A file that cannot be read or parsed is left out and counted.
+Docstrings of modules, classes and functions, blocks of comments in Python, C and C++ files, and .md, .rst
+and .txt files, each text once; columns `text` and `source`. Folders: site-packages and the standard library
+unless given. A file that cannot be read or parsed is left out and counted.
 """
 
 import argparse
@@ -107,7 +109,8 @@ def main():
                 rows.clear()
         out.write_table(pa.Table.from_pylist(rows, schema))
     print(
-        f"{a.out}: {len(seen):,} texts, {size / 1e6:.1f} million characters; {failed:,} files could not be read",
+        f"{a.out}: {len(seen):,} texts, {size / 1e6:.1f} million characters; {failed:,} files could not be "
+        f"read",
         file=sys.stderr,
     )
 

@@ -1,11 +1,15 @@
-"""Labelling a corpus by rules, end to end (read, label, write): MB/s with one worker and with two, and the memory it takes.
+"""Labelling a corpus by rules, end to end (read, label, write): MB/s with one worker and with two, and the
+memory it takes.
 
     python benchmarks/labelling.py [--gb 1] [--kind jsonl parquet] [--out FILE]
 
-The corpus is generated: documents of `stars.text.corpus` in groups of four, a quarter of them worked problems and a quarter noise, about 1 KB a text. Both numbers of workers do the same work in one run, alternating.
+The corpus is generated: documents of `stars.text.corpus` in groups of four, a quarter of them worked
+problems and a quarter noise, about 1 KB a text. Both numbers of workers do the same work in one run,
+alternating.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
@@ -31,7 +35,10 @@ def generate(where: Path, kind: str, size: float) -> Path:
         where / f"corpus.{kind}",
         0,
     )
-    texts = lambda n: ["\n\n".join(rng.choices(docs, k=4)) for _ in range(n)]
+
+    def texts(n):
+        return ["\n\n".join(rng.choices(docs, k=4)) for _ in range(n)]
+
     with (
         open(path, "wb")
         if kind == "jsonl"
@@ -64,10 +71,8 @@ class Memory:
         while not self._stop.wait(0.5):
             held = 0
             for p in [me, *me.children(recursive=True)]:
-                try:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     held += p.memory_info().rss
-                except psutil.NoSuchProcess:
-                    pass
             self.most = max(self.most, held)
 
     def __exit__(self, *_):

@@ -1,10 +1,14 @@
-"""Labelling speed: the stream of `offline_replies` against a bare `LLM.chat` of vLLM, same model, requests and sampling.
+"""Labelling speed: the stream of `offline_replies` against a bare `LLM.chat` of vLLM, same model, requests
+and sampling.
 
-Each side runs in processes of its own with the same number of threads. Start-up is excluded: the bare engine is timed on one call after
-a first one, the stream between two moments at which its pipeline is full: `under_way` texts come back before the first and remain after the second.
-The bare call still ends with a batch that empties, the stream does not, so a ratio a little above 1 means no overhead.
+Each side runs in processes of its own with the same number of threads. Start-up is excluded: the bare
+engine is timed on one call after a first one, the stream between two moments at which its pipeline is full:
+`under_way` texts come back before the first and remain after the second. The bare call still ends with a
+batch that empties, the stream does not, so a ratio a little above 1 means no overhead.
 
-    python benchmarks/labelling_llm.py [--model FOLDER] [--texts 1024] [--words 100] [--rounds 1] [--out FILE]   # default: a random model over bytes
+    python benchmarks/labelling_llm.py [--model FOLDER] [--texts 1024] [--words 100] [--rounds 1] [--out FILE]
+
+Without --model, a random model over bytes is made.
 """
 
 import argparse
@@ -31,7 +35,9 @@ def requests_of(piece):
     "Distinct texts of one length, as short tagged requests"
     from stars.text.labellers import Asked, label_request
 
-    text = lambda i: " ".join(f"Let x{i * 7 % 997} = {i + j}." for j in range(piece.words // 3))
+    def text(i):
+        return " ".join(f"Let x{i * 7 % 997} = {i + j}." for j in range(piece.words // 3))
+
     return [
         Asked(replace(label_request(text(i), "tags", 64), max_tokens=64))
         for i in range(piece.first, piece.first + piece.count)
@@ -119,7 +125,7 @@ def main():
                     else {}
                 )
                 out = subprocess.run(words, capture_output=True, text=True, env=env)
-                line = next((l for l in out.stdout.splitlines() if l.startswith("RESULT")), None)
+                line = next((line for line in out.stdout.splitlines() if line.startswith("RESULT")), None)
                 if line is None:
                     raise RuntimeError(out.stderr[-3000:])
                 found[side].append([float(x) for x in line.split()[1:]])

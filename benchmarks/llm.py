@@ -1,6 +1,7 @@
 """What the ledger costs, and what it saves: overhead per request, memory, and clients that are killed.
 
-The services are the loopback servers of tests/llm_server.py, asked through the official SDKs. Give --quick for a tenth of the work.
+The services are the loopback servers of tests/llm_server.py, asked through the official SDKs. Give --quick
+for a tenth of the work.
 """
 
 import argparse
@@ -26,11 +27,13 @@ from stars.llm.services import connect
 CLIENT = """
 import signal, sys, warnings
 from stars.llm.ask import *
-signal.signal(signal.SIGINT, signal.default_int_handler) # also where a background job inherited that it is ignored
+# A background job inherits that interrupts are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 service, url, path, n, batch = sys.argv[1:]
 todo = [Request(f"question {i}", "Say it backwards.", max_tokens=50) for i in range(int(n))]
 warnings.simplefilter("ignore")
-with Ledger(path) as book: ask(Model(service, "m", url), todo, book, batch=batch == "batch", poll=.05, progress=False, concurrency=16)
+how = dict(batch=batch == "batch", poll=.05, progress=False, concurrency=16)
+with Ledger(path) as book: ask(Model(service, "m", url), todo, book, **how)
 """
 
 
@@ -47,7 +50,7 @@ def model(s, service):
 
 
 def rss():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
 
 
 class Instant:
@@ -63,22 +66,27 @@ def overhead(n):
             start = time.perf_counter()
             ask("openai:m", todo, book, service=Instant(), progress=False)
             print(
-                f"  requests {(part + 1) * n // 5:7,}   {(time.perf_counter() - start) / len(todo) * 1e6:6.0f} µs each   resident {rss():6.0f} MB   file {os.path.getsize(f'{d}/ledger.db') / 1e6:5.1f} MB"
+                f"  requests {(part + 1) * n // 5:7,}   "
+                f"{(time.perf_counter() - start) / len(todo) * 1e6:6.0f} µs each   resident {rss():6.0f} "
+                f"MB   file {os.path.getsize(f'{d}/ledger.db') / 1e6:5.1f} MB"
             )
         start = time.perf_counter()
         ask("openai:m", todo, book, progress=False)
         print(
-            f"  asked again, all known                    {(time.perf_counter() - start) / len(todo) * 1e6:6.0f} µs each"
+            f"  asked again, all known                    "
+            f"{(time.perf_counter() - start) / len(todo) * 1e6:6.0f} µs each"
         )
         start = time.perf_counter()
         book.export(f"{d}/study.parquet")
         print(
-            f"  exported to parquet                       {(time.perf_counter() - start) / n * 1e6:6.0f} µs each, {os.path.getsize(f'{d}/study.parquet') / 1e6:.2f} MB"
+            f"  exported to parquet                       {(time.perf_counter() - start) / n * 1e6:6.0f} "
+            f"µs each, {os.path.getsize(f'{d}/study.parquet') / 1e6:.2f} MB"
         )
         start = time.perf_counter()
         Ledger(f"{d}/study.parquet").close()
         print(
-            f"  read back, keys checked                   {(time.perf_counter() - start) / n * 1e6:6.0f} µs each"
+            f"  read back, keys checked                   {(time.perf_counter() - start) / n * 1e6:6.0f} "
+            f"µs each"
         )
 
 
@@ -108,7 +116,8 @@ def against_sdk(n):
                 times["ask"].append(time.perf_counter() - start)
             bare, whole = (min(t) / (n // 3) * 1e3 for t in times.values())
             print(
-                f"  {service:10} SDK alone {bare:5.2f} ms a request, with `ask` {whole:5.2f} ms (x{whole / bare:.2f})"
+                f"  {service:10} SDK alone {bare:5.2f} ms a request, with `ask` {whole:5.2f} ms "
+                f"(x{whole / bare:.2f})"
             )
 
 
@@ -129,10 +138,13 @@ def killed(service, mode, n, kills, how, honour, rng):
     )
     with LLMServer(answer=backwards, faults=faults) as s, tempfile.TemporaryDirectory() as d:
         m, done, start = model(s, service), 0, time.perf_counter()
-        run = lambda: subprocess.Popen(
-            [sys.executable, "-c", CLIENT, service, m.base_url, f"{d}/ledger.db", str(n), mode],
-            stderr=subprocess.DEVNULL,
-        )
+
+        def run():
+            return subprocess.Popen(
+                [sys.executable, "-c", CLIENT, service, m.base_url, f"{d}/ledger.db", str(n), mode],
+                stderr=subprocess.DEVNULL,
+            )
+
         while done < kills:
             p, goal = (
                 run(),
@@ -154,7 +166,9 @@ def killed(service, mode, n, kills, how, honour, rng):
             )
         more = sum(s.served.values()) - n
         print(
-            f"  {service:9} {mode:10} {signal.Signals(how).name:7} ×{done:2}, {'idempotency keys honoured' if honour else 'keys ignored':25} replies right {right:,}/{n:,}, "
+            f"  {service:9} {mode:10} {signal.Signals(how).name:7} ×{done:2}, "
+            f"{'idempotency keys honoured' if honour else 'keys ignored':25} replies right "
+            f"{right:,}/{n:,}, "
             f"billed {sum(s.served.values()):,} (+{more}), {time.perf_counter() - start:.0f} s"
         )
 

@@ -1,8 +1,9 @@
-"""How fast this machine trains the preset `cpu`, as it is and held to AVX2, and how long `make reproduce` would take.
+"""How fast this machine trains the preset `cpu`, as it is and held to AVX2, and how long `make reproduce`
+would take.
 
-Libraries read which instructions they may use when they start, so each way runs in a process of its own: two
-minutes in all. A product of the model's own shape shows that the hold took effect, since 16-bit products are quick
-only where a CPU has units for them.
+Libraries read which instructions they may use when they start, so each way runs in a process of its own:
+two minutes in all. A product of the model's own shape shows that the hold took effect, since 16-bit
+products are quick only where a CPU has units for them.
 
     python benchmarks/machine.py [--out FILE]
 """
@@ -72,7 +73,10 @@ def rows_of(cfg, condition: str, n: int) -> list[dict]:
     )
     if condition == cfg.prime_mix:
         return list(priming_rows(condition, problems, n, 0, **teacher))
-    words = lambda text: len(text.split())
+
+    def words(text):
+        return len(text.split())
+
     return list(control_rows(condition, cfg.prime_mix, problems, n, 0, n_tokens=words, **teacher))
 
 
@@ -96,7 +100,10 @@ def measure() -> dict:
     )
     with tempfile.TemporaryDirectory() as d:
         out["sft"] = prime(cfg, model, tok, f"{d}/sft")
-        start = lambda: load_model(f"{d}/sft/model")
+
+        def start():
+            return load_model(f"{d}/sft/model")
+
         problems = sample_problems(500, 0, split="train", **cfg.world)
         ppo(start(), tok, problems, f"{d}/ppo", cfg.ppo(0), reference=start, progress=False)
         log = read_log(f"{d}/ppo/metrics.jsonl")[1:]
@@ -111,7 +118,8 @@ def measure() -> dict:
 
 
 def work() -> dict[str, dict[str, float]]:  # condition → tokens of SFT, PPO and evaluation
-    "What `make reproduce` has to do: traces as the teacher makes them, responses as long as in the committed run"
+    """What `make reproduce` has to do: traces as the teacher makes them, responses as long as in the
+    committed run"""
     cfg, tok = preset("cpu"), load_tokenizer("plain")
     lengths = pd.read_csv(RESULTS).groupby("condition").response_tokens.mean()
     out = {}
@@ -183,8 +191,10 @@ def main():
         "make reproduce, min",
     ]
     notes = [
-        f"CPU features: {flags()}. One thread; tokens of SFT with prompts, of PPO and evaluation sampled ones. "
-        "`bf16 ÷ fp32`: how many times as long a 16-bit product takes. The last column is an estimate for two free cores, "
+        f"CPU features: {flags()}. One thread; tokens of SFT with prompts, of PPO and evaluation sampled "
+        f"ones. "
+        "`bf16 ÷ fp32`: how many times as long a 16-bit product takes. The last column is an estimate for "
+        "two free cores, "
         "without installing, importing and drawing."
     ]
     report("Pace of the preset `cpu`", head, rows, args.out, notes)

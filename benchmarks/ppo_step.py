@@ -1,8 +1,9 @@
 """Seconds per PPO step: the settings of the `cpu` preset against PyTorch's and transformers' defaults.
 
-Each variant changes one thing about the same step (same model, same prompts, same seed): the attention kernel,
-how micro-batches are filled, and what is trained beside the policy. Each runs in a process of its own, so that its
-peak of memory is its own; rounds go through all variants. Medians over the steps, the first left out.
+Each variant changes one thing about the same step (same model, same prompts, same seed): the attention
+kernel, how micro-batches are filled, and what is trained beside the policy. Each runs in a process of its
+own, so that its peak of memory is its own; rounds go through all variants. Medians over the steps, the
+first left out.
 
     python benchmarks/ppo_step.py [--steps 3] [--rounds 1] [--out FILE]
 """

@@ -1,14 +1,14 @@
 """Sampling speed: the default engine against `model.generate` and vLLM, same weights, prompts and lengths.
 
-All sides sample in this process, in turn, at temperature 1 without top-k and top-p; medians over the repeats.
-Every round has new prompts, so that no side finds a prefix in a cache. In the first comparison no response can end
-(the count of tokens is checked on every side); in the second they end where the model ends them: most early, some
-late (the `rich` base), which is where dropping rows pays.
-Our engine returns logprobs, vLLM too; `generate` is not asked for them.
+All sides sample in this process, in turn, at temperature 1 without top-k and top-p; medians over the
+repeats. Every round has new prompts, so that no side finds a prefix in a cache. In the first comparison no
+response can end (the count of tokens is checked on every side); in the second they end where the model ends
+them: most early, some late (the `rich` base), which is where dropping rows pays. Our engine returns
+logprobs, vLLM too; `generate` is not asked for them.
 
-    python benchmarks/rollouts.py [--repeats 3] [--threads 2] [--out FILE]     # CPU: 0.5M 128 × 128, 5M 64 × (60 + 128)
-    python benchmarks/rollouts.py --device cuda                                # 0.5M and 5M, 1,024 × 256
-    python benchmarks/rollouts.py --scaling                                    # the default engine alone, over batch and length
+    python benchmarks/rollouts.py [--repeats 3] [--threads 2] [--out FILE]  # 0.5M and 5M
+    python benchmarks/rollouts.py --device cuda                             # 1,024 × 256
+    python benchmarks/rollouts.py --scaling                                 # over batch and length
 """
 
 import argparse
@@ -135,7 +135,9 @@ def compare(size: str, rows: int, tokens: int, ends: bool, args, cuda: bool) -> 
                 engine.eos = eos
                 return sample(engine, p, tokens, seed)
 
-            theirs = lambda p, seed: (sample if ends else endless)(vllm, p, tokens, seed)
+            def theirs(p, seed):
+                return (sample if ends else endless)(vllm, p, tokens, seed)
+
             yield "stars", ours
             yield "generate", lambda p, seed: generate(model, tok, p, tokens, ends)
             if vllm:
@@ -165,7 +167,10 @@ def compare(size: str, rows: int, tokens: int, ends: bool, args, cuda: bool) -> 
                 {k: statistics.median(v) for k, v in times.items()},
                 {k: sum(v) / len(v) / rows for k, v in counts.items()},
             )
-            best = lambda kind: max((v for k, v in speed.items() if k.startswith(kind)), default=None)
+
+            def best(kind):
+                return max((v for k, v in speed.items() if k.startswith(kind)), default=None)
+
             print(
                 f"{size}, {'ending by themselves' if ends else 'forced'}: "
                 + ", ".join(
@@ -173,7 +178,10 @@ def compare(size: str, rows: int, tokens: int, ends: bool, args, cuda: bool) -> 
                 ),
                 flush=True,
             )
-            ratio = lambda kind: f"{speed['stars'] / best(kind):.2f}" if best(kind) else "–"
+
+            def ratio(kind):
+                return f"{speed['stars'] / best(kind):.2f}" if best(kind) else "–"
+
             for name, v in speed.items():
                 out.append(
                     [

@@ -1,17 +1,18 @@
 """Seconds per RL step: `stars.rl.ppo` against TRL's GRPOTrainer, and PPO with a critic beside both.
 
-Same model (the shipped base `plain`, 0.5M weights, fp32), same prompts, 16 prompts × 8 responses × 128 tokens that
-cannot end, the same reward function, temperature 1 without top-k and top-p, no KL, no gradient checkpointing,
-micro-batches of the same number of rows, one optimiser step (AdamW) per RL step. Each side runs in blocks of one
-unmeasured and some measured steps; blocks alternate in one process. A step is timed from its start to the start of
-the next, so it holds everything that a side does between two updates. What was sampled, what went through a
-forward pass with gradients, and how often an optimiser stepped is counted, and compared.
+Same model (the shipped base `plain`, 0.5M weights, fp32), same prompts, 16 prompts × 8 responses × 128
+tokens that cannot end, the same reward function, temperature 1 without top-k and top-p, no KL, no gradient
+checkpointing, micro-batches of the same number of rows, one optimiser step (AdamW) per RL step. Each side
+runs in blocks of one unmeasured and some measured steps; blocks alternate in one process. A step is timed
+from its start to the start of the next, so it holds everything that a side does between two updates. What
+was sampled, what went through a forward pass with gradients, and how often an optimiser stepped is counted,
+and compared.
 
-What differs. TRL samples through `model.generate` and takes the logprobs of the update's own forward pass as the old
-ones; ours come from the sampler, and are checked against the trainer in every step (four responses through the
-model once more). Ours writes a line of metrics per step and counts habits; TRL's logging, saving, evaluation and
-bf16 are off. To keep responses from ending, TRL is given an end of sequence that the model has no row for, so its
-checks for it cost what they always cost.
+What differs. TRL samples through `model.generate` and takes the logprobs of the update's own forward pass
+as the old ones; ours come from the sampler, and are checked against the trainer in every step (four
+responses through the model once more). Ours writes a line of metrics per step and counts habits; TRL's
+logging, saving, evaluation and bf16 are off. To keep responses from ending, TRL is given an end of sequence
+that the model has no row for, so its checks for it cost what they always cost.
 
     python benchmarks/trl_step.py [--rounds 3] [--steps 3] [--threads 2] [--device cpu] [--out FILE]
 """
@@ -83,7 +84,8 @@ class Timed(LlamaEngine):
 
 
 def reward_of(text: str, numbers, target: int) -> float:
-    "The verifier's score, and a hundredth per distinct word: responses that cannot end all score the same, and nothing would be learned"
+    """The verifier's score, and a hundredth per distinct word: responses that cannot end all score the
+    same, and nothing would be learned"""
     return score(text, numbers, target) + 0.01 * len(set(text.split()))
 
 
@@ -211,7 +213,7 @@ def main():
         "TRL GRPO": lambda: (theirs(args, tok, problems), None),
     }
     times, phases, did = {k: [] for k in sides}, {k: [] for k in sides}, {}
-    for round_ in range(args.rounds):
+    for _ in range(args.rounds):
         for name, run in sides.items():
             COUNT.__init__()
             t, rows = run()
@@ -223,7 +225,8 @@ def main():
                 for x in (COUNT.sampled, COUNT.trained, COUNT.updates)
             ]
             print(
-                f"{name}: {' '.join(f'{w:.2f}' for w, _ in t)} s; per step {did[name][0]:,} tokens sampled, {did[name][1]:,} trained on, {did[name][2]} optimiser steps",
+                f"{name}: {' '.join(f'{w:.2f}' for w, _ in t)} s; per step {did[name][0]:,} tokens "
+                f"sampled, {did[name][1]:,} trained on, {did[name][2]} optimiser steps",
                 flush=True,
             )
     want = [
@@ -234,13 +237,15 @@ def main():
         nets = 2 if "critic" in name else 1
         if (sampled, trained, updates) != (want[0], nets * want[1], nets):
             raise AssertionError(
-                f"{name} did {sampled}, {trained}, {updates} per step, not {want[0]}, {nets * want[1]}, {nets}"
+                f"{name} did {sampled}, {trained}, {updates} per step, not {want[0]}, {nets * want[1]}, "
+                f"{nets}"
             )
     median = {k: statistics.median(w for w, _ in v) for k, v in times.items()}
     best = min(v for k, v in median.items() if k.startswith("TRL"))
-    part = lambda name, p: (
-        f"{statistics.median(r['s_' + p] for r in phases[name]):.2f}" if phases[name] else "–"
-    )
+
+    def part(name, p):
+        return f"{statistics.median(r['s_' + p] for r in phases[name]):.2f}" if phases[name] else "–"
+
     rows = [
         [
             k,
@@ -253,7 +258,8 @@ def main():
         for k, v in median.items()
     ]
     report(
-        f"One RL step, {args.prompts} × {args.samples} × {args.tokens} tokens, {n_params(load_model('plain')):,} weights, {args.device}, median of {args.rounds * args.steps}",
+        f"One RL step, {args.prompts} × {args.samples} × {args.tokens} tokens, "
+        f"{n_params(load_model('plain')):,} weights, {args.device}, median of {args.rounds * args.steps}",
         [
             "side",
             "s per step",
@@ -270,7 +276,8 @@ def main():
         rows,
         args.out,
         notes=(
-            f"Micro-batches of {args.micro_rows} rows on both sides; with a critic, two models are trained. TRL's attention: {args.trl_attention}.",
+            f"Micro-batches of {args.micro_rows} rows on both sides; with a critic, two models are "
+            f"trained. TRL's attention: {args.trl_attention}.",
         ),
         packages=("torch", "transformers", "trl", "accelerate"),
     )

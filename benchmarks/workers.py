@@ -1,12 +1,12 @@
 """What several workers give, and what the machinery around a training loop costs.
 
-1. The same SFT and PPO job on one and on two workers (Ray Train, gloo, DDP), with all cores shared out among them:
-   seconds per update, and how far the losses are apart. The first updates of PPO see the same rollouts; later ones may
-   not, since a difference in the last digit can turn a draw.
-2. One job of the `cpu` preset, made smaller, three times: as a bare loop (data, rows, SFT, PPO, evaluation, one call
-   after the other, nothing kept that nobody asked for), as stages of the run store behind a papermill notebook that
-   also draws its figure, and the same with two Ray workers. What the second and third take longer is the overhead;
-   it is mostly paid once per run (imports, kernel, Ray), so give --ppo-steps 100 for its share of the preset itself.
+1. The same SFT and PPO job on one and on two workers (Ray Train, gloo, DDP), which share all cores:
+   seconds per update, and how far the losses are apart. The first updates of PPO see the same rollouts;
+   later ones may not, since a difference in the last digit can turn a draw.
+2. One job of the `cpu` preset, made smaller, three times: as a bare loop (data, rows, SFT, PPO, evaluation,
+   nothing kept), as stages of the run store behind a papermill notebook that also draws its figure, and the
+   same with two Ray workers. What the second and third take longer is the overhead. Most of it is paid once
+   per run (imports, kernel, Ray), so give --ppo-steps 100 for its share of the preset itself.
 
     python benchmarks/workers.py [--sft-rows 640] [--ppo-steps 10] [--out FILE]
 """
@@ -96,14 +96,20 @@ def compare(cfg, rows: list[dict], problems: list) -> list[list]:  # table rows
         if len(one) != len(two):
             raise AssertionError(f"{kind}: {len(one)} updates on one worker, {len(two)} on two")
         t = {n: statistics.median(map(seconds[kind], logs[n][kind][1:])) for n in (1, 2)}
-        gap = lambda rs: max(abs(a[k] - b[k]) for k in keys for a, b in rs)
+
+        def gap(rs):
+            return max(abs(a[k] - b[k]) for k in keys for a, b in rs)
+
         same = [
             (a, b)
             for a, b in zip(one, two)
             if kind == "sft" or a["response_tokens"] == b["response_tokens"] and a["reward"] == b["reward"]
         ]
         unit = "µs per token" if kind == "sft" else "s per step"
-        show = lambda x: f"{x * 1e6:.1f}" if kind == "sft" else f"{x:.2f}"
+
+        def show(x):
+            return f"{x * 1e6:.1f}" if kind == "sft" else f"{x:.2f}"
+
         table.append(
             [
                 kind.upper(),
@@ -197,7 +203,10 @@ def overhead(cfg, change: dict) -> list[list]:  # table rows
             took[name] = time.perf_counter() - start
             results[name] = pd.read_csv(next((where / "runs").rglob("results.csv")))
     first = took["bare loop"]
-    last = lambda r: r.sort_values("step").iloc[-1]
+
+    def last(r):
+        return r.sort_values("step").iloc[-1]
+
     return [
         [
             k,
@@ -251,7 +260,8 @@ def main():
         )
     if args.only != "workers":
         report(
-            f"Stage machinery, papermill and Ray: {args.sft_rows} rows of SFT, {args.ppo_steps} steps of PPO, 3 evaluations",
+            f"Stage machinery, papermill and Ray: {args.sft_rows} rows of SFT, {args.ppo_steps} steps of "
+            f"PPO, 3 evaluations",
             ["how", "s", "more than bare", "share", "last accuracy", "tokens per response"],
             overhead(cfg, change),
             args.out,

@@ -1,7 +1,8 @@
 """Problems, verifier and detectors against what else there is, side by side on one core.
 
-Generation is measured in the published RL distribution (3-4 numbers 1-99, targets 10-99), exactly solvable and de-duplicated.
-reasoning-gym is installed into an environment of its own (.bench/) on the first run. Give --quick for a tenth of the work.
+Generation is measured in the published RL distribution (3-4 numbers 1-99, targets 10-99), exactly solvable
+and de-duplicated. reasoning-gym is installed into an environment of its own (.bench/) on the first run.
+Give --quick for a tenth of the work.
 """
 
 import argparse
@@ -27,7 +28,8 @@ GYM = """
 import json, sys, time
 import reasoning_gym
 n = int(sys.argv[1])
-data = reasoning_gym.create_dataset('countdown', seed=0, size=10**6, min_numbers=3, max_numbers=4, min_value=1, max_value=99, min_target=10, max_target=99)
+data = reasoning_gym.create_dataset('countdown', seed=0, size=10**6, min_numbers=3, max_numbers=4,
+    min_value=1, max_value=99, min_target=10, max_target=99)
 start = time.perf_counter(); rows = [data[i] for i in range(n)]; made = n/(time.perf_counter()-start)
 start = time.perf_counter()
 for r in rows: assert data.score_answer(r['answer'], r)==1
@@ -133,7 +135,8 @@ def bare_eval(response, numbers, target):
 def peak(path, n):
     "MB that one process needs at most to draw, measure and write `n` problems"
     code = (
-        "import sys; from stars.task.datasets import *; from stars.task.problems import SPACES; write_problems(sys.argv[1], int(sys.argv[2]), 0, SPACES['rl'], workers=1, progress=False); "
+        "import sys; from stars.task.datasets import *; from stars.task.problems import SPACES; "
+        "write_problems(sys.argv[1], int(sys.argv[2]), 0, SPACES['rl'], workers=1, progress=False); "
         "print([int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith('VmHWM')][0])"
     )  # ru_maxrss would include the parent's
     return float(
@@ -215,7 +218,8 @@ def main():
     for size in (10_000, 100_000, 1_000_000):
         text = ("<answer>1+2 </think> " * (size // 20))[:size] + "<answer>3 * 4</answer>"
         print(
-            f"  a response of {size / 1000:,.0f} KB takes {1e6 / rate(lambda: score(text, (3, 4), 12), 1):,.0f} µs"
+            f"  a response of {size / 1000:,.0f} KB takes "
+            f"{1e6 / rate(lambda: score(text, (3, 4), 12), 1):,.0f} µs"
         )
 
     print("detectors, one core, completions of 1 KB")

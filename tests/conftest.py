@@ -10,7 +10,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15, workers on a
 
 
 def pytest_collection_finish():
-    "Imported modules never become garbage; without this, a full collection walks through torch in the middle of a timed line"
+    """Imported modules never become garbage; without this, a full collection walks through torch in the
+    middle of a timed line"""
     gc.collect()
     gc.freeze()
 
@@ -24,7 +25,8 @@ STATUS = pytest.StashKey[int]()
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    "Everything is reported: leave without tearing the interpreter down under the native threads of Ray, gRPC and vLLM, which has crashed after the last test had passed"
+    """Everything is reported: leave without tearing the interpreter down under the native threads of Ray,
+    gRPC and vLLM, which has crashed after the last test had passed"""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
     if STATUS not in config.stash:

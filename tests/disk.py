@@ -1,8 +1,9 @@
 """Every call by which a process changes files: counted, and made to fail at a chosen one
 
 Python, safetensors and tokenizers (Rust), pyarrow (C++) and SQLite (C) all write through a few functions of
-the C library. `watch` puts functions of ours into the tables by which every loaded library finds those, so that
-nothing that is written slips by, whoever writes it. Linux on 64 bits; nothing needs to be compiled."""
+the C library. `watch` puts functions of ours into the tables by which every loaded library finds those, so
+that nothing that is written slips by, whoever writes it. Linux on 64 bits; nothing needs to be compiled.
+"""
 
 import ctypes
 import errno

@@ -1,4 +1,5 @@
-"What `pip install` gets: a wheel that brings the bases, the figure notebooks and the prices, and works away from the checkout"
+"""What `pip install` gets: a wheel that brings the bases, the figure notebooks and the prices, and works
+away from the checkout"""
 
 import json
 import os
@@ -61,9 +62,8 @@ def test_wheel_holds_what_runs_need(built):
     assert wanted <= names, wanted - names
     assert not [n for n in names if n.startswith(("tests", "nbs", "benchmarks", "figures"))]
     assert built[0].stat().st_size < 20e6
-    assert any(
-        n.endswith("/settings.ini") for n in tarfile.open(built[1]).getnames()
-    )  # or it could not be built again
+    with tarfile.open(built[1]) as source:  # without its settings it could not be built again
+        assert any(n.endswith("/settings.ini") for n in source.getnames())
 
 
 @pytest.mark.slow
@@ -93,7 +93,8 @@ def test_wheel_draws_a_figure_away_from_the_checkout(built, tmp_path):
                 sys.executable,
                 "-P",
                 "-c",
-                "import stars,sys; print(stars.__file__, file=sys.stderr); from stars.cli.main import main; main()",
+                "import stars,sys; print(stars.__file__, file=sys.stderr); from stars.cli.main import "
+                "main; main()",
                 *args,
             ],
             cwd=work,
@@ -131,7 +132,8 @@ def test_messages_name_the_distribution_and_extras_that_exist():
 
 
 def chapters():
-    "Part, number and module of each chapter, and the modules of the package that it imports, in the order of reading"
+    """Part, number and module of each chapter, and the modules of the package that it imports, in the order
+    of reading"""
     for path in sorted((ROOT / "nbs").glob("[a-z]*/[0-9][0-9]_*.ipynb"), key=lambda p: p.name):
         code = "\n".join(
             "".join(c["source"])

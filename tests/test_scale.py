@@ -1,4 +1,5 @@
-"The trainer at other scales, through the command: vLLM samples, adapters train, a real language model goes the whole way"
+"""The trainer at other scales, through the command: vLLM samples, adapters train, a real language model
+goes the whole way"""
 
 import importlib.util
 import json
@@ -68,7 +69,8 @@ def test_vllm_samples_for_ppo(tmp_path):
 
 
 def test_importance_weights_correct_a_sampler_that_is_off(tmp_path):
-    "a sampler at another precision: the ratio of the first update is 1 only against the trainer's own old logprobs"
+    """a sampler at another precision: the ratio of the first update is 1 only against the trainer's own old
+    logprobs"""
     logs = {}
     for cap in ("0", "2"):
         stars(

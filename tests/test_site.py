@@ -1,4 +1,5 @@
-"The documentation site in a real browser: every page opens without an error, every link and fragment leads somewhere, search finds, a phone shows it (a minute)"
+"""The documentation site in a real browser: every page opens without an error, every link and fragment
+leads somewhere, search finds, a phone shows it (a minute)"""
 
 import ast
 import json
@@ -32,14 +33,30 @@ LOOK = """(async () => {
     const pictures = [...document.images];
     for (const i of pictures) i.loading = 'eager';
     await Promise.all(pictures.map(i => i.decode().catch(() => 0)));
-    return {links: [...document.links].map(a => a.href), ids: [...document.querySelectorAll('[id]')].map(e => e.id), pictures: pictures.length,
-            blank: pictures.filter(i => !i.naturalWidth).map(i => i.src.slice(0, 200)), title: document.title, text: document.body.innerText}
+    return {
+        links: [...document.links].map(a => a.href),
+        ids: [...document.querySelectorAll('[id]')].map(e => e.id),
+        pictures: pictures.length,
+        blank: pictures.filter(i => !i.naturalWidth).map(i => i.src.slice(0, 200)),
+        title: document.title,
+        text: document.body.innerText,
+    }
 })()"""
 WIDE = """(() => {
     const width = document.documentElement.clientWidth, page = document.documentElement.scrollWidth;
-    const scrolls = e => { for (let p = e.parentElement; p && p !== document.body; p = p.parentElement) if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return true; return false };
-    const seen = e => { const r = e.getBoundingClientRect(); return r.width && r.height && r.right > width + 1 && r.left < width && getComputedStyle(e).visibility === 'visible' };
-    const over = [...document.querySelectorAll('body *')].filter(e => seen(e) && !scrolls(e)).slice(0, 3).map(e => e.outerHTML.slice(0, 120)); // past the edge, and no way to scroll there
+    const scrolls = e => {
+        for (let p = e.parentElement; p && p !== document.body; p = p.parentElement)
+            if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return true;
+        return false;
+    };
+    const seen = e => {
+        const r = e.getBoundingClientRect();
+        const visible = r.width && r.height && getComputedStyle(e).visibility === 'visible';
+        return visible && r.right > width + 1 && r.left < width;
+    };
+    const all = [...document.querySelectorAll('body *')];
+    const lost = all.filter(e => seen(e) && !scrolls(e)); // past the edge, and no way to scroll there
+    const over = lost.slice(0, 3).map(e => e.outerHTML.slice(0, 120));
     return over.concat(page > width ? [`the page is ${page} px wide`] : [])
 })()"""
 
@@ -290,7 +307,8 @@ def search(browser, home, what):
     browser.js("document.querySelector('.smalldocs-search input').focus()")
     browser("Input.insertText", text=what)
     return browser.until(
-        "document.querySelector('.smalldocs-search-results.show') && [...document.querySelectorAll('.smalldocs-search-results a')].map(a => a.href)"
+        "document.querySelector('.smalldocs-search-results.show') && "
+        "[...document.querySelectorAll('.smalldocs-search-results a')].map(a => a.href)"
     )
 
 
@@ -370,11 +388,14 @@ def test_figure_pages_say_how_to_run_them(pages):
 
 def test_a_broken_site_is_seen(browser, tmp_path):
     (tmp_path / "a.html").write_text(
-        "<meta name=viewport content='width=device-width'><body><h1 id=x>A</h1><a href='b.html#y'>1</a><a href='c.html'>2</a><a href='#x'>3</a><img src='none.png'><main style='overflow-x:clip'><pre style='width:500px'>wide</pre></main><script>console.error('no')</script>"
+        "<meta name=viewport content='width=device-width'><body><h1 id=x>A</h1><a href='b.html#y'>1</a><a "
+        "href='c.html'>2</a><a href='#x'>3</a><img src='none.png'><main style='overflow-x:clip'><pre "
+        "style='width:500px'>wide</pre></main><script>console.error('no')</script>"
         "<script src='https://elsewhere.invalid/x.js'></script></body>"
     )
     (tmp_path / "b.html").write_text(
-        "<meta name=viewport content='width=device-width'><body><p id=z>B</p><div style='overflow-x:auto'><pre style='width:900px'>scrolls inside</pre></div></body>"
+        "<meta name=viewport content='width=device-width'><body><p id=z>B</p><div "
+        "style='overflow-x:auto'><pre style='width:900px'>scrolls inside</pre></div></body>"
     )
     server, host = served(tmp_path)
     try:

@@ -123,7 +123,8 @@ def cut_short(kind, out, stop, **how):
 
 
 def forked():
-    "Processes that come from one which has imported everything: each starts at once, and none inherits a thread"
+    """Processes that come from one which has imported everything: each starts at once, and none inherits a
+    thread"""
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parent), *filter(None, sys.path)]
     )  # where that one, and Ray's workers, look for the tests
@@ -135,8 +136,8 @@ def forked():
 def untimed(folder):
     "Rows of a log, without what depends on the clock"
     return [
-        {k: v for k, v in json.loads(l).items() if not k.startswith(("s_", "tokens_per_s"))}
-        for l in (folder / "metrics.jsonl").read_text().splitlines()
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("s_", "tokens_per_s"))}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
 
 

@@ -1,11 +1,12 @@
 """What every speed comparison says about itself: the machine, the versions, the command, and a table."""
 
+import contextlib
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,22 +19,27 @@ def machine() -> str:
     "CPU, cores this process may use, load, GPU"
     info = Path("/proc/cpuinfo")
     names = (
-        [l.split(":", 1)[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")]
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if info.exists()
         else []
     )
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores():g} cores (load {os.getloadavg()[0]:.1f}), {torch.get_num_threads()} threads, GPU: {', '.join(gpus) or 'none'}"
+    return (
+        f"{names[0] if names else platform.processor() or platform.machine()}, {cores():g} cores (load "
+        f"{os.getloadavg()[0]:.1f}), {torch.get_num_threads()} threads, GPU: {', '.join(gpus) or 'none'}"
+    )
 
 
 def versions(*packages: str) -> str:
     "Installed versions, those that are there"
     found = [f"python {platform.python_version()}"]
     for p in packages:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found.append(f"{p} {version(p)}")
-        except PackageNotFoundError:
-            pass
     return " · ".join(found)
 
 
@@ -49,9 +55,10 @@ def table(
     cells = [list(map(str, r)) for r in (head, *rows)]
     width = [max(len(r[i]) for r in cells) for i in range(len(head))]
     right = [all(number(r[i]) for r in cells[1:]) for i in range(len(head))]
-    line = lambda r: (
-        "| " + " | ".join(c.rjust(w) if x else c.ljust(w) for c, w, x in zip(r, width, right)) + " |"
-    )
+
+    def line(r):
+        return "| " + " | ".join(c.rjust(w) if x else c.ljust(w) for c, w, x in zip(r, width, right)) + " |"
+
     return "\n".join(
         [
             line(cells[0]),
@@ -81,5 +88,6 @@ def report(
         del words[(i := words.index("--out")) : i + 2]
     with path.open("a") as f:
         f.write(
-            f"## {title}\n\n{datetime.now(UTC):%Y-%m-%d} · `python benchmarks/{shlex.join(words)}`\n\n{machine()} · {versions(*packages)}\n\n{text}\n\n"
+            f"## {title}\n\n{datetime.now(UTC):%Y-%m-%d} · `python "
+            f"benchmarks/{shlex.join(words)}`\n\n{machine()} · {versions(*packages)}\n\n{text}\n\n"
         )

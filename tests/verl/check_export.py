@@ -1,6 +1,8 @@
 """verl's own code on what `stars.lab.verl` writes, in verl's environment: `make test-verl`
 
-Not collected by the ordinary run: the exports come from `export.py`, which runs in the other environment, and their folder from STARS_VERL."""
+Not collected by the ordinary run: the exports come from `export.py`, which runs in the other environment,
+and their folder from STARS_VERL.
+"""
 
 import asyncio
 import json
@@ -58,10 +60,13 @@ def composed(name, script, tmp):
 
 @pytest.fixture(params=NAMES)
 def rl(request, tmp_path):
-    "Name and verl's configuration of an export; where SFT would have left its checkpoint lies the model it started from"
+    """Name and verl's configuration of an export; where SFT would have left its checkpoint lies the model
+    it started from"""
     name = request.param
     path = next(
-        l for l in (ROOT / name / "rl.sh").read_text().split("\n") if "actor_rollout_ref.model.path" in l
+        line
+        for line in (ROOT / name / "rl.sh").read_text().split("\n")
+        if "actor_rollout_ref.model.path" in line
     ).split("'")[1]
     if "checkpoints" in path:
         shutil.copytree(

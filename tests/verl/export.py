@@ -1,4 +1,5 @@
-"Exports for `check_export.py`, and beside each what our own trainer makes of the same data: python tests/verl/export.py FOLDER"
+"""Exports for `check_export.py`, and beside each what our own trainer makes of the same data: python
+tests/verl/export.py FOLDER"""
 
 import json
 import random
@@ -42,7 +43,10 @@ def responses(problems):
 def parity(cfg, seed=0):
     "A minibatch of random numbers, and our losses and advantages on it"
     g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.randn(*shape, generator=g)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g)
+
     n, t = 12, cfg.ppo_max_tokens
     mask = (torch.arange(t)[None] < torch.randint(1, t + 1, (n, 1), generator=g)).float()
     x = dict(mask=mask, old=-rand(n, t).abs(), values=rand(n, t), scores=rand(n))
