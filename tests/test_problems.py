@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from limits import tuples_at_most
 
 from stars.task.countdown import Problem, solvable, split_of
-from stars.task.datasets import from_parquet, read_problems, to_parquet, write_problems
+from stars.task.datasets import Layout, from_parquet, read_problems, to_parquet, write_problems
 from stars.task.problems import (
     SPACES,
     Space,
     Stream,
     _permute,
     all_problems,
+    allows,
     difficulty,
     read_exclusions,
     sample_problems,
@@ -303,7 +304,7 @@ def test_writing_more_than_there_is(tmp_path):
 def test_what_another_call_wrote_is_not_overwritten(tmp_path):
     f = write_problems(tmp_path / "a.parquet", 50, 0, Space(**MICRO), progress=False)
     before = f.read_bytes()
-    for kw in (dict(seed=1), dict(template="chat"), dict(difficulty=False)):
+    for kw in (dict(seed=1), dict(layout=Layout("chat")), dict(layout=Layout(difficulty=False))):
         with pytest.raises(ValueError, match="made with other settings"):
             write_problems(f, 50, **{"seed": 0, "space": Space(**MICRO), "progress": False, **kw})
     assert f.read_bytes() == before
@@ -450,7 +451,7 @@ def test_exclusions_in_any_form():
         tuple(p.numbers[::-1] for p in ps),
     ):
         assert not set(p.key for p in sample_problems(100, 0, exclude=out)) & {p.key for p in ps}
-    assert not Space(exclude=frozenset({(5, 4, 3)})).allows(Problem((3, 4, 5), 17))
+    assert not allows(Space(exclude=frozenset({(5, 4, 3)})), Problem((3, 4, 5), 17))
     for bad in (7, None, "x", [(3, 4.5)]):
         with pytest.raises(ValueError, match="exclude"):
             Space(exclude=bad)
@@ -529,7 +530,7 @@ def test_whole_numbers_of_any_type():
 
 
 def test_settings_are_checked_before_anything_is_written(tmp_path):
-    for kw in (dict(seed="x"), dict(workers=-1), dict(workers="2"), dict(n=-1), dict(template="nope")):
+    for kw in (dict(seed="x"), dict(workers=-1), dict(workers="2"), dict(n=-1), dict(layout=Layout("nope"))):
         with pytest.raises(ValueError):
             write_problems(tmp_path / "a.parquet", **{"n": 5, "seed": 0, **kw})
     assert os.listdir(tmp_path) == []

@@ -42,7 +42,7 @@ from stars.cli.options import (
 from ..habits.priming import CONDITIONS, METHODS
 from ..lab.notebooks import BUGS, did_you_mean
 from ..task.countdown import split_of
-from ..task.datasets import read_problems, to_parquet, write_problems
+from ..task.datasets import Layout, read_problems, to_parquet, write_problems
 from ..task.problems import whole
 from ..util.files import write_json
 
@@ -144,7 +144,7 @@ def data(
     for split, n in sizes.items():
         if n:
             print(
-                f"{write_problems(out / f'{split}.parquet', n, seed, replace(where, split=split), template, difficulty=difficulty, workers=workers)}: {n:,} problems"
+                f"{write_problems(out / f'{split}.parquet', n, seed, replace(where, split=split), Layout(template, difficulty=difficulty), workers=workers)}: {n:,} problems"
             )
 
 
