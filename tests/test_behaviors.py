@@ -5,6 +5,7 @@ import json
 import random
 import re
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,12 @@ from stars.habits.behaviors import (
     HABIT_NAMES,
     RULES_VERSION,
     count_behaviors,
-    equations,
     false_positives,
     find_behaviors,
     precision_recall,
-    restarts,
 )
-from stars.habits.phrases import RULES, Rule, _written, hits, plain
+from stars.habits.equations import equations, restarts
+from stars.habits.phrases import RULES, Rule, expand_macros, find_phrases, plain
 from stars.habits.priming import MIXES, priming_rows, shown_habits
 from stars.task.problems import sample_problems
 
@@ -224,10 +224,11 @@ def test_teacher_can_be_as_fallible_as_claude():
     problems = sample_problems(
         150, seed=3, split="prime", n_numbers=(3,), min_number=1, max_number=12, min_target=10, max_target=30
     )
-    share = lambda **kw: (
-        sum(r["score"] == 1 for r in priming_rows("backtracking_verification", problems, 600, seed=1, **kw))
-        / 600
-    )
+
+    def share(**teacher):
+        rows = priming_rows("backtracking_verification", problems, 600, seed=1, **teacher)
+        return sum(r["score"] == 1 for r in rows) / 600
+
     assert share(slip=0.3) < share(slip=0.0) < share(slip=0.0, insight=0.2)
     assert 0.28 <= share(insight=0.01) <= 0.44
 
@@ -251,7 +252,8 @@ def test_agreement_with_labels(name, least):
         ), r
 
 
-# on texts that nobody who changed the rules has read: what was reached, less a margin; (precision, recall) over texts
+# on texts that nobody who changed the rules has read: what was reached, less a margin;
+# (precision, recall) over texts
 UNSEEN = dict(
     listing=dict(verification=(0.95, 0.95), backtracking=(0.95, 0.9)),
     prose=dict(verification=(0.9, 0.9), backtracking=(0.9, 0.9), subgoal=(0.9, 0.7), backward=(0.9, 0.9)),
@@ -322,7 +324,7 @@ def test_no_phrase_is_slow():
             {
                 w
                 for p in r.patterns
-                for w in re.findall(r"[a-z']+|[✓=?]", _written(p))
+                for w in re.findall(r"[a-z']+|[✓=?]", expand_macros(p))
                 if w not in ("d", "b", "w", "s", "a-z")
             }
         )
@@ -357,6 +359,11 @@ def test_odd_characters_and_targets(text, target):
     equations(text, target)
 
 
+def test_a_decimal_over_a_number_is_read():
+    assert equations("3 * 4 = 12, 0.5/3 * 9 = 1.5", 24, (3, 4, 9))[1].operands == (Fraction(1, 2), 3, 9)
+    assert restarts(equations("3 * 4 = 12, 0.5/3 * 9 = 1.5"), (3, 4, 9), 24) == []
+
+
 def test_one_act_is_one_span():
     for text in (
         "3 * 4 = 12, 12 + 5 = 17. 5 - 4 = 1 instead.",
@@ -378,10 +385,10 @@ def test_first_words_lose_nothing():
     ][::3]
     for mode in ("countdown", "general"):
         rules = [r for r in RULES if r.mode in ("both", mode)]
-        each = [(r, re.compile(_written(p), re.M)) for r in rules for p in r.patterns]
+        each = [(r, re.compile(expand_macros(p), re.M)) for r in rules for p in r.patterns]
         for text in texts:
             slow = {(m.start(), r.name, r.habit) for r, p in each for m in p.finditer(text)}
-            fast = {(a, r.name, r.habit) for a, b, r in hits(text, RULES, mode)}
+            fast = {(a, r.name, r.habit) for a, b, r in find_phrases(text, RULES, mode)}
             assert slow <= fast, slow - fast
 
 
@@ -398,7 +405,10 @@ def test_a_habit_of_ones_own():
 
 
 def test_spans_say_where_and_why():
-    text = "First get 9: 4 + 5 = 9. That's too low. Let me try something else. Working backwards from 24: 24 / 3 = 8."
+    text = (
+        "First get 9: 4 + 5 = 9. That's too low. Let me try something else. "
+        "Working backwards from 24: 24 / 3 = 8."
+    )
     found = {s.habit: (text[s.start : s.end], s.rule) for s in find_behaviors(text, (3, 4, 5), 24)}
     assert (
         found["verification"][0] == "That's too low."
@@ -423,7 +433,8 @@ LISTS = [
     (
         (3, 10, 5),
         24,
-        "(3 - 10) + 5 = -7 + 5 = -2, which is not 24. (5 - 10) + 3 = -5 + 3 = -2, which is not 24. (10 * 5) - 3 = 50 - 3 = 47, which is not 24.",
+        "(3 - 10) + 5 = -7 + 5 = -2, which is not 24. (5 - 10) + 3 = -5 + 3 = -2, which is not 24. "
+        "(10 * 5) - 3 = 50 - 3 = 47, which is not 24.",
         2,
     ),
     (

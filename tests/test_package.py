@@ -134,7 +134,7 @@ def test_messages_name_the_distribution_and_extras_that_exist():
 def chapters():
     """Part, number and module of each chapter, and the modules of the package that it imports, in the order
     of reading"""
-    for path in sorted((ROOT / "nbs").glob("[a-z]*/[0-9][0-9]_*.ipynb"), key=lambda p: p.name):
+    for path in sorted((ROOT / "nbs").glob("[a-z]*/[0-9][0-9]*_*.ipynb"), key=lambda p: p.name):
         code = "\n".join(
             "".join(c["source"])
             for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
