@@ -23,7 +23,7 @@ from stars.lab.stages import Job
 from stars.show import drawing, viewer
 from stars.text import pretraining
 
-DATA = Path(__file__).parent.parent / "nbs"
+DATA = Path(__file__).parent.parent / "nbs" / "data"
 
 
 def run(capsys, *args):
@@ -39,7 +39,7 @@ def run(capsys, *args):
 def test_overview_names_every_command_on_one_screen(capsys, args):
     code, out, _ = run(capsys, *args)
     assert code == 0 and max(map(len, out.splitlines())) <= 120 and len(out.splitlines()) < 50
-    for name, f in cli.COMMANDS.items():
+    for name in cli.COMMANDS:
         assert re.search(rf"^  {name} +\S", out, re.M), name
 
 
@@ -116,6 +116,41 @@ def test_watch_as_json(capsys, tmp_path):
     assert r["metrics"]["accuracy"] == 0.2 and r["metrics"]["kl"] is None
     code, out, err = run(capsys, "watch", str(tmp_path / "typo"), "--json")
     assert code == 2 and "typo" in err and not out
+
+
+QUICK = {  # commands that only say something: they work without torch
+    "stars --help": ["--help"],
+    **{f"stars {name} --help": [name, "--help"] for name in ("ppo", "judge", "label", "data", "plan")},
+    "stars judge --dry-run": [
+        *["judge", str(DATA / "completions.parquet"), "--judge", "openai:gpt-5.4-mini", "--n", "20"],
+        "--dry-run",
+    ],
+    "stars prime --dry-run": ["prime", "x.parquet", "--teacher", "openai:gpt-5.4-mini", "--dry-run"],
+    "stars data": ["data", "countdown", "--train", "20", "--eval", "0"],
+}
+
+
+@pytest.mark.parametrize("args", QUICK.values(), ids=QUICK)
+def test_nobody_waits_for_torch(tmp_path, args):
+    code = (
+        "import sys; from stars.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert not e.code\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'ray'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.endswith("_API_KEY")}
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def test_every_option_has_a_help_text(capsys):
+    "tyro takes the comment of a field for its help; a formatter may move that out of its reach"
+    for name in cli.COMMANDS:
+        _, text, _ = run(capsys, name, "--help")
+        options = re.findall(r"│ (--[\w-]+[^│]*)│\n│ {3,}([^│]*)│", text)
+        bare = [option.strip() for option, words in options if words.strip().startswith("(default")]
+        assert not [o for o in bare if "  " not in o], (name, bare)
 
 
 # ---- what an error says
@@ -207,7 +242,7 @@ def in_another_process(f):
     [
         (ours, "stars: steps=0 must be at least 1\n"),
         (lambda: options.overrides(("x",)), "stars: --set 'x' is not of the form"),
-        (lambda: open("nowhere"), "No such file or directory: 'nowhere'"),
+        (lambda: Path("nowhere").read_text(), "No such file or directory: 'nowhere'"),
         (lambda: os.mkdir("/proc/x"), "/proc/x"),
         (nan, "stars: step 3: loss is nan\n"),
         (offline, "ConnectError"),
@@ -367,11 +402,11 @@ def test_lists_may_have_blanks_and_a_last_comma(monkeypatch, capsys, tmp_path):
 
 
 def test_settings_add_up(capsys):
-    for given, meant in (
+    for typed, meant in (
         ("ppo --set a=1 --seed 1 --set b=2 c=3 --set=d=4", "ppo --set a=1 b=2 c=3 d=4 --seed 1"),
         ("figure x -p a=1 --param b=2 --runs r", "figure x -p a=1 b=2 --runs r"),
     ):
-        assert cli._arguments(given.split()) == meant.split()
+        assert cli.checked(typed.split()) == meant.split()
     code, _, err = run(capsys, "ppo", "--set", "ppo_step=5", "--set", "ppo_lr=1e-4")  # the first is not lost
     assert code == 2 and "'ppo_step' is not a field" in err
     code, _, err = run(capsys, "ppo", "--set", "ppo_steps=5", "ppo_steps=6")
@@ -567,7 +602,10 @@ def test_places_that_cannot_be_are_refused_before_anything(monkeypatch, capsys, 
     Path("file").write_text("x")
     Path("folder").mkdir()
     long = "x" * 300
-    never = lambda *_, **__: pytest.fail("it began")
+
+    def never(*_, **__):
+        pytest.fail("it began")
+
     for module, name in (
         (drawing, "run_figure"),
         (drawing, "draw_all"),
