@@ -35,7 +35,7 @@ from stars.models.checkpoints import (
     without_dropout,
 )
 from stars.models.micro import micro_model, micro_tokenizer
-from stars.models.parallel import Team, micro_batches, prepare
+from stars.models.parallel import micro_batches, prepare
 from stars.rl import ppo as P
 from stars.rl.evals import complete
 from stars.rl.loops import read_log
@@ -123,6 +123,11 @@ def test_aggregation_modes(mode, want):
     assert halves == pytest.approx(want)  # micro-batches add up
 
 
+def tiny_learner(cfg, critic=None):
+    "What `appraise` needs; the policy is not asked"
+    return P.Learner(tiny.model(), critic, None, cfg)
+
+
 def test_without_a_critic_the_advantage_is_the_whitened_return():
     "Scores 1, 0, 0 on responses of 1, 2 and 1 tokens: over the four tokens their mean is 1/4, their variance 3/16"
     rollouts = [
@@ -131,14 +136,12 @@ def test_without_a_critic_the_advantage_is_the_whitened_return():
         P.Rollout([5], [9], [-1.0], True),
     ]
     cfg = P.PPOConfig(prompts=3, samples=1, minibatch=3, estimator="reinforce", kl_coef=0.0, lam=0.5)
-    batch, ref_logp, logged = P._valued(
-        rollouts, [1.0, 0.0, 0.0], cfg, None, None, None, 10, P.Team(), torch.device("cpu")
-    )
+    batch, logged = P.appraise(tiny_learner(cfg), rollouts, [1.0, 0.0, 0.0])
     a, b = 0.75 / (3 / 16) ** 0.5, -0.25 / (3 / 16) ** 0.5
     torch.testing.assert_close(
         batch.advantages, torch.tensor([[a, 0.0], [b, b], [b, 0.0]]), atol=1e-5, rtol=1e-5
     )
-    assert ref_logp is None and "explained_variance" not in logged and "kl" not in logged
+    assert batch.ref_logp is None and "explained_variance" not in logged and "kl" not in logged
 
 
 def test_kl_estimators_estimate_the_kl():
@@ -679,7 +682,7 @@ def batch_of(scores, finished, estimator="group", lengths=None, values=None, **h
     cfg = P.PPOConfig(
         prompts=1, samples=n, minibatch=n, estimator=estimator, kl_coef=0.0, mask_truncated=True, **how
     )
-    batch, _, logged = P._valued(rollouts, scores, cfg, None, values, None, 10, Team(), torch.device("cpu"))
+    batch, logged = P.appraise(tiny_learner(cfg, critic=values), rollouts, scores)
     assert (batch.advantages * (1 - batch.mask) == 0).all() and batch.advantages.isfinite().all()
     return batch, logged
 

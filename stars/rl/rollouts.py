@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'WIDE', 'LOW', 'TAGS', 'Rollout', 'Engine', 'Elsewhere', 'check_lengths', 'seeds_of', 'uniforms', 'draw',
-           'Slots', 'LlamaEngine', 'probe', 'texts_of', 'check_tags']
+           'Slots', 'LlamaEngine', 'probe', 'texts_of', 'check_tags', 'Task']
 
 # %% ../../nbs/rl/53_rollouts.ipynb #c002
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..habits.behaviors import count_in
 from ..models.arithmetic import threads_for
 from ..models.checkpoints import model_ends, token_logprobs, weights_of
 from ..models.decoder import Decoder, KVCache
 from ..models.micro import n_params
 from ..models.parallel import memory_for
 from .loops import pad
-from ..task.countdown import answer_of
+from ..task.countdown import answer_of, make_prompt
 
 # %% ../../nbs/rl/53_rollouts.ipynb #c005
 @dataclass(frozen=True)
@@ -423,3 +424,14 @@ def check_tags(
             "reward would be 0. Take a tokenizer that keeps the tags, or give a reward that reads what "
             "it makes of them"
         )
+
+# %% ../../nbs/rl/53_rollouts.ipynb #t007
+@dataclass(frozen=True)
+class Task:
+    "What a problem asks, what a response earns, and what is counted in it"
+
+    prompt: Callable[[Any], str] = make_prompt  # problem → prompt
+    reward: Callable[[str, Any], float] | None = (
+        None  # response, problem → 1 if right (default: the verifier)
+    )
+    count: Callable[[str, Any], dict[str, int]] = count_in  # response, problem → habit → how often
