@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stars.habits import teacher as T
 from stars.habits.behaviors import HABIT_NAMES, count_behaviors
-from stars.habits.priming import MIXES, SCHEMA, dots, empty_cot, read_rows, write_rows
+from stars.habits.priming import MIXES, PRIMING_SCHEMA, dots, empty_cot, read_rows, write_rows
 from stars.llm.ask import OverBudget
 from stars.llm.ledger import Ledger, Model, Reply, losses
 from stars.llm.services import Lost, Refused
@@ -309,7 +309,7 @@ def test_any_text_is_a_whole_row_or_a_reason(text, finish, mix):
     if row is None:
         return
     assert (
-        list(row) == SCHEMA.names
+        list(row) == PRIMING_SCHEMA.names
         and row["completion"].endswith("</answer>")
         and answer_of(row["completion"])
         and not re.search("```$", row["completion"])
@@ -591,7 +591,7 @@ def test_rows_are_files_controls_and_examples(template, tmp_path):
     tok, prompt = bytes_tokenizer(), lambda p: make_prompt(p, template)
     rows, _, _ = teach(tmp_path, backtracks, n=12, prompt=prompt)
     assert read_rows(write_rows(rows, tmp_path / "rows.parquet")) == rows and all(
-        list(r) == SCHEMA.names for r in rows
+        list(r) == PRIMING_SCHEMA.names for r in rows
     )
     n_tokens = lambda s: len(tok(s, add_special_tokens=False).input_ids)
     for control in (rows, [empty_cot(r) for r in rows], [dots(r, n_tokens) for r in rows]):
@@ -649,7 +649,7 @@ def test_failures_are_complete_wrong_answers(tmp_path):
     }  # as generated: no blank added, none taken away
     assert {(r["mix"], r["teacher"], r["score"]) for r in rows} == {
         ("incorrect_only", "checkpoint", 0.1)
-    } and list(rows[0]) == SCHEMA.names
+    } and list(rows[0]) == PRIMING_SCHEMA.names
     assert read_rows(write_rows(rows, tmp_path / "f.parquet")) == rows
     df.to_parquet(tmp_path / "c.parquet")
     assert (

@@ -225,7 +225,7 @@ def read_trace(
     teacher: str = "",  # who was asked
     prompt: Callable[[Problem], str] = make_prompt,  # problem → query, which should end in `<think>`
     max_words: int = 800,  # longest reasoning; at one to two tokens a word it has to fit a response of the primed model
-) -> tuple[dict | None, str]:  # row with the keys of `priming.SCHEMA`, or None and the reason
+) -> tuple[dict | None, str]:  # row with the keys of `priming.PRIMING_SCHEMA`, or None and the reason
     "Turn a reply into a row"
     if reply is None:
         return None, "no reply"
@@ -391,7 +391,7 @@ def ask_teacher(
     **how,  # further arguments of `ask`
 ) -> tuple[
     list[dict], TeacherReport
-]:  # rows with the keys of `priming.SCHEMA`; raises ValueError where fewer than `n` pass
+]:  # rows with the keys of `priming.PRIMING_SCHEMA`; raises ValueError where fewer than `n` pass
     "Have priming data of one mix written"
     _check(mix, problems, n=n, over=over, rounds=rounds, max_words=max_words)
     model = Model.parse(model)

@@ -217,7 +217,7 @@ class Config:
         }
 
     @property
-    def world(self) -> dict:  # arguments of `sample_problems` and `corpus_rows`
+    def world(self) -> dict:  # arguments of `sample_problems` and `Space`
         return {
             k: getattr(self, k) for k in ("n_numbers", "min_number", "max_number", "min_target", "max_target")
         }

@@ -36,7 +36,7 @@ from ..habits.behaviors import HABIT_NAMES, RULES_VERSION
 from stars.habits.priming import (
     CONTROLS,
     METHODS,
-    SCHEMA,
+    PRIMING_SCHEMA,
     control_rows,
     corpus_rows,
     dots,
@@ -73,7 +73,7 @@ from ..rl.rollouts import Elsewhere, Engine, LlamaEngine
 from ..rl.sft import sft
 from ..task.countdown import Problem, make_prompt, score, split_of
 from ..task.datasets import from_parquet, to_parquet
-from ..task.problems import sample_problems
+from ..task.problems import Space, sample_problems
 from ..text.corpus import documents
 from ..text.curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
 from ..text.pretraining import RULES_LABELLER, label_corpus, rule_labeller
@@ -149,10 +149,10 @@ def base_stage(job: Job) -> Path:
                 cfg.base_docs + cfg.base_val,
                 cfg.base_seed,
                 settings["base_share"],
+                space=Space(**cfg.world),
                 mix=cfg.base_mix,
                 prompt=partial(make_prompt, template=cfg.template),
                 top=cfg.top,
-                **cfg.world,
             )
         )
         model.to(device()).set_attn_implementation(attention(device(), micro=True))
@@ -204,7 +204,7 @@ def _rows_file(job: Job) -> Path | None:
 def _rows_from_file(path: Path, job: Job, prompt: Callable, n_tokens: Callable) -> list[dict]:
     "Rows that somebody else wrote, checked, with this experiment's prompts, and the control made from them"
     cfg, condition, rows = job.cfg, job.condition, read_rows(path)
-    if rows and (missing := set(SCHEMA.names) - rows[0].keys()):
+    if rows and (missing := set(PRIMING_SCHEMA.names) - rows[0].keys()):
         raise ValueError(f"prime_file={path} lacks the columns {', '.join(sorted(missing))}")
     wanted = {cfg.prime_mix, condition} if condition in CONTROLS else {condition}
     for i, r in enumerate(rows):

@@ -108,7 +108,9 @@ def failures(
     mix: str = "incorrect_only",  # name of the set
     teacher: str = "checkpoint",  # who wrote them
     n: int | None = None,  # rows wanted (default: all there are)
-) -> list[dict]:  # rows with the keys of `priming.SCHEMA`; raises ValueError where there are fewer than `n`
+) -> list[
+    dict
+]:  # rows with the keys of `priming.PRIMING_SCHEMA`; raises ValueError where there are fewer than `n`
     "Complete answers that the verifier rejects, as priming data"
     missing = [
         c for c in ("prompt", "generated", "numbers", "target", "score", "truncated") if c not in completions

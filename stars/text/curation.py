@@ -312,7 +312,7 @@ def training_rows(
     rewriter: str,  # who wrote them
     template: str = "base",  # one of `FRAMES`
     tokenizer=None,  # for chat
-) -> list[dict]:  # rows with the keys of `priming.SCHEMA`, without numbers, target and score
+) -> list[dict]:  # rows with the keys of `priming.PRIMING_SCHEMA`, without numbers, target and score
     "Rewritten texts as queries and completions"
     return [
         dict(
