@@ -1,4 +1,4 @@
-"Countdown: problems, solver, splits, prompts, verifier and parquet, checked against oracles written independently of it"
+"Countdown: problems, solver, splits, prompts, verifier and parquet, against oracles that share no code"
 
 import ast
 import json
@@ -165,17 +165,22 @@ def test_golden():
 
 
 def test_same_in_every_process():
-    code = 'from stars.task.countdown import *; from stars.task.problems import *; print([(p.numbers,p.target,split_of(p),solve(p.numbers,p.target)) for p in sample_problems(40,11,split="train")])'
-    run = lambda s: (
-        subprocess.run(
+    code = (
+        "from stars.task.countdown import *; from stars.task.problems import *; "
+        "problems = sample_problems(40, 11, split='train'); "
+        "print([(p.numbers, p.target, split_of(p), solve(p.numbers, p.target)) for p in problems])"
+    )
+
+    def run(hash_seed):
+        return subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": s},
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
             capture_output=True,
             text=True,
             check=True,
             cwd=Path(__file__).parent.parent,
         ).stdout
-    )
+
     assert run("1") == run("2") != ""
 
 
@@ -880,7 +885,10 @@ def test_typography_changes_no_value(expression, around, result, off):
     text, value, used, _ = expression
     if len(used) == 1 or value.denominator != 1 or value < 0 and ".0" not in result:
         result = RESULTS[0]
-    say = lambda v: tagged(around[0] + result.replace("{}", text).replace("{v}", str(v)) + around[1])
+
+    def say(v):
+        return tagged(around[0] + result.replace("{}", text).replace("{v}", str(v)) + around[1])
+
     answer = say(value)
     if len(answer) > 200:
         return
@@ -991,7 +999,8 @@ NUM = st.integers(0, 120)
 def expressions(draw, depth=4):
     if depth == 0 or draw(st.integers(0, 3)) == 0:
         return str(draw(NUM))
-    s = f"{draw(expressions(depth - 1))}{draw(st.sampled_from([' + ', '-', '*', ' / ']))}{draw(expressions(depth - 1))}"
+    left, operator = draw(expressions(depth - 1)), draw(st.sampled_from([" + ", "-", "*", " / "]))
+    s = f"{left}{operator}{draw(expressions(depth - 1))}"
     return f"({s})" if draw(st.booleans()) else s
 
 

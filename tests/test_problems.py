@@ -1,4 +1,4 @@
-"Drawing problems, how hard they are, and files of them: against oracles that share no code, and against interruption"
+"Drawing problems, how hard they are, and files of them: against oracles, and against interruption"
 
 import json
 import os
@@ -164,7 +164,9 @@ def test_the_shuffle_is_one(n, key):
     ],
 )
 def test_the_law_of_the_draw(space):
-    "count by weight, uniform target, then uniform numbers among those that make it: chi-squared over the first problem of many seeds"
+    """Count by weight, uniform target, then uniform numbers among those that make it.
+
+    Chi-squared over the first problem of many seeds."""
     s, law, n = Space(**space), Counter(), 2500
     for k, share in s.shares.items():
         for t in range(s.min_target, s.max_target + 1):
@@ -269,12 +271,24 @@ def test_workers_change_nothing(tmp_path):
     )
 
 
+def writes(path, n, seed):
+    "A program that writes problems"
+    return (
+        "from stars.task.datasets import *; from stars.task.problems import SPACES; "
+        f"write_problems({str(path)!r}, {n}, {seed}, SPACES['rl'], workers=1, progress=False)"
+    )
+
+
 def test_killed_and_started_again(tmp_path):
     "kill -9 while parts are written: the same file in the end, and what was drawn is not drawn again"
     want = write_problems(tmp_path / "want.parquet", 30_000, 1, SPACES["rl"], workers=1, progress=False)
-    code = f"from stars.task.datasets import *; from stars.task.problems import SPACES; write_problems({str(tmp_path / 'got.parquet')!r}, 30_000, 1, SPACES['rl'], workers=1, progress=False)"
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    written = lambda: sorted(tmp_path.glob(".got.parquet.*.parts/part-*.parquet"))
+    child = subprocess.Popen(
+        [sys.executable, "-c", writes(tmp_path / "got.parquet", 30_000, 1)], stderr=subprocess.DEVNULL
+    )
+
+    def written():
+        return sorted(tmp_path.glob(".got.parquet.*.parts/part-*.parquet"))
+
     while len(parts := written()) < 3 and child.poll() is None:
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
@@ -429,10 +443,8 @@ def test_sources_that_are_none(tmp_path):
 
 
 def test_two_processes_one_file(tmp_path):
-    code = f"from stars.task.datasets import *; from stars.task.problems import SPACES; write_problems({str(tmp_path / 'a.parquet')!r}, 12_000, 3, SPACES['rl'], workers=1, progress=False)"
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    program = [sys.executable, "-c", writes(tmp_path / "a.parquet", 12_000, 3)]
+    both = [subprocess.Popen(program, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [p.communicate(timeout=600)[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert os.listdir(tmp_path) == ["a.parquet"] and len(from_parquet(tmp_path / "a.parquet")) == 12_000
@@ -477,11 +489,12 @@ def test_negative_targets_and_refusals(tmp_path):
     assert not solvable_many(np.array([[1], [4]]), np.array([-3])).any() and difficulty(
         Problem((1, 4), -3)
     ) == (0, 0.0)
-    (tmp_path / "a.jsonl").write_text(
-        '{"nums": [1,4], "target": -3}\n{"reward_model": {"ground_truth": {"numbers": [1,2], "target": 3}}, "prompt": 5}\n{"nums": [1,2], "target": -1'
-        + "0" * 400
-        + "}"
+    rows = (
+        '{"nums": [1,4], "target": -3}',
+        '{"reward_model": {"ground_truth": {"numbers": [1,2], "target": 3}}, "prompt": 5}',
+        f'{{"nums": [1,2], "target": -1{"0" * 400}}}',
     )
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
     got, report = read_problems(tmp_path / "a.jsonl")
     assert not got and report.dropped["targets below 1"] == 2 and sum(report.dropped.values()) == 3
     for p in (Problem((5,), 5), Problem((1,) * 7, 7), Problem((0, 5), 5), Problem((10**9, 10**9), 5)):

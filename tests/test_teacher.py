@@ -445,7 +445,10 @@ def test_a_request_without_a_reply_has_another_chance(tmp_path):
 
 def test_rows_of_another_mix_are_dropped_unless_allowed(tmp_path):
     rule = fails_for(0.3, bad=None, otherwise=backtracks)
-    also = lambda r: rule(r) or backtracks(r, " That is too low.")
+
+    def also(r):
+        return rule(r) or backtracks(r, " That is too low.")
+
     rows, report, _ = teach(tmp_path, also, n=20)
     assert (
         0 < report.forbidden < 1
@@ -458,7 +461,9 @@ def test_rows_of_another_mix_are_dropped_unless_allowed(tmp_path):
 
 
 def test_incorrect_only(tmp_path):
-    right = lambda r: f"3 * 4 = 12.</think><answer>{'+'.join(map(str, problem_in(r).numbers))}</answer>"
+    def right(r):
+        return f"3 * 4 = 12.</think><answer>{'+'.join(map(str, problem_in(r).numbers))}</answer>"
+
     problems = [
         Problem((3, 4, 5), 12),
         Problem((3, 4, 5), 13),
@@ -593,7 +598,10 @@ def test_rows_are_files_controls_and_examples(template, tmp_path):
     assert read_rows(write_rows(rows, tmp_path / "rows.parquet")) == rows and all(
         list(r) == PRIMING_SCHEMA.names for r in rows
     )
-    n_tokens = lambda s: len(tok(s, add_special_tokens=False).input_ids)
+
+    def n_tokens(s):
+        return len(tok(s, add_special_tokens=False).input_ids)
+
     for control in (rows, [empty_cot(r) for r in rows], [dots(r, n_tokens) for r in rows]):
         for r, e in zip(control, encode(control, tok)):
             assert (
@@ -696,7 +704,8 @@ def test_failures_join_a_byte_level_prompt():
 
 
 def test_lost_replies_are_not_asked_for_again_behind_ones_back(tmp_path):
-    lost = lambda r: random.Random(f"{r.prompt}/{r.sample}").random() < 0.3
+    def lost(r):
+        return random.Random(f"{r.prompt}/{r.sample}").random() < 0.3
 
     def rule(request):
         if lost(request):
@@ -707,7 +716,10 @@ def test_lost_replies_are_not_asked_for_again_behind_ones_back(tmp_path):
         rows, report, service = teach(tmp_path, rule, n=30, over=1.0, rounds=8)
     # further rounds asked new questions
     assert len(rows) == 30 and max(map(service.sent.count, service.sent)) == 1 and len(service.sent) > 30
-    spent = lambda book: losses(book)[1] + sum(cost for *_, cost in book.totals())
+
+    def spent(book):
+        return losses(book)[1] + sum(cost for *_, cost in book.totals())
+
     with Ledger(tmp_path / "a.db") as book:
         most = 0.95 * spent(book)
     with pytest.raises(OverBudget), pytest.warns(UserWarning):
