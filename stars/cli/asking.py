@@ -368,17 +368,19 @@ def judge(
         check_path(out, "--out")
     model, how = open_model(judge, asking)
     texts = read_completions(source)
-    question = asdict(judging) | dict(
-        n=judging.n or None, max_tokens=asking.max_tokens, temperature=asking.temperature
+    question = judges.Judging(
+        **asdict(judging) | dict(n=judging.n or None),
+        max_tokens=asking.max_tokens,
+        temperature=asking.temperature,
     )
-    decides = judges.judge_settings(texts, model, **question, prices=asking.prices)
+    decides = judges.judge_settings(texts, model, question, asking.prices)
     folder = out or (source if source.is_dir() else source.parent) / f"judge-{digest(decides)}"
     judges.check_folder(folder, decides)
     with Ledger(asking.ledger) as ledger:
         if asking.dry_run:
-            requests = judges.judge_requests(texts, model, **question, prices=asking.prices)
+            requests = judges.judge_requests(texts, model, question, asking.prices)
             return print_estimate(model, requests, ledger, asking)
-        ratings, paid = paid_ratings(texts, model, ledger, question | how)
+        ratings, paid = paid_ratings(texts, model, ledger, dict(judging=question) | how)
     judges.write_ratings(ratings, texts, folder, decides)
     print(f"{folder}: {missing_line(ratings, asking.max_tokens)}; paid now {paid}\n")
     print_agreement(texts, ratings, model)
