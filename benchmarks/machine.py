@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -63,27 +64,27 @@ def gigaflops(tokens: int, width: int, out: int) -> float:
 
 def rows_of(cfg, condition: str, n: int) -> list[dict]:
     "Priming rows as the stage makes them"
-    problems = sample_problems(cfg.data_prime, 0, split="prime", **cfg.world)
+    problems = sample_problems(cfg.data.prime, 0, split="prime", **cfg.world.ranges)
     teacher = dict(
-        attempts=cfg.prime_attempts,
-        patience=cfg.prime_patience,
-        slip=cfg.prime_slip,
-        top=cfg.prime_top,
-        budget=cfg.prime_budget,
+        attempts=cfg.priming.attempts,
+        patience=cfg.priming.patience,
+        slip=cfg.priming.slip,
+        top=cfg.priming.top,
+        budget=cfg.priming.budget,
     )
-    if condition == cfg.prime_mix:
+    if condition == cfg.priming.mix:
         return list(priming_rows(condition, problems, n, 0, **teacher))
 
     def words(text):
         return len(text.split())
 
-    return list(control_rows(condition, cfg.prime_mix, problems, n, 0, n_tokens=words, **teacher))
+    return list(control_rows(condition, cfg.priming.mix, problems, n, 0, n_tokens=words, **teacher))
 
 
 def prime(cfg, model, tok, folder: str) -> float:  # tokens per second
     "Prime a base for a while"
-    rows = rows_of(cfg, cfg.prime_mix, ROWS)
-    sft(model, tok, rows, folder, cfg.sft(0), progress=False)
+    rows = rows_of(cfg, cfg.priming.mix, ROWS)
+    sft(model, tok, rows, folder, replace(cfg.sft, seed=0), progress=False)
     return statistics.median(r["tokens_per_s"] for r in read_log(f"{folder}/metrics.jsonl")[2:])
 
 
@@ -91,12 +92,12 @@ def measure() -> dict:
     "Pace of every kind of work, in this process"
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # as in the processes of `make reproduce`, one per core
-    cfg = preset("cpu", sft_epochs=1, ppo_steps=STEPS + 1, ppo_save_every=100)
+    cfg = preset("cpu", sft=dict(epochs=1), ppo=dict(steps=STEPS + 1, save_every=100))
     tok, model = load_tokenizer("plain"), load_model("plain")
     out = dict(
         kernels=torch.backends.cpu.get_cpu_capability(),
         bf16=half_slowdown(),
-        gflops=gigaflops(2_048, cfg.base_hidden, 2 * cfg.base_ffn),
+        gflops=gigaflops(2_048, cfg.base.hidden, 2 * cfg.base.ffn),
     )
     with tempfile.TemporaryDirectory() as d:
         out["sft"] = prime(cfg, model, tok, f"{d}/sft")
@@ -104,14 +105,14 @@ def measure() -> dict:
         def start():
             return load_model(f"{d}/sft/model")
 
-        problems = sample_problems(500, 0, split="train", **cfg.world)
-        ppo(start(), tok, problems, f"{d}/ppo", cfg.ppo(0), reference=start, progress=False)
+        problems = sample_problems(500, 0, split="train", **cfg.world.ranges)
+        ppo(start(), tok, problems, f"{d}/ppo", replace(cfg.ppo, seed=0), reference=start, progress=False)
         log = read_log(f"{d}/ppo/metrics.jsonl")[1:]
         engine, begun = LlamaEngine(start(), tok.eos_token_id, vocab=known_ids(tok)), time.perf_counter()
-        texts = complete(engine, tok, problems[:ANSWERS], cfg.ppo_max_tokens)
+        texts = complete(engine, tok, problems[:ANSWERS], cfg.ppo.max_tokens)
         out["eval"] = texts.response_tokens.sum() / (time.perf_counter() - begun)
     seconds = {p: statistics.median(r[f"s_{p}"] for r in log) for p in ("sample", "score", "value", "update")}
-    tokens = statistics.median(r["response_tokens"] for r in log) * cfg.ppo_prompts * cfg.ppo_samples
+    tokens = statistics.median(r["response_tokens"] for r in log) * cfg.ppo.prompts * cfg.ppo.samples
     return {k: float(v) if not isinstance(v, str) else v for k, v in out.items()} | dict(
         ppo=tokens / sum(seconds.values()), **{f"s_{p}": s for p, s in seconds.items()}
     )
@@ -126,14 +127,14 @@ def work() -> dict[str, dict[str, float]]:  # condition → tokens of SFT, PPO a
     for c in HEADLINE:
         rows = [] if c == "base" else rows_of(cfg, c, 200)
         primed = (
-            statistics.mean(len(e.ids) for e in encode(rows, tok)) * cfg.prime_rows * cfg.sft_epochs
+            statistics.mean(len(e.ids) for e in encode(rows, tok)) * cfg.priming.rows * cfg.sft.epochs
             if rows
             else 0.0
         )
         out[c] = dict(
             sft=primed,
-            ppo=cfg.ppo_steps * cfg.ppo_prompts * cfg.ppo_samples * lengths[c],
-            eval=cfg.checkpoints * cfg.data_eval * lengths[c],
+            ppo=cfg.ppo.steps * cfg.ppo.prompts * cfg.ppo.samples * lengths[c],
+            eval=cfg.checkpoints * cfg.data.eval * lengths[c],
         )
     return out
 

@@ -45,15 +45,15 @@ def run(
     steps: int, attention: str = "eager", **change
 ) -> tuple:  # rows of metrics, CPU s per step, GB before, peak GB
     logging.disable_progress_bar()
-    preset = experiments.preset("cpu", ppo_steps=steps + 1, ppo_save_every=100)
-    tok, problems = load_tokenizer("rich"), sample_problems(500, 0, split="train", **preset.world)
+    preset = experiments.preset("cpu", ppo=dict(steps=steps + 1, save_every=100))
+    tok, problems = load_tokenizer("rich"), sample_problems(500, 0, split="train", **preset.world.ranges)
 
     def load():
         model = load_model("rich")
         model.set_attn_implementation(attention)
         return model
 
-    cfg = preset.ppo(0)
+    cfg = preset.ppo
     cfg = PPOConfig(**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__} | change)
     policy, before = load(), memory()
     with tempfile.TemporaryDirectory() as d:

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -42,17 +43,21 @@ MIX = "backtracking_verification"
 
 def teacher(cfg, n: int) -> list[dict]:
     how = dict(
-        attempts=cfg.prime_attempts,
-        patience=cfg.prime_patience,
-        slip=cfg.prime_slip,
-        insight=cfg.prime_insight,
-        top=cfg.prime_top,
-        budget=cfg.prime_budget,
+        attempts=cfg.priming.attempts,
+        patience=cfg.priming.patience,
+        slip=cfg.priming.slip,
+        insight=cfg.priming.insight,
+        top=cfg.priming.top,
+        budget=cfg.priming.budget,
         prompt=make_prompt,
     )
     return list(
         priming_rows(
-            MIX, sample_problems(cfg.data_prime, cfg.data_seed, split="prime", **cfg.world), n, 0, **how
+            MIX,
+            sample_problems(cfg.data.prime, cfg.data.seed, split="prime", **cfg.world.ranges),
+            n,
+            0,
+            **how,
         )
     )
 
@@ -61,13 +66,13 @@ def train(
     cfg, rows: list[dict], problems: list, out: Path
 ):  # SFT, and PPO, both from the shipped base, as each worker of a team runs them
     team, tok = Team.join(), load_tokenizer("plain")
-    sft(load_model("plain"), tok, rows, out / "sft", cfg.sft(0), progress=False, team=team)
+    sft(load_model("plain"), tok, rows, out / "sft", replace(cfg.sft, seed=0), progress=False, team=team)
     ppo(
         load_model("plain"),
         tok,
         problems,
         out / "ppo",
-        cfg.ppo(0),
+        replace(cfg.ppo, seed=0),
         reference=lambda: load_model("plain"),
         progress=False,
         team=team,
@@ -133,19 +138,19 @@ def compare(cfg, rows: list[dict], problems: list) -> list[list]:  # table rows
 def bare(cfg, out: Path) -> pd.DataFrame:  # the results that the stages give, without them
     tok, eval_ = load_tokenizer("plain"), []
     train_problems = reorder(
-        sample_problems(cfg.data_train, cfg.data_seed, split="train", **cfg.world),
-        cfg.data_rows,
-        cfg.data_seed,
+        sample_problems(cfg.data.train, cfg.data.seed, split="train", **cfg.world.ranges),
+        cfg.data.rows,
+        cfg.data.seed,
     )
-    held_out = sample_problems(cfg.data_eval, cfg.data_seed, split="eval", **cfg.world)
-    rows = teacher(cfg, cfg.prime_rows + cfg.prime_val)
+    held_out = sample_problems(cfg.data.eval, cfg.data.seed, split="eval", **cfg.world.ranges)
+    rows = teacher(cfg, cfg.priming.rows + cfg.priming.val)
     path = sft(
         load_model("plain"),
         tok,
-        rows[: cfg.prime_rows],
+        rows[: cfg.priming.rows],
         out / "sft",
-        cfg.sft(0),
-        rows[cfg.prime_rows :],
+        replace(cfg.sft, seed=0),
+        rows[cfg.priming.rows :],
         progress=False,
     )
     ppo(
@@ -153,13 +158,13 @@ def bare(cfg, out: Path) -> pd.DataFrame:  # the results that the stages give, w
         tok,
         train_problems,
         out / "ppo",
-        cfg.ppo(0),
+        replace(cfg.ppo, seed=0),
         reference=lambda: load_model(path),
         progress=False,
     )
     for ckpt in sorted((out / "ppo").glob("step-*")):
         engine, step = (
-            LlamaEngine(load_model(ckpt), tok.eos_token_id, cfg.engine_rows, known_ids(tok)),
+            LlamaEngine(load_model(ckpt), tok.eos_token_id, cfg.run.engine_rows, known_ids(tok)),
             int(ckpt.name[5:]),
         )
         eval_.append(
@@ -167,10 +172,10 @@ def bare(cfg, out: Path) -> pd.DataFrame:  # the results that the stages give, w
                 engine,
                 tok,
                 held_out,
-                cfg.ppo_max_tokens,
-                cfg.eval_samples,
-                cfg.eval_temperature,
-                f"{cfg.eval_seed}/0/{step}",
+                cfg.ppo.max_tokens,
+                cfg.eval.samples,
+                cfg.eval.temperature,
+                f"{cfg.eval.seed}/0/{step}",
                 labels=dict(model="plain", condition=MIX, seed=0, step=step),
             )
         )
@@ -186,7 +191,7 @@ def overhead(cfg, change: dict) -> list[list]:  # table rows
         took["bare loop"] = time.perf_counter() - start
         for name, more in {
             "stages, notebook": {},
-            "stages, notebook, 2 Ray workers": dict(workers=2),
+            "stages, notebook, 2 Ray workers": {"run.workers": 2},
         }.items():
             where, start = d / f"{len(took)}", time.perf_counter()
             run_notebook(
@@ -231,16 +236,16 @@ def main():
         raise SystemExit("this comparison needs two cores")
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    change = dict(
-        prime_rows=args.sft_rows,
-        prime_val=32,
-        sft_epochs=1,
-        ppo_steps=args.ppo_steps,
-        ppo_save_every=max(1, args.ppo_steps // 2),
-    )
+    change = {
+        "priming.rows": args.sft_rows,
+        "priming.val": 32,
+        "sft.epochs": 1,
+        "ppo.steps": args.ppo_steps,
+        "ppo.save_every": max(1, args.ppo_steps // 2),
+    }
     cfg, packages = ex.preset("cpu", **change), ("torch", "transformers", "ray", "papermill")
     if args.only != "overhead":
-        problems = sample_problems(cfg.data_train, 0, split="train", **cfg.world)
+        problems = sample_problems(cfg.data.train, 0, split="train", **cfg.world.ranges)
         report(
             "One and two workers (Ray Train, gloo, DDP), 0.5M weights, the cores shared out",
             [

@@ -264,8 +264,8 @@ def completions(step: int) -> pd.DataFrame:
 
 def job(root: Path) -> ex.Job:
     "A line of a figure, as small as they come"
-    data = dict(data_prime=5, data_train=12, data_eval=3, data_rows=12)
-    cfg = ex.preset("smoke", **data, ppo_steps=2, ppo_save_every=1, ppo_prompts=4, ppo_minibatch=4)
+    data = {"data.prime": 5, "data.train": 12, "data.eval": 3, "data.rows": 12}
+    cfg = ex.preset("smoke", **data, ppo=dict(steps=2, save_every=1, prompts=4, minibatch=4))
     return ex.Job(cfg, "base", "base", runs=str(root), progress=False)
 
 

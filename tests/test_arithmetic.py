@@ -23,8 +23,8 @@ def new_cpu():
 @pytest.mark.parametrize("name", ["smoke", "cpu"])
 def test_no_stage_computes_in_16_bits(name):
     cfg = preset(name)
-    assert not any((cfg.base_bf16, cfg.sft_bf16, cfg.ppo_bf16))
-    with autocast("cpu", cfg.sft_bf16):
+    assert not any((cfg.base.bf16, cfg.sft.bf16, cfg.ppo.bf16))
+    with autocast("cpu", cfg.sft.bf16):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert torch.backends.mkldnn.matmul.fp32_precision in (
         "none",
@@ -37,14 +37,14 @@ def test_no_stage_computes_in_16_bits(name):
     [
         (
             "cpu",
-            dict(sft_bf16=True, ppo_bf16=False),
+            {"sft.bf16": True, "ppo.bf16": False},
             old_cpu,
-            "sft_bf16: this CPU has no units for 16-bit numbers",
+            "sft.bf16: this CPU has no units for 16-bit numbers",
         ),
-        ("cpu", dict(sft_bf16=True, ppo_bf16=True), old_cpu, "sft_bf16 and ppo_bf16: this CPU"),
-        ("cpu", dict(sft_bf16=True), new_cpu, ""),
-        ("cpu", dict(sft_bf16=False), old_cpu, ""),
-        ("cuda", dict(sft_bf16=True), old_cpu, ""),
+        ("cpu", {"sft.bf16": True, "ppo.bf16": True}, old_cpu, "sft.bf16 and ppo.bf16: this CPU"),
+        ("cpu", {"sft.bf16": True}, new_cpu, ""),
+        ("cpu", {"sft.bf16": False}, old_cpu, ""),
+        ("cuda", {"sft.bf16": True}, old_cpu, ""),
     ],
 )
 def test_what_is_slow_is_said_in_one_line(capsys, where, asked, slowdown, said):

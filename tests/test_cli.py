@@ -109,7 +109,7 @@ def test_watch_as_json(capsys, tmp_path):
         for s in (1, 2)
     ]  # habits of one's own: not all four
     (run_ / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (run_ / "config.json").write_text(json.dumps(dict(ppo_steps=5, ppo_save_every=5)))
+    (run_ / "config.json").write_text(json.dumps(dict(ppo=dict(steps=5, save_every=5))))
     code, out, _ = run(capsys, "watch", str(tmp_path), "--json")
     [r] = json.loads(out, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
     assert (code, r["condition"], r["done"], r["complete"]) == (0, "base", 2, False)
@@ -338,7 +338,7 @@ def test_a_bug_in_a_figure_is_one(monkeypatch, capsys, tmp_path, kind, code):
         (["ppo", "--condition", "dotz"], "dots"),
         (["ppo", "--preset", "smok"], "smoke"),
         (["ppo", "--model", "plian"], "plain"),
-        (["ppo", "--set", "ppo_step=5"], "ppo_steps"),
+        (["ppo", "--set", "ppo_step=5"], "ppo.steps"),
         (["data", "x", "--set", "max_numbers=9"], "max_number"),
         (["figure", "fig_gap", "-p", "sedes=[0]"], "seeds"),
         (["reproduce", "-p", "sorce=both"], "source"),
@@ -385,8 +385,10 @@ def test_lists_may_have_blanks_and_a_last_comma(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(ex, "grid", grid)
     run(capsys, "sweep", "--conditions", "base, dots,", "--models", "plain ,rich", "--seeds", "0, 1,")
     assert planned == [(["plain", "rich"], ["base", "dots"], [0, 1])]
-    cfg = preset("cpu", seeds="0, 1,", models=" plain,rich", figures="fig_gap, fig_dose", n_numbers="3, 4")
-    assert (cfg.seeds, cfg.models, cfg.n_numbers) == ((0, 1), ("plain", "rich"), (3, 4))
+    cfg = preset(
+        "cpu", seeds="0, 1,", models=" plain,rich", figures="fig_gap, fig_dose", world=dict(n_numbers="3, 4")
+    )
+    assert (cfg.seeds, cfg.models, cfg.world.n_numbers) == ((0, 1), ("plain", "rich"), (3, 4))
     assert cfg.figures == ("fig_gap", "fig_dose")
     assert options.space_of("rl", dict(n_numbers="3, 4,"), None).n_numbers == (3, 4)
     for bad in (
@@ -394,7 +396,7 @@ def test_lists_may_have_blanks_and_a_last_comma(monkeypatch, capsys, tmp_path):
         dict(models=","),
         dict(seeds="0,0"),
         dict(models="rich,rich"),
-        dict(n_numbers=[3.7]),
+        {"world.n_numbers": [3.7]},
         dict(seeds=[True]),
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
@@ -407,10 +409,10 @@ def test_settings_add_up(capsys):
         ("figure x -p a=1 --param b=2 --runs r", "figure x -p a=1 b=2 --runs r"),
     ):
         assert cli.checked(typed.split()) == meant.split()
-    code, _, err = run(capsys, "ppo", "--set", "ppo_step=5", "--set", "ppo_lr=1e-4")  # the first is not lost
+    code, _, err = run(capsys, "ppo", "--set", "ppo_step=5", "--set", "ppo.lr=1e-4")  # the first is not lost
     assert code == 2 and "'ppo_step' is not a field" in err
-    code, _, err = run(capsys, "ppo", "--set", "ppo_steps=5", "ppo_steps=6")
-    assert code == 2 and "gives ppo_steps twice, as 5 and as 6" in err
+    code, _, err = run(capsys, "ppo", "--set", "ppo.steps=5", "ppo.steps=6")
+    assert code == 2 and "gives ppo.steps twice, as 5 and as 6" in err
     for args in (
         ["figure", "fig_gap", "-p", "preset=smoke"],
         ["figure", "fig_gap", "-p", "runs=x"],
@@ -481,13 +483,13 @@ def each(command, options):  # "--a 1, --b 2"
         ),
         *each(
             ["ppo", "--set"],
-            "ppo_steps=0, ppo_steps=-1, eval_samples=0, seeds=-1, ppo_entropy_coef=nan, data_seed=-1",
+            "ppo.steps=0, ppo.steps=-1, eval.samples=0, seeds=-1, ppo.entropy_coef=nan, data.seed=-1",
         ),
         *each(
             ["ppo", "--set"],
-            "eval_temperature=inf, base_heads=0, base_layers=-1, lora_alpha=nan, prime_budget=0",
+            "eval.temperature=inf, base.heads=0, base.layers=-1, lora.alpha=nan, priming.budget=0",
         ),
-        *each(["ppo", "--set"], "ppo_max_grad_norm=inf, ppo_kl_coef=inf"),
+        *each(["ppo", "--set"], "ppo.max_grad_norm=inf, ppo.kl_coef=inf"),
     ],
     ids=" ".join,
 )

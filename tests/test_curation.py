@@ -301,7 +301,7 @@ def test_rewritten_sets_take_the_place_of_the_synthetic_corpus(labelled, tmp_pat
     )
     report = json.loads(capsys.readouterr().out)
     assert report["documents"] > 20 and report["tokens"]["curated"] <= 5_000
-    cfg = preset("smoke", curate_file=f"{tmp_path}/sets")
+    cfg = preset("smoke", curation=dict(file=f"{tmp_path}/sets"))
     where = {
         m: prime_stage(Job(cfg, "plain", m, runs=str(tmp_path / "runs"), progress=False)) for m in METHODS
     }
@@ -315,7 +315,12 @@ def test_rewritten_sets_take_the_place_of_the_synthetic_corpus(labelled, tmp_pat
     assert "seed was 0, now 1" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no folder that `stars curate` has filled"):
         prime_stage(
-            Job(preset("smoke", curate_file=str(tmp_path)), "plain", "curated", runs=str(tmp_path / "runs2"))
+            Job(
+                preset("smoke", curation=dict(file=str(tmp_path))),
+                "plain",
+                "curated",
+                runs=str(tmp_path / "runs2"),
+            )
         )
 
 
@@ -352,8 +357,8 @@ def test_worlds_without_problems(world, said):
 
 
 def test_too_little_text_for_the_budget_is_an_error(tmp_path):
-    cfg = preset("smoke", corpus_docs=60)
-    with pytest.raises(ValueError, match="curate_budget=8,000: lower it, raise corpus_docs=60"):
+    cfg = preset("smoke", corpus=dict(docs=60))
+    with pytest.raises(ValueError, match="curation.budget=8,000: lower it, raise corpus.docs=60"):
         prime_stage(Job(cfg, "plain", "curated", runs=str(tmp_path), progress=False))
 
 

@@ -40,8 +40,8 @@ from stars.show.sources import COUNTED, FILES
 from stars.task.countdown import Problem, split_of
 from stars.task.datasets import from_parquet
 
-TINY = ["--preset", "smoke", "--set", "base_docs=300", "prime_rows=120", "data_eval=10"]
-TINY_SET = dict(base_docs=300, prime_rows=120, data_eval=10)
+TINY = ["--preset", "smoke", "--set", "base.docs=300", "priming.rows=120", "data.eval=10"]
+TINY_SET = {"base.docs": 300, "priming.rows": 120, "data.eval": 10}
 
 
 def stars(*args, cwd, out=subprocess.DEVNULL):
@@ -111,7 +111,7 @@ def test_reproduce_works_in_any_folder(reproduced):
     ) == {"plain", "rich"}
     assert (
         set(df.step) == {0, 2, 4} and df.accuracy.between(0, 1).all() and (df.n == 20).all()
-    )  # data_eval of the smoke preset
+    )  # data.eval of the smoke preset
 
 
 def test_published_results_beside_own_ones(reproduced, tmp_path):
@@ -325,7 +325,7 @@ def test_no_eval_problem_is_trained_on(reproduced):
 
 def test_killed_at_any_stage_and_resumed(tmp_path):
     "kill -9 while the base, the priming, PPO and the evaluation run: the end is as if nothing had happened"
-    args = ["eval", *TINY, "base_epochs=4", "prime_slip=.1", "--condition", "empty_cot"]
+    args = ["eval", *TINY, "base.epochs=4", "priming.slip=.1", "--condition", "empty_cot"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for d in (whole, killed):
         d.mkdir()
@@ -359,7 +359,7 @@ def test_workers_end_with_their_parent(tmp_path, how):
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs start with SIGINT ignored
 from stars.lab import experiments as ex
-if __name__ == "__main__": ex.results(ex.preset("smoke", ppo_steps=500, **{TINY_SET}), ["plain"], ["base", "negative_control"], [0], "runs", workers=2)
+if __name__ == "__main__": ex.results(ex.preset("smoke", ppo=dict(steps=500), **{TINY_SET}), ["plain"], ["base", "negative_control"], [0], "runs", workers=2)
 """
     (tmp_path / "go.py").write_text(code)
     p = subprocess.Popen([sys.executable, "go.py"], cwd=tmp_path, stderr=subprocess.DEVNULL)
@@ -380,33 +380,39 @@ if __name__ == "__main__": ex.results(ex.preset("smoke", ppo_steps=500, **{TINY_
         (["data", "--preset", "tiny"], "preset='tiny' is unknown; choose one of cpu, smoke"),
         (["ppo", "--condition", "magic"], "condition='magic' is unknown"),
         (["ppo", "--model", "qwen"], "model='qwen' is neither"),
-        (["ppo", "--set", "ppo_step=5"], "did you mean ppo_steps"),
-        (["ppo", "--set", "ppo_steps"], "not of the form field=value"),
-        (["ppo", "--set", "ppo_lr=fast"], "ppo_lr='fast' is no number"),
-        (["ppo", "--set", "ppo_minibatch=48"], "minibatch=48 does not divide the 128 rollouts"),
-        (["ppo", "--set", "ppo_estimator=group", "ppo_kl_coef=0"], "needs samples of at least 2"),
+        (["ppo", "--set", "ppo_step=5"], "did you mean ppo.steps"),
+        (["ppo", "--set", "ppo.steps"], "not of the form field=value"),
+        (["ppo", "--set", "ppo.lr=fast"], "ppo.lr='fast' is no number"),
         (
-            ["ppo", "--set", "ppo_estimator=group", "ppo_kl_coef=.001"],
-            "set ppo_kl_in='loss' or ppo_kl_coef=0",
+            ["ppo", "--set", "ppo.minibatch=48"],
+            "ppo.minibatch=48 does not divide the 128 rollouts of a step (ppo.prompts=128 × ppo.samples=1)",
         ),
-        (["ppo", "--set", "min_target=41"], "min_target=41 is above max_target=40"),
-        (["ppo", "--set", "template=nope"], "template='nope'"),
-        (["ppo", "--set", "ppo_max_tokens=600"], "do not fit into base_context=512"),
-        (["ppo", "--set", "base_batch=0"], "base_batch=0 must"),
-        (["ppo", "--set", "base_micro_tokens=200"], "base_micro_tokens=200 is below base_context=512"),
+        (["ppo", "--set", "ppo.estimator=group", "ppo.kl_coef=0"], "ppo.samples=1 must be at least 2"),
         (
-            ["ppo", "--set", "sft_micro_tokens=600", "cpt_max_length=700"],
-            "sft_micro_tokens=600 is below cpt_max_length=700",
+            ["ppo", "--set", "ppo.estimator=group", "ppo.kl_coef=.001"],
+            "set ppo.kl_in='loss' or ppo.kl_coef=0",
+        ),
+        (["ppo", "--set", "world.min_target=41"], "world.min_target=41 is above world.max_target=40"),
+        (["ppo", "--set", "world.template=nope"], "world.template='nope'"),
+        (["ppo", "--set", "ppo.max_tokens=600"], "do not fit into base.max_length=512"),
+        (["ppo", "--set", "base.batch_size=0"], "base.batch_size=0 must"),
+        (["ppo", "--set", "base.micro_tokens=200"], "base.micro_tokens=200 is below base.max_length=512"),
+        (
+            ["ppo", "--set", "cpt.micro_tokens=600", "cpt.max_length=700"],
+            "cpt.micro_tokens=600 is below cpt.max_length=700",
         ),
         (
-            ["ppo", "--set", "engine=vllm", "eval_temperature=.001"],
-            "eval_temperature=0.001: vLLM takes 0.01 to 100, or 0",
+            ["ppo", "--set", "run.engine=vllm", "eval.temperature=.001"],
+            "eval.temperature=0.001: vLLM takes 0.01 to 100, or 0",
         ),
-        (["ppo", "--set", "ppo_format_score=1"], "ppo_format_score=1.0 must be"),
-        (["ppo", "--set", "ppo_steps=inf"], "ppo_steps='inf' is no whole number"),
+        (["ppo", "--set", "ppo.format_score=1"], "ppo.format_score=1.0 must be"),
+        (["ppo", "--set", "ppo.steps=inf"], "ppo.steps='inf' is no whole number"),
         (["figure", "fig_controls", "-p", "models=rich"], "models='rich' must be a list"),
-        (["ppo", "--set", "max_number=500"], "must not exceed top=99"),
-        (["data", "--preset", "cpu", "--set", "data_eval=100000"], "there are only"),
+        (["ppo", "--set", "world.max_number=500"], "must not exceed world.top=99"),
+        (["ppo", "--set", "max_number=50"], "it is called world.max_number now"),
+        (["ppo", "--set", "ppo.seed=1"], "ppo.seed is the seed of a run: give --seed"),
+        (["ppo", "--set", "cpt.bf16=maybe"], "cpt.bf16='maybe' is no truth value"),
+        (["data", "--preset", "cpu", "--set", "data.eval=100000"], "there are only"),
         (["data"], "give a folder"),
         (["data", "x", "--set", "max_numbers=9"], "no field 'max_numbers'"),
         (["data", "x", "--set", "n_numbers=a"], "'a' is not a number"),
@@ -578,8 +584,8 @@ def test_a_changed_setting_never_meets_old_results(tmp_path):
     job = lambda **kw: ex.Job(
         ex.preset("smoke", **TINY_SET | kw), "plain", "dots", 0, str(tmp_path), progress=False
     )
-    a, b = ex.prime_stage(job()), ex.prime_stage(job(prime_slip=0.5))
-    assert a != b and a.parent == b.parent and ex.prime_stage(job(ppo_lr=0.5)) == a
+    a, b = ex.prime_stage(job()), ex.prime_stage(job(**{"priming.slip": 0.5}))
+    assert a != b and a.parent == b.parent and ex.prime_stage(job(**{"ppo.lr": 0.5})) == a
 
 
 def test_a_template_is_its_text_and_not_its_file(tmp_path):
@@ -587,7 +593,7 @@ def test_a_template_is_its_text_and_not_its_file(tmp_path):
     file, other = tmp_path / "mine.txt", tmp_path / "moved.txt"
     data = lambda at: ex.data_stage(
         ex.Job(
-            ex.preset("smoke", **TINY_SET, template=str(at)),
+            ex.preset("smoke", **TINY_SET, world=dict(template=str(at))),
             "plain",
             "base",
             0,
@@ -601,13 +607,14 @@ def test_a_template_is_its_text_and_not_its_file(tmp_path):
     file.write_text("make {target} from {numbers} : <think>")
     assert data(other) == first != data(file) and first.parent == data(file).parent
     keys = [
-        {json.dumps(c.settings("template"))} | {c.template_key}
-        for c in (ex.preset("smoke", template=str(p)) for p in (file, other))
+        {json.dumps(c.settings("world.template"))} | {c.world.template_key}
+        for c in (ex.preset("smoke", world=dict(template=str(p))) for p in (file, other))
     ]
     assert (
         not keys[0] & keys[1]
-        and ex.preset("smoke").template_key == "micro"
-        and list(begun(first.parent, ex.preset("smoke", **TINY_SET, template=str(other)))) == [first.name]
+        and ex.preset("smoke").world.template_key == "micro"
+        and list(begun(first.parent, ex.preset("smoke", **TINY_SET, world=dict(template=str(other)))))
+        == [first.name]
     )
 
 
@@ -633,7 +640,7 @@ def test_serial_jobs_fail_alone(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_missing_priming_file_is_named_before_anything_is_built(tmp_path, workers):
     jobs = ex.grid(
-        ex.preset("smoke", prime_file=f"{tmp_path}/{{condition}}.parquet"),
+        ex.preset("smoke", priming=dict(file=f"{tmp_path}/{{condition}}.parquet")),
         ["plain"],
         ["base", "dots"],
         [0],
@@ -641,7 +648,7 @@ def test_a_missing_priming_file_is_named_before_anything_is_built(tmp_path, work
     )
     with pytest.raises(
         ValueError,
-        match="prime_file=.*/backtracking_verification.parquet does not exist, and the rows of dots",
+        match="priming.file=.*/backtracking_verification.parquet does not exist, and the rows of dots",
     ):
         ex.run_jobs(jobs, workers)
     for made_by in (ex.prime_stage, ex.sft_stage, ex.ppo_stage, ex.eval_stage):
@@ -689,7 +696,7 @@ def test_many_jobs_leave_the_process_as_it_was(tmp_path, monkeypatch, workers, b
             after = state_of_process()
             assert not (changed := [k for k in before if before[k] != after[k]]), changed
 
-        small = TINY_SET | dict(prime_rows=40, ppo_steps=1, ppo_save_every=1)
+        small = TINY_SET | {"priming.rows": 40, "ppo.steps": 1, "ppo.save_every": 1}
         jobs = ex.grid(ex.preset("smoke", **small), ["plain"], ["base", "empty_cot"][:workers], [0], tmp_path)
         for _ in range(2):
             ex.run_jobs(jobs, workers)
@@ -716,9 +723,21 @@ def llama(tmp_path):
 
 def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
     "In priming, RL and evaluation, of this setting's own results; in rewritten text and in what verl is given, too"
-    small = dict(prime_rows=40, prime_val=4, data_eval=3, ppo_steps=1, ppo_save_every=1, ppo_prompts=8)
+    small = {
+        "priming.rows": 40,
+        "priming.val": 4,
+        "data.eval": 3,
+        "ppo.steps": 1,
+        "ppo.save_every": 1,
+        "ppo.prompts": 8,
+    }
     job = lambda bos, condition="empty_cot", model=llama: ex.Job(
-        ex.preset("smoke", **small, bos=bos), str(model), condition, 0, str(tmp_path / "runs"), progress=False
+        ex.preset("smoke", **small, world=dict(bos=bos)),
+        str(model),
+        condition,
+        0,
+        str(tmp_path / "runs"),
+        progress=False,
     )
     asked, made = {}, {}
     generate = ex.LlamaEngine.generate
@@ -760,7 +779,9 @@ def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
             r["query"].count("<s>") for r in read_rows(ex.prime_stage(job(bos, "curated")) / "train.parquet")
         ] == [n] * 2
     exported = to_verl(
-        ex.preset("smoke", **small, bos="auto", ppo_minibatch=8, data_rows=8, data_train=8),
+        ex.preset(
+            "smoke", **small, world=dict(bos="auto"), ppo=dict(minibatch=8), data=dict(rows=8, train=8)
+        ),
         tmp_path / "verl",
         str(llama),
         "base",
@@ -777,7 +798,7 @@ def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
 def test_a_token_that_is_not_there_is_asked_for_in_vain(tmp_path):
     "`always` is refused where a tokenizer has none; `auto` gives the micro models none"
     job = lambda bos: ex.Job(
-        ex.preset("smoke", **TINY_SET, bos=bos), "plain", "dots", 0, str(tmp_path), progress=False
+        ex.preset("smoke", **TINY_SET, world=dict(bos=bos)), "plain", "dots", 0, str(tmp_path), progress=False
     )
     with pytest.raises(ValueError, match="bos='always': the tokenizer has no bos_token"):
         ex.prime_stage(job("always"))

@@ -33,11 +33,11 @@ from stars.show import plots
 from stars.util import files
 
 SETTINGS = [
-    "base_docs=300",
-    "prime_rows=120",
-    "data_eval=10",
-    "ppo_minibatch=16",
-    "sft_bf16=false",
+    "base.docs=300",
+    "priming.rows=120",
+    "data.eval=10",
+    "ppo.minibatch=16",
+    "sft.bf16=false",
 ]  # one update a step: what is cut into other pieces stays comparable
 
 
@@ -135,16 +135,16 @@ def too_much(*args, **kwargs):
             (P, "policy_loss"),
             3,
             "ppo",
-            "out of memory while training on micro-batches of 2048 tokens: lower ppo_micro_tokens",
-            "ppo_micro_tokens=512",
+            "out of memory while training on micro-batches of 2048 tokens: lower ppo.micro_tokens",
+            "ppo.micro_tokens=512",
         ),
-        ((P.Critic, "forward"), 5, "ppo", "lower ppo_micro_tokens", "ppo_micro_tokens=512"),
+        ((P.Critic, "forward"), 5, "ppo", "lower ppo.micro_tokens", "ppo.micro_tokens=512"),
         (
             (S, "sft_loss"),
             3,
             "sft",
-            "out of memory while training on micro-batches of 2048 tokens: lower micro_tokens (of a preset: sft_micro_tokens",
-            "sft_micro_tokens=512",
+            "out of memory while training on micro-batches of 2048 tokens: lower micro_tokens (of a preset: sft.micro_tokens",
+            "sft.micro_tokens=512",
         ),
     ],
     ids=["sampling", "update", "critic", "sft"],

@@ -380,7 +380,7 @@ def job(condition, **kw):
 def test_rows_from_a_file_prime_every_condition():
     for mix in ("backtracking_verification", "negative_control"):
         write_rows(rows_of(mix), f"{mix}.parquet")
-    with_file = dict(prime_file="{condition}.parquet")
+    with_file = {"priming.file": "{condition}.parquet"}
     for condition, stage_mix in dict(
         negative_control="negative_control",
         backtracking_verification="backtracking_verification",
@@ -398,10 +398,10 @@ def test_rows_from_a_file_prime_every_condition():
     first = prime_stage(job("negative_control", **with_file))
     write_rows(rows_of("negative_control", seed=4), "negative_control.parquet")
     assert prime_stage(job("negative_control", **with_file)) != first  # another file is another stage
-    with pytest.raises(ValueError, match="400 rows for dots, but prime_rows=5000"):
-        prime_stage(job("dots", **with_file, prime_rows=5_000))
+    with pytest.raises(ValueError, match="400 rows for dots, but priming.rows=5000"):
+        prime_stage(job("dots", **with_file, priming=dict(rows=5_000)))
     with pytest.raises(ValueError, match="mix='negative_control', backtracking_verification needs"):
-        prime_stage(job("backtracking_verification", prime_file="negative_control.parquet"))
+        prime_stage(job("backtracking_verification", priming=dict(file="negative_control.parquet")))
     write_rows(
         [{**r, "score": 0.1} for r in rows_of("backtracking_verification")],
         "backtracking_verification.parquet",
@@ -410,7 +410,7 @@ def test_rows_from_a_file_prime_every_condition():
         score(r["completion"], r["numbers"], r["target"]) == r["score"]
         for r in read_rows(prime_stage(job("backtracking_verification", **with_file)) / "train.parquet")
     )
-    with pytest.raises(ValueError, match="prime_file=all_strategies.parquet does not exist"):
+    with pytest.raises(ValueError, match="priming.file=all_strategies.parquet does not exist"):
         prime_stage(job("all_strategies", **with_file))
 
 
@@ -418,27 +418,30 @@ def test_held_out_problems_never_prime():
     rows, p = rows_of("negative_control", 330), sample_problems(1, 0, split="eval", **WORLD)[0]
     write_rows([*rows[:-1], {**rows[-1], "numbers": list(p.numbers), "target": p.target}], "leak.parquet")
     with pytest.raises(ValueError, match="row 329 .* of the split eval"):
-        prime_stage(job("negative_control", prime_file="leak.parquet"))
+        prime_stage(job("negative_control", priming=dict(file="leak.parquet")))
 
 
 def test_what_decides_sampled_failures_decides_the_stage():
     stage = lambda **kw: prime_stage(
-        replace(job("incorrect_only", prime_failures="sampled", sft_epochs=8, **kw), build=False)
+        replace(
+            job("incorrect_only", priming=dict(failures="sampled"), sft=dict(epochs=8), **kw), build=False
+        )
     )
     names = []
-    for kw in (dict(), dict(ppo_temperature=0.7), dict(ppo_max_tokens=55)):
-        prime_stage(job("incorrect_only", prime_failures="sampled", sft_epochs=8, **kw))
+    for kw in (dict(), {"ppo.temperature": 0.7}, {"ppo.max_tokens": 55}):
+        prime_stage(job("incorrect_only", priming=dict(failures="sampled"), sft=dict(epochs=8), **kw))
         names.append(stage(**kw).name)
     assert len(set(names)) == 3
     with pytest.raises(LookupError):
-        stage(ppo_temperature=0.71)
-    other = job("negative_control", prime_failures="sampled")
+        stage(ppo=dict(temperature=0.71))
+    other = job("negative_control", priming=dict(failures="sampled"))
     assert prime_stage(job("negative_control")) == prime_stage(other)  # no business of other conditions
 
 
 def test_failures_sampled_from_a_checkpoint_prime():
     rows = read_rows(
-        prime_stage(job("incorrect_only", prime_failures="sampled", sft_epochs=8)) / "train.parquet"
+        prime_stage(job("incorrect_only", priming=dict(failures="sampled"), sft=dict(epochs=8)))
+        / "train.parquet"
     )
     assert len(rows) == 300 and all(
         r["score"] < 1
@@ -462,16 +465,16 @@ def test_a_hosted_teachers_rows_train_a_model_that_reads_english(tmp_path):
         "--preset",
         "smoke",
         "--set",
-        "prime_file=bv.parquet",
-        "prime_rows=24",
-        "prime_val=6",
-        "template=base",
-        "sft_max_length=2048",
-        "sft_batch_size=8",
-        "n_numbers=3,4",
-        "max_number=24",
-        "min_target=10",
-        "max_target=25",
+        "priming.file=bv.parquet",
+        "priming.rows=24",
+        "priming.val=6",
+        "world.template=base",
+        "sft.max_length=2048",
+        "sft.batch_size=8",
+        "world.n_numbers=3,4",
+        "world.max_number=24",
+        "world.min_target=10",
+        "world.max_target=25",
     )
     [log] = tmp_path.glob("runs/smoke/*/backtracking_verification/seed0/sft-*/metrics.jsonl")
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines() if "loss" in line]

@@ -25,7 +25,7 @@ from stars.rl.loops import Log
 from stars.show import live, watching
 from stars.show.plots import CONDITIONS
 
-PPO = dict(ppo_steps=40, ppo_save_every=10, ppo_prompts=16, ppo_samples=2)
+PPO = {"ppo.steps": 40, "ppo.save_every": 10, "ppo.prompts": 16, "ppo.samples": 2}
 
 
 def ppo_row(step, **more):
@@ -72,7 +72,9 @@ def store(tmp_path):
     for c, seed in (("base", 0), ("only_backtracking", 0), ("base", 1)):
         folder = tmp_path / f"cpu/plain/{c}/seed{seed}"
         if c != "base":
-            stage(folder, "sft-00000000aa", [sft_row(i) for i in range(1, 16)], dict(sft_epochs=3, seed=seed))
+            stage(
+                folder, "sft-00000000aa", [sft_row(i) for i in range(1, 16)], {"sft.epochs": 3, "seed": seed}
+            )
         else:
             stage(folder, "ppo-00000000bb", [ppo_row(i) for i in range(1, 31 + 10 * seed)], PPO, seed == 1)
     done = stage(tmp_path / "cpu/plain/base/seed1", "eval-00000000cc", [], {}, True)
@@ -219,7 +221,7 @@ def test_a_folder_is_renamed_while_it_is_read(store, monkeypatch):
 
 def test_it_is_over_when_nothing_is_about_to_begin(tmp_path, monkeypatch):
     folder = tmp_path / "cpu/plain/only_dots/seed0"
-    sft = stage(folder, "sft-00000000aa", [sft_row(1)], dict(sft_epochs=1))
+    sft = stage(folder, "sft-00000000aa", [sft_row(1)], {"sft.epochs": 1})
     it, alone = watching.Watch(tmp_path), watching.Watch(sft)
     finish(sft)
     (folder / "sft-00000000aa/manifest.json").write_text(
@@ -234,7 +236,7 @@ def test_it_is_over_when_nothing_is_about_to_begin(tmp_path, monkeypatch):
 
 def test_an_old_experiment_in_the_same_folder_is_not_mixed_in(store):
     folder = store / "plain/base/seed1"  # complete, by its manifests long ago
-    stage(folder, "sft-00000000ee", [sft_row(1)], dict(sft_epochs=3))
+    stage(folder, "sft-00000000ee", [sft_row(1)], {"sft.epochs": 3})
     run = next(r for r in watching.Watch(store).look() if r.name == "plain/base/1")
     assert run.now.kind == "sft" and not len(run.column("accuracy")[0]) and len(run.column("loss")[0]) == 1
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tiny import PPO, TOK, cut_short, fingerprint, forked, model, run, untimed
 
 from stars.lab import experiments as ex
+from stars.lab.configs import changed
 from stars.models.checkpoints import load_model, save_checkpoint, weights_of
 from stars.models.parallel import Team, on_workers, saved_states, start_ray
 from stars.rl import ppo as P
@@ -362,19 +363,19 @@ def mortal(job, start, data, out):
 def test_a_lost_worker_is_replaced(cluster, tmp_path, monkeypatch):
     """The run ends as one worker alone, undisturbed, would have ended it. The verifier's rewards are all 0 at first:
     the critic's first gradient would be rounding, which Adam makes as large as any, and no two CPUs would agree"""
-    cfg = ex.preset("smoke", base_docs=300, ppo_steps=STEPS, ppo_save_every=SAVED)
+    cfg = ex.preset("smoke", base=dict(docs=300), ppo=dict(steps=STEPS, save_every=SAVED))
     job = ex.Job(cfg, "plain", "base", 0, str(tmp_path / "alone"), progress=False)
     monkeypatch.setattr(ex, "_ppo", mortal)
     want = ex.ppo_stage(job)
     shutil.copytree(tmp_path / "alone", tmp_path / "team")
     shutil.rmtree(next((tmp_path / "team").rglob(want.name)))
-    team = replace(job, runs=str(tmp_path / "team"), cfg=replace(cfg, workers=2))
+    team = replace(job, runs=str(tmp_path / "team"), cfg=changed(cfg, run=dict(workers=2)))
     with pytest.warns(UserWarning, match="a worker was lost .*the team starts again"):
         got = ex.ppo_stage(team)
     assert (
         got.name == want.name and (tmp_path / "team/dead").exists() and not (tmp_path / "alone/dead").exists()
     )
-    again = cfg.ppo_prompts * (STEPS - (LOST - 1) // SAVED * SAVED)  # responses since the last state
+    again = cfg.ppo.prompts * (STEPS - (LOST - 1) // SAVED * SAVED)  # responses since the last state
     assert [int((tmp_path / f"team/scored-{r}").read_text()) for r in range(2)] == [
         again,
         0,

@@ -3,7 +3,6 @@
 import gc
 import re
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stars.cli.main import main
-from stars.lab.configs import PRESETS, preset
+from stars.lab.configs import PRESETS, changed, preset, with_settings
 from stars.lab.memory import Shape, block_bytes, cache_bytes, cast_bytes, sampling_bytes, shape_of
 from stars.lab.plan import (
     GIB,
@@ -32,7 +31,7 @@ from stars.models.micro import micro_model, micro_tokenizer, n_params
 from stars.rl.rollouts import LlamaEngine
 
 QWEN, LLAMA = "Qwen/Qwen2.5-3B", "meta-llama/Llama-3.2-3B"
-CPU, PAPER = PRESETS["cpu"], preset("paper", ppo_micro_tokens=65_536)
+CPU, PAPER = PRESETS["cpu"], preset("paper", ppo=dict(micro_tokens=65_536))
 
 
 def phases(p):
@@ -90,12 +89,28 @@ def test_known_models_have_their_published_size(model, n):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(base_hidden=64, base_heads=2, base_layers=3, base_ffn=96, top=99, prime_top=60)]
+    "changes",
+    [
+        {},
+        {
+            "base.hidden": 64,
+            "base.heads": 2,
+            "base.layers": 3,
+            "base.ffn": 96,
+            "world.top": 99,
+            "priming.top": 60,
+        },
+    ],
 )
 def test_micro_base_is_the_one_this_configuration_builds(changes):
     c = preset("cpu", **changes)
     m = micro_model(
-        micro_tokenizer(c.top), c.base_hidden, c.base_layers, c.base_heads, c.base_ffn, c.base_context
+        micro_tokenizer(c.world.top),
+        c.base.hidden,
+        c.base.layers,
+        c.base.heads,
+        c.base.ffn,
+        c.base.max_length,
     )
     assert micro_shape(c) == Shape.of(m.config) and plan(c, "plain").shape.parameters == n_params(m)
 
@@ -273,7 +288,8 @@ def test_weights_gradients_and_moments_of_a_real_step():
 
 def test_sharding_divides_what_it_divides():
     whole, split = (
-        phases(plan(replace(PAPER, workers=w, shard=w > 1), QWEN, w))["ppo update"].parts for w in (1, 4)
+        phases(plan(changed(PAPER, run=dict(workers=w, shard=w > 1)), QWEN, w))["ppo update"].parts
+        for w in (1, 4)
     )
     for k in ("weights", "gradients", "moments", "critic", "reference"):
         assert whole[k] == pytest.approx(4 * split[k])
@@ -291,7 +307,7 @@ def test_what_is_loaded_is_whole_until_it_is_sharded():
 
 def test_the_cache_stays_beside_the_update_unless_the_engine_sleeps():
     stays, sleeps = (
-        phases(plan(replace(PRESETS["smollm2"], shard=s), "smollm2"))["ppo update"].parts
+        phases(plan(changed(PRESETS["smollm2"], run=dict(shard=s)), "smollm2"))["ppo update"].parts
         for s in (False, True)
     )
     assert (
@@ -304,7 +320,8 @@ def test_the_cache_stays_beside_the_update_unless_the_engine_sleeps():
 
 def test_copies_are_not_divided():
     copied, alone = (
-        phases(plan(replace(PAPER, workers=w, shard=False), QWEN, w))["ppo update"].parts for w in (4, 1)
+        phases(plan(changed(PAPER, run=dict(workers=w, shard=False)), QWEN, w))["ppo update"].parts
+        for w in (4, 1)
     )
     assert {k: v for k, v in copied.items() if k != "exchange"} == {
         k: v for k, v in alone.items() if k != "exchange"
@@ -316,7 +333,9 @@ def test_copies_are_not_divided():
 
 def test_adapters_have_the_only_gradients_and_moments():
     p, shape = (
-        phases(plan(replace(PAPER, workers=1, shard=False, lora_rank=16), QWEN, 1))["sft"].parts,
+        phases(plan(changed(PAPER, run=dict(workers=1, shard=False), lora=dict(rank=16)), QWEN, 1))[
+            "sft"
+        ].parts,
         shape_of(QWEN),
     )
     assert (p["gradients"], p["moments"], p["weights"]) == tuple(
@@ -325,14 +344,14 @@ def test_adapters_have_the_only_gradients_and_moments():
 
 
 def test_what_is_not_used_takes_nothing():
-    p = phases(plan(replace(CPU, ppo_estimator="group", ppo_samples=2, ppo_kl_coef=0.0), "plain"))[
+    p = phases(plan(changed(CPU, ppo=dict(estimator="group", samples=2, kl_coef=0.0)), "plain"))[
         "ppo update"
     ].parts
     assert p["critic"] == p["reference"] == 0
 
 
 def test_an_engine_on_its_own_device_frees_the_workers():
-    c = replace(PAPER, engine="vllm", engines=1, engine_memory=0.4)
+    c = changed(PAPER, run=dict(engine="vllm", engines=1, engine_memory=0.4))
     shared, apart = (phases(plan(c, QWEN, g)) for g in (4, 5))
     assert [shared[f"ppo {x}"].parts["sampler"] for x in ("sampling", "update")] == [
         int(0.4 * 80 * GIB),
@@ -341,11 +360,11 @@ def test_an_engine_on_its_own_device_frees_the_workers():
     assert [apart[f"ppo {x}"].parts["sampler"] for x in ("sampling", "update")] == [0, 0]
     room = 0.4 * 80 * GIB - 2 * 3_085_938_688
     assert engine_responses(plan(c, QWEN, 4)) == int(room // (2 * 36 * 2 * 128 * 2 * (256 + 1024)))
-    assert any("vllm engine" in w for w in problems(plan(replace(c, engine_memory=0.05), QWEN, 8)))
+    assert any("vllm engine" in w for w in problems(plan(changed(c, run=dict(engine_memory=0.05)), QWEN, 8)))
 
 
 def test_an_engine_in_the_training_process_shares_its_device():
-    c = replace(PRESETS["smollm2"], engine="vllm", engines=0)
+    c = changed(PRESETS["smollm2"], run=dict(engine="vllm", engines=0))
     for gpus in (1, 2):
         assert phases(plan(c, "smollm2", gpus))["ppo sampling"].parts["sampler"] == int(0.4 * 80 * GIB)
 
@@ -414,37 +433,35 @@ def test_what_is_proposed_fits(model, gpus, memory):
     text = str(e.value)
     assert "\n" not in text and "need" in text
     more, changes = proposal(text)
-    fields = {
-        k: type(getattr(PAPER, k))(v) if not isinstance(getattr(PAPER, k), bool) else v == "true"
-        for k, v in changes.items()
-    }
-    check(plan(replace(PAPER, **fields), model, more or gpus, memory))
-    for k in fields:  # and no change is there for nothing
-        if k not in ("workers", "shard"):
-            assert problems(
-                plan(
-                    replace(PAPER, **{f: v for f, v in fields.items() if f != k}), model, more or gpus, memory
-                )
-            )
+    check(plan(with_settings(PAPER, changes), model, more or gpus, memory))
+    for k in changes:  # and no change is there for nothing
+        if k in ("run.workers", "run.shard"):
+            continue
+        others = {name: v for name, v in changes.items() if name != k}
+        try:
+            without = with_settings(PAPER, others)
+        except ValueError:
+            continue  # the others cannot do without it
+        assert problems(plan(without, model, more or gpus, memory))
 
 
 def test_the_paper_fits_on_four_and_not_on_one():
     for model in (QWEN, LLAMA):
         check(plan(preset("paper"), model, 4, 80))
-        for c in (PAPER, replace(PAPER, workers=1, shard=False)):
+        for c in (PAPER, changed(PAPER, run=dict(workers=1, shard=False))):
             assert problems(plan(c, model, 1, 80))
-        assert problems(plan(preset("paper", shard=False), model, 4, 80))
+        assert problems(plan(preset("paper", run=dict(shard=False)), model, 4, 80))
 
 
 def test_the_small_presets_fit_on_small_gpus_or_say_how():
     check(plan(PRESETS["gpu"], "plain", 1, 16))
     c = PRESETS["smollm2"]
     check(plan(c, "smollm2", 1, 80))
-    check(plan(replace(c, **remedy(plan(c, "smollm2", 1, 24))), "smollm2", 1, 24))
+    check(plan(with_settings(c, remedy(plan(c, "smollm2", 1, 24))), "smollm2", 1, 24))
 
 
 def test_the_cheapest_change_is_proposed():
-    assert remedy(plan(PAPER, QWEN, 4, 80)) == dict(ppo_micro_tokens=32_768)
+    assert remedy(plan(PAPER, QWEN, 4, 80)) == {"ppo.micro_tokens": 32_768}
 
 
 def test_a_hopeless_plan_says_so():
@@ -453,7 +470,7 @@ def test_a_hopeless_plan_says_so():
 
 
 def test_a_context_that_is_too_short_is_named():
-    assert "exceed the context of 512" in problems(plan(replace(CPU, ppo_max_tokens=600), "plain"))[0]
+    assert "exceed the context of 512" in problems(plan(changed(CPU, ppo=dict(max_tokens=600)), "plain"))[0]
 
 
 def test_bad_devices_are_refused():

@@ -14,7 +14,7 @@ from stars.lab.configs import preset
 from stars.lab.stages import Job
 
 CFG = preset(
-    "cpu", ppo_steps=20, ppo_save_every=10, prime_rows=320, sft_batch_size=32, sft_epochs=2
+    "cpu", ppo=dict(steps=20, save_every=10), priming=dict(rows=320), sft=dict(batch_size=32, epochs=2)
 )  # 20 updates, 3 checkpoints
 START = 1.5e9  # when a stage is begun
 
@@ -36,7 +36,7 @@ def ppo_rows(n, seconds=3.0):
 
 
 def settings(job, kind):
-    of = dict(sft=("sft_", "lora_"), ppo=("ppo_", "lora_"), eval=("eval_",), prime=("prime_", "template"))[
+    of = dict(sft=("sft", "lora"), ppo=("ppo", "lora"), eval=("eval",), prime=("priming", "world.template"))[
         kind
     ]
     return (
@@ -221,7 +221,7 @@ def test_other_settings_and_older_stages_are_not_the_jobs(job):
     end(one.dir / "prime-0123456789.partial", 1.0, "2020-01-01T00:00:00+00:00")
     write(one, "sft", sft_rows(20))
     end(one.dir / "sft-0123456789.partial", 1.0, "2020-01-02T00:00:00+00:00")
-    write(one, "ppo", ppo_rows(5), begun=2e9, key="aaaaaaaaaa", ppo_lr=0.5)
+    write(one, "ppo", ppo_rows(5), begun=2e9, key="aaaaaaaaaa", ppo=dict(lr=0.5))
     it = pr.Progress([one])
     assert str(it.chains[one]) == "plain/dots/0 ppo 0/20"
     write(one, "ppo", ppo_rows(5), begun=2e9, key="bbbbbbbbbb")
@@ -237,7 +237,7 @@ def test_rows_of_continued_pretraining_are_known_once_they_lie_there(job):
     pq.write_table(pa.table(dict(query=["a"] * 70)), folder / "train.parquet")
     end(folder, 1.0)
     it = pr.Progress([one])
-    batch, epochs = CFG.cpt_batch_size, CFG.cpt_epochs
+    batch, epochs = CFG.cpt.batch_size, CFG.cpt.epochs
     assert it.chains[one].total("sft") == -(-70 // batch) * epochs != guess > 0
 
 
@@ -246,7 +246,8 @@ def test_bases_are_trained_once_and_first(job):
     it, n = pr.Progress(jobs, jobs), pr.units(jobs[0], "base")
     folder = jobs[0].model_dir / "base-0123456789.partial"
     folder.mkdir(parents=True)
-    cfg = CFG.settings("base_", "top", "template") | dict(base_share=0.0, base_mix="")
+    cfg = CFG.settings("base", "world.top", "world.template")
+    cfg["base"] |= dict(share=0.0, mix="")
     (folder / "config.json").write_text(json.dumps(cfg))
     os.utime(folder / "config.json", (START,) * 2)
     for steps in (1, 3):

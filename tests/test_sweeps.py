@@ -21,7 +21,7 @@ from stars.lab import experiments as ex
 from stars.lab import sweeps
 from stars.models.parallel import start_ray
 
-TINY = dict(base_docs=300, prime_rows=60, data_eval=10)
+TINY = {"base.docs": 300, "priming.rows": 60, "data.eval": 10}
 SETS = [f"{k}={v}" for k, v in TINY.items()]
 CONDITIONS = ["backtracking_verification", "incorrect_only"]
 
@@ -98,7 +98,7 @@ def started(monkeypatch):
 def test_results_are_those_of_an_ordinary_run(cluster, started, tmp_path):
     "Shared stages run once, also the SFT that incorrect_only samples from; a second sweep finds all of it"
     cfg = ex.preset(
-        "smoke", prime_failures="sampled", **TINY | dict(prime_val=0, sft_epochs=20)
+        "smoke", **TINY | {"priming.val": 0, "sft.epochs": 20}, priming=dict(failures="sampled")
     )  # long enough to end its answers
     jobs = ex.grid(cfg, ["plain"], CONDITIONS, [0], tmp_path / "swept")
     swept = sweeps.sweep(jobs, gpus=0)
@@ -118,7 +118,7 @@ def test_results_are_those_of_an_ordinary_run(cluster, started, tmp_path):
     assert len(files(tmp_path / "swept")) == 5 and files(tmp_path / "swept") == files(tmp_path / "plainly")
     for p in files(tmp_path / "swept"):
         assert untimed(tmp_path / "swept" / p) == untimed(tmp_path / "plainly" / p), p
-    last = want[want.step == cfg.ppo_steps].set_index("condition").accuracy
+    last = want[want.step == cfg.ppo.steps].set_index("condition").accuracy
     assert (
         list(swept.state) == ["done"] * 2
         and list(swept.step) == ["4/4"] * 2
@@ -169,7 +169,7 @@ def test_rewritten_text_is_made_once(tmp_path, monkeypatch):
         for r in made.queue
     )
     begun.clear()
-    tasks(curate_file="mine")
+    tasks(curation=dict(file="mine"))
     assert [stage for stage, _ in begun] == ["data", "base", "base"]
 
 
@@ -219,7 +219,7 @@ def test_failures_stay_with_their_runs(shared, tmp_path, monkeypatch, capsys):
 def test_a_killed_worker_is_retried_where_it_was(shared, started, tmp_path):
     "kill -9 in the middle of PPO"
     shutil.copytree(shared, tmp_path / "killed")
-    cfg, killed = ex.preset("smoke", ppo_steps=12, **TINY), []
+    cfg, killed = ex.preset("smoke", **TINY, ppo=dict(steps=12)), []
     jobs = ex.grid(cfg, ["plain"], ["base"], [0, 1], tmp_path / "killed")
 
     def kill():
@@ -274,7 +274,7 @@ def test_ctrl_c_stops_the_tasks_and_keeps_what_is_saved(cluster, shared, tmp_pat
             "0",
             "--set",
             *SETS,
-            "ppo_steps=5000",
+            "ppo.steps=5000",
         ],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -312,7 +312,7 @@ def test_ctrl_c_stops_the_tasks_and_keeps_what_is_saved(cluster, shared, tmp_pat
         (["--conditions", "base", "--cpus-per-run", "1e6"], "cpus=1e+06 per run"),
         (["--conditions", "base", "--cpus-per-run", "0"], "cpus=0.0 must be above 0"),
         (["--conditions", "base", "--retries", "-1"], "retries=-1 must be at least 0"),
-        (["--conditions", "base", "--set", "ppo_step=5"], "did you mean ppo_steps"),
+        (["--conditions", "base", "--set", "ppo_step=5"], "did you mean ppo.steps"),
     ],
 )
 def test_wrong_input_is_one_line_before_ray_starts(args, said, tmp_path, monkeypatch, capsys):

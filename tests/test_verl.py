@@ -3,12 +3,12 @@
 import json
 import random
 import subprocess
-from dataclasses import fields, replace
+from dataclasses import asdict
 
 import pyarrow.parquet as pq
 import pytest
 
-from stars.lab.configs import PRESETS, Config, preset
+from stars.lab.configs import PRESETS, Config, changed, preset, with_settings
 from stars.lab.verl import (
     differences,
     override,
@@ -24,9 +24,10 @@ from stars.rl.sft import encode
 from stars.task.countdown import make_prompt, score
 from stars.task.datasets import from_parquet
 from stars.task.problems import sample_problems
+from stars.util.files import dotted
 
 A, C, R = "actor_rollout_ref.actor.", "critic.", "actor_rollout_ref.rollout."
-SMALL = dict(data_train=32, data_rows=128, data_eval=8, prime_rows=64, prime_val=32)
+SMALL = {"data.train": 32, "data.rows": 128, "data.eval": 8, "priming.rows": 64, "priming.val": 32}
 
 
 def rl(cfg, **kw):
@@ -89,23 +90,21 @@ def test_presets(name, want):
         "data.seed": 7,
         R + "seed": 7,
         A + "data_loader_seed": 7,
-        R + "gpu_memory_utilization": cfg.engine_memory,
+        R + "gpu_memory_utilization": cfg.run.engine_memory,
         "algorithm.rollout_correction.rollout_is": None,
         R + "val_kwargs.do_sample": True,
         "data.max_prompt_length": 20,
     }
     assert {k: got[k] for k in common | want} == common | want
-    assert any(k.startswith(C) for k in got) == (cfg.ppo_estimator == "gae")
+    assert any(k.startswith(C) for k in got) == (cfg.ppo.estimator == "gae")
 
 
-WITH_CRITIC = dict(ppo_estimator="gae", ppo_kl_coef=0.001)  # as in the paper
+WITH_CRITIC = {"ppo.estimator": "gae", "ppo.kl_coef": 0.001}  # as in the paper
 
 
 def test_variants():
     cfg = preset("cpu", **WITH_CRITIC)
-    group = rl(
-        replace(cfg, ppo_estimator="group", ppo_samples=8, ppo_prompts=16, ppo_minibatch=32, ppo_kl_in="loss")
-    )
+    group = rl(changed(cfg, ppo=dict(estimator="group", samples=8, prompts=16, minibatch=32, kl_in="loss")))
     assert (
         group["algorithm.adv_estimator"],
         group["data.train_batch_size"],
@@ -119,19 +118,19 @@ def test_variants():
         group[A + "kl_loss_type"],
     ) == (False, True, 0.001, "low_var_kl")
     assert not any(k.startswith(C) for k in group)
-    free = rl(replace(cfg, ppo_kl_coef=0.0))
+    free = rl(changed(cfg, ppo=dict(kl_coef=0.0)))
     assert not free["algorithm.use_kl_in_reward"] and not free[A + "use_kl_loss"]
-    constant = rl(replace(cfg, ppo_aggregate="constant-length"))
+    constant = rl(changed(cfg, ppo=dict(aggregate="constant-length")))
     assert (
         constant[A + "loss_agg_mode"],
         constant[A + "loss_scale_factor"],
         constant[C + "loss_agg_mode"],
     ) == ("seq-mean-token-sum-norm", 200, "token-mean")
-    assert rl(replace(cfg, ppo_is_cap=2.0))["algorithm.rollout_correction.rollout_is_threshold"] == 2.0
+    assert rl(changed(cfg, ppo=dict(is_cap=2.0)))["algorithm.rollout_correction.rollout_is_threshold"] == 2.0
     assert (
-        rl(replace(cfg, ppo_max_tokens=4_000))[A + "ppo_max_token_len_per_gpu"] == 4_020
+        rl(changed(cfg, ppo=dict(max_tokens=4_000)))[A + "ppo_max_token_len_per_gpu"] == 4_020
     )  # one sequence has to fit
-    greedy = rl(replace(cfg, eval_temperature=0.0))
+    greedy = rl(changed(cfg, eval=dict(temperature=0.0)))
     assert (greedy[R + "val_kwargs.temperature"], greedy[R + "val_kwargs.do_sample"]) == (0.0, False)
 
 
@@ -155,86 +154,85 @@ def test_sft_settings():
         "data.max_token_len_per_gpu": 2048,
         "data.max_length": 512,
     }
-    without = sft_overrides(preset("cpu", prime_val=15), "m", "run")  # verl would validate on no batch at all
+    without = sft_overrides(
+        preset("cpu", priming=dict(val=15)), "m", "run"
+    )  # verl would validate on no batch at all
     assert (without["data.val_files"], without["trainer.test_freq"]) == (None, -1)
 
 
-OTHER = dict(
-    ppo_estimator="group", ppo_kl_in="loss", ppo_aggregate="sequence-mean", engine="vllm", ppo_samples=2
-)
+OTHER = {
+    "ppo.estimator": "group",
+    "ppo.kl_in": "loss",
+    "ppo.aggregate": "sequence-mean",
+    "run.engine": "vllm",
+    "ppo.samples": 2,
+}
 
 
 def test_no_field_is_passed_over():
     "A changed field of training changes an override, or is named among the differences"
     cfg = preset("cpu", **WITH_CRITIC)
-    for f in fields(Config):
-        if not f.name.startswith(("ppo_", "sft_", "eval_", "engine", "lora_")) and f.name not in (
-            "workers",
-            "shard",
-            "remat",
+    for name, v in dotted(asdict(cfg)).items():
+        group, _, field = name.partition(".")
+        if group not in ("ppo", "sft", "eval", "run", "lora") or name in (
+            "ppo.seed",
+            "sft.seed",
+            "run.restarts",
         ):
             continue
-        if f.name == "ppo_mask_truncated":
+        if name == "ppo.mask_truncated":
             continue  # refused, see below
-        v = getattr(cfg, f.name)
-        other = replace(
-            cfg,
-            **{
-                f.name: OTHER[f.name]
-                if f.name in OTHER
-                else not v
-                if isinstance(v, bool)
-                else 2 * v + 2
-                if isinstance(v, int)
-                else v / 2 + 0.07
-            },
+        new = (
+            not v
+            if isinstance(v, bool)
+            else 2 * v + 2
+            if isinstance(v, int)
+            else OTHER.get(name) or v / 2 + 0.07
         )
+        other = changed(cfg, **{group: {field: OTHER.get(name, new)}})
         shown = lambda c: (
             rl(c),
             sft_overrides(c, "m", "run"),
-            reward_source(c.ppo_format_score),
+            reward_source(c.ppo.format_score),
             differences(c, True),
         )
-        assert shown(cfg) != shown(other), f.name
+        assert shown(cfg) != shown(other), name
 
 
 def test_differences_are_true():
     "What decides data alone is not listed; with a cap the trainer computes old log-probabilities here, too"
-    plain, capped = differences(preset("cpu"), True), differences(preset("cpu", ppo_is_cap=2.0), True)
-    assert not [l for l in plain if l.startswith(("corpus_", "curate_", "cpt_", "seeds", "restarts"))]
+    plain, capped = differences(preset("cpu"), True), differences(preset("cpu", ppo=dict(is_cap=2.0)), True)
+    assert not [l for l in plain if l.startswith(("corpus.", "curation.", "cpt.", "seeds", "run.restarts"))]
     assert any("here they are the sampler's" in l for l in plain) and not any(
         "the sampler's" in l for l in capped
     )
 
 
-def test_a_new_field_is_reported(monkeypatch):
+def test_a_new_field_is_reported():
     from dataclasses import make_dataclass
 
-    import stars.lab.verl as module
-
-    Later = make_dataclass("Later", [("ppo_magic", float, 0.5)], bases=(Config,), frozen=True)
-    monkeypatch.setattr(module, "Config", Later)
-    assert "ppo_magic=0.5: has no counterpart in verl" in differences(Later("cpu"), True)
+    Later = make_dataclass("Later", [("magic", float, 0.5)], bases=(Config,), frozen=True)
+    assert "magic=0.5: has no counterpart in verl" in differences(Later("cpu"), True)
 
 
 @pytest.mark.parametrize(
     "change, how, names",
     [
-        (dict(ppo_mask_truncated=True), {}, "ppo_mask_truncated"),
-        (dict(ppo_samples=3, ppo_prompts=64), {}, "ppo_minibatch=64"),
-        ({}, dict(gpus=3), "ppo_minibatch=64"),
-        (dict(data_rows=100), {}, "data_rows=100"),
-        (dict(lora_rank=8), {}, "lora_rank=8"),
-        (dict(lora_alpha=0.5), {}, "lora_alpha"),
-        (dict(prime_rows=8), {}, "prime_rows=8"),
+        ({"ppo.mask_truncated": True}, {}, "ppo.mask_truncated"),
+        ({"ppo.samples": 3, "ppo.prompts": 64}, {}, "ppo.minibatch=64"),
+        ({}, dict(gpus=3), "ppo.minibatch=64"),
+        ({"data.rows": 100}, {}, "data.rows=100"),
+        ({"lora.rank": 8}, {}, "lora.rank=8"),
+        ({"lora.alpha": 0.5}, {}, "lora.alpha"),
+        ({"priming.rows": 8}, {}, "priming.rows=8"),
         ({}, dict(gpus=4, tensor_parallel=3), "tensor_parallel=3"),
         ({}, dict(gpus=0), "gpus=0"),
-        (dict(sft_batch_size=9), dict(gpus=2), "sft_batch_size=9"),
+        ({"sft.batch_size": 9}, dict(gpus=2), "sft.batch_size=9"),
     ],
 )
 def test_refusals(tmp_path, change, how, names):
     with pytest.raises(ValueError, match=names):
-        to_verl(replace(preset("cpu"), **change), tmp_path / "out", runs=tmp_path / "runs", **how)
+        to_verl(with_settings(preset("cpu"), change), tmp_path / "out", runs=tmp_path / "runs", **how)
     assert not any(tmp_path.iterdir())  # before anything is built
 
 
@@ -323,7 +321,7 @@ def test_files(export):
 
 def test_sft_ends_where_rl_starts(export):
     name = json.loads((export / "export.json").read_text())["prime"]
-    steps = SMALL["prime_rows"] // 16 * 3
+    steps = SMALL["priming.rows"] // 16 * 3
     start = [l for l in (export / "rl.sh").read_text().split("\n") if "actor_rollout_ref.model.path" in l][
         0
     ].split("'")[1]
@@ -343,7 +341,7 @@ def test_export_again(export):
         and "checkpoints" not in (base / "rl.sh").read_text().split("model.path")[1].split("\n")[0]
     )
     to_verl(
-        preset("cpu", **SMALL, ppo_lr=5e-5), base, runs=runs, gpus=2, progress=False
+        preset("cpu", **SMALL, ppo=dict(lr=5e-5)), base, runs=runs, gpus=2, progress=False
     )  # another experiment takes its place …
     assert (base / "sft.sh").exists() and "optim.lr=5e-05" in (base / "rl.sh").read_text()
     folder = lambda text: [l for l in text.split("\n") if "default_local_dir" in l]

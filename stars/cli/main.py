@@ -196,7 +196,7 @@ def check_fits(job: "Job"):
             )
         return
     if job.condition in METHODS:
-        job = replace(job, cfg=replace(job.cfg, **{f"sft_{k}": v for k, v in job.cfg.under("cpt_").items()}))
+        job = replace(job, cfg=replace(job.cfg, sft=job.cfg.cpt))
     memory = cuda.get_device_properties(0).total_memory / 2**30
     planning.check(planning.plan(job.cfg, job.model, cuda.device_count(), memory))
 
@@ -278,7 +278,7 @@ def plan(
 
     cfg = configs.preset(preset, **overrides(settings))
     model = cfg.models[0] if model is None else model
-    needed = planning.plan(cfg, model, gpus or cfg.workers, memory, prompt)
+    needed = planning.plan(cfg, model, gpus or cfg.run.workers, memory, prompt)
     print(json.dumps(planning.as_json(needed), indent=1) if as_json else planning.show_plan(needed))
     planning.check(needed)
 

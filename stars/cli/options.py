@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Settings = Annotated[
     tuple[str, ...],
     tyro.conf.arg(
-        name="set", metavar="FIELD=VALUE ...", help="fields to change, e.g. max_number=50 n_numbers=3,4"
+        name="set", metavar="FIELD=VALUE ...", help="settings to change, e.g. ppo.lr=3e-4 world.n_numbers=3,4"
     ),
 ]
 

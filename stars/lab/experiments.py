@@ -86,21 +86,24 @@ def data_stage(job: Job) -> Path:
     cfg = job.cfg
 
     def run(out: Path):
-        sizes = dict(prime=cfg.data_prime, train=cfg.data_train, eval=cfg.data_eval)
+        sizes = dict(prime=cfg.data.prime, train=cfg.data.train, eval=cfg.data.eval)
         drawn = {
             split: sample_problems(
-                n, cfg.data_seed, split=split, **(cfg.prime_world if split == "prime" else cfg.world)
+                n, cfg.data.seed, split=split, **(cfg.prime_ranges if split == "prime" else cfg.world.ranges)
             )
             for split, n in sizes.items()
         }
         for split, problems in drawn.items():
             if split == "train":
-                problems = reorder(problems, cfg.data_rows, cfg.data_seed)
+                problems = reorder(problems, cfg.data.rows, cfg.data.seed)
             to_parquet(
-                problems, out / f"{split}.parquet", split, cfg.template if cfg.template != "micro" else "base"
+                problems,
+                out / f"{split}.parquet",
+                split,
+                cfg.world.template if cfg.world.template != "micro" else "base",
             )
 
-    settings = cfg.world | cfg.settings("data_") | dict(template=cfg.template_key)
+    settings = dict(world=cfg.world.ranges | dict(template=cfg.world.template_key)) | cfg.settings("data")
     return stage(job.store / "shared", "data", settings, {}, run, **job.how)
 
 
@@ -122,9 +125,10 @@ def base_stage(job: Job) -> Path:
         )
     if name not in BASES:
         return Path(name)
-    settings = cfg.world | cfg.settings("base_", "top") | dict(template=cfg.template_key)
+    world = cfg.world.ranges | dict(top=cfg.world.top, template=cfg.world.template_key)
+    settings = dict(world=world) | cfg.settings("base")
     if name != "rich":
-        settings |= dict(base_share=0.0, base_mix="")
+        settings["base"] |= dict(share=0.0, mix="")
     try:
         if json.loads((base_path(name) / "recipe.json").read_text())["hash"] == stage_key(
             "base", settings, {}
@@ -134,29 +138,29 @@ def base_stage(job: Job) -> Path:
         pass  # not shipped with this installation: train it
 
     def run(out: Path):
-        tok = micro_tokenizer(cfg.top)
+        tok = micro_tokenizer(cfg.world.top)
         model = micro_model(
             tok,
-            cfg.base_hidden,
-            cfg.base_layers,
-            cfg.base_heads,
-            cfg.base_ffn,
-            cfg.base_context,
-            cfg.base_seed,
+            cfg.base.hidden,
+            cfg.base.layers,
+            cfg.base.heads,
+            cfg.base.ffn,
+            cfg.base.max_length,
+            cfg.base.seed,
         )
         rows = list(
             corpus_rows(
-                cfg.base_docs + cfg.base_val,
-                cfg.base_seed,
-                settings["base_share"],
-                space=Space(**cfg.world),
-                mix=cfg.base_mix,
-                prompt=partial(make_prompt, template=cfg.template),
-                top=cfg.top,
+                cfg.base.docs + cfg.base.val,
+                cfg.base.seed,
+                settings["base"]["share"],
+                mix=cfg.base.mix,
+                prompt=partial(make_prompt, template=cfg.world.template),
+                top=cfg.world.top,
+                space=Space(**cfg.world.ranges),
             )
         )
         model.to(device()).set_attn_implementation(attention(device(), micro=True))
-        sft(model, tok, rows[: cfg.base_docs], out, cfg.pretraining(), rows[cfg.base_docs :], job.progress)
+        sft(model, tok, rows[: cfg.base.docs], out, cfg.base, rows[cfg.base.docs :], job.progress)
 
     return stage(job.model_dir, "base", settings, {}, run, **job.how) / "model"
 
@@ -174,7 +178,9 @@ def prompt_for(
     tokenizer: PreTrainedTokenizerBase,  # of the model that is asked
 ) -> Callable[[Problem], str]:  # problem → prompt
     "How an experiment asks: its template, and the token that it says a prompt begins with"
-    return partial(_asked, template=cfg.template, tokenizer=tokenizer, begin=begin_token(tokenizer, cfg.bos))
+    return partial(
+        _asked, template=cfg.world.template, tokenizer=tokenizer, begin=begin_token(tokenizer, cfg.world.bos)
+    )
 
 
 def _problems(job: Job, data: Path, split: str, tokenizer) -> list:
@@ -186,17 +192,17 @@ def _problems(job: Job, data: Path, split: str, tokenizer) -> list:
 
 def _rows_file(job: Job) -> Path | None:
     "The file that a condition's rows come from, if any; a control's own, or else the one of the mix it is made from"
-    if not job.cfg.prime_file or job.condition in ("base", *METHODS):
+    if not job.cfg.priming.file or job.condition in ("base", *METHODS):
         return None
-    at = lambda condition: Path(job.cfg.prime_file.replace("{condition}", condition))
+    at = lambda condition: Path(job.cfg.priming.file.replace("{condition}", condition))
     path = (
         at(job.condition)
         if job.condition not in CONTROLS or at(job.condition).exists()
-        else at(job.cfg.prime_mix)
+        else at(job.cfg.priming.mix)
     )
     if not path.is_file():
         raise ValueError(
-            f"prime_file={path} does not exist, and the rows of {job.condition} should come from it; give the path of a parquet file, where {{condition}} stands for the mix"
+            f"priming.file={path} does not exist, and the rows of {job.condition} should come from it; give the path of a parquet file, where {{condition}} stands for the mix"
         )
     return path
 
@@ -205,22 +211,22 @@ def _rows_from_file(path: Path, job: Job, prompt: Callable, n_tokens: Callable) 
     "Rows that somebody else wrote, checked, with this experiment's prompts, and the control made from them"
     cfg, condition, rows = job.cfg, job.condition, read_rows(path)
     if rows and (missing := set(PRIMING_SCHEMA.names) - rows[0].keys()):
-        raise ValueError(f"prime_file={path} lacks the columns {', '.join(sorted(missing))}")
-    wanted = {cfg.prime_mix, condition} if condition in CONTROLS else {condition}
+        raise ValueError(f"priming.file={path} lacks the columns {', '.join(sorted(missing))}")
+    wanted = {cfg.priming.mix, condition} if condition in CONTROLS else {condition}
     for i, r in enumerate(rows):
         try:
             p = Problem(tuple(r["numbers"]), r["target"])
         except (TypeError, ValueError) as e:
             raise ValueError(
-                f"prime_file={path}: row {i}: numbers={r['numbers']!r}, target={r['target']!r} are no problem: {e}"
+                f"priming.file={path}: row {i}: numbers={r['numbers']!r}, target={r['target']!r} are no problem: {e}"
             ) from None
         if split_of(p) != "prime":
             raise ValueError(
-                f"prime_file={path}: row {i} is about {p} of the split {split_of(p)}; priming takes problems of the split prime"
+                f"priming.file={path}: row {i} is about {p} of the split {split_of(p)}; priming takes problems of the split prime"
             )
         if r["mix"] not in wanted:
             raise ValueError(
-                f"prime_file={path}: row {i} has mix={r['mix']!r}, {condition} needs {' or '.join(sorted(wanted))}; {{condition}} in the name stands for the mix"
+                f"priming.file={path}: row {i} has mix={r['mix']!r}, {condition} needs {' or '.join(sorted(wanted))}; {{condition}} in the name stands for the mix"
             )
         r |= dict(query=prompt(p), score=score(r["completion"], p.numbers, p.target))
     change = dict(
@@ -230,11 +236,11 @@ def _rows_from_file(path: Path, job: Job, prompt: Callable, n_tokens: Callable) 
     )
     rows, n = (
         [r for r in (r if r["mix"] == condition else change[condition](r) for r in rows) if r],
-        cfg.prime_rows + cfg.prime_val,
+        cfg.priming.rows + cfg.priming.val,
     )
     if len(rows) < n:
         raise ValueError(
-            f"prime_file={path} has {len(rows)} rows for {condition}, but prime_rows={cfg.prime_rows} and prime_val={cfg.prime_val} are wanted"
+            f"priming.file={path} has {len(rows)} rows for {condition}, but priming.rows={cfg.priming.rows} and priming.val={cfg.priming.val} are wanted"
         )
     return random.Random(f"{job.seed}/file").sample(rows, n)
 
@@ -243,8 +249,10 @@ def _sampled_failures(
     job: Job, checkpoint: Path, problems: Sequence[Problem], prompt: Callable, out: Path
 ) -> list[dict]:
     "What a primed checkpoint gets wrong, on problems of the same range as every other set's; goes on from what lies in `out`"
-    cfg, tok, rows, n = job.cfg, load_tokenizer(checkpoint), [], job.cfg.prime_rows + job.cfg.prime_val
-    engine = LlamaEngine(load_model(checkpoint, device()), tok.eos_token_id, cfg.engine_rows, known_ids(tok))
+    cfg, tok, rows, n = job.cfg, load_tokenizer(checkpoint), [], job.cfg.priming.rows + job.cfg.priming.val
+    engine = LlamaEngine(
+        load_model(checkpoint, device()), tok.eos_token_id, cfg.run.engine_rows, known_ids(tok)
+    )
     for i in tqdm(range(50), desc="failures", disable=not job.progress):
         part = out / f"failures-{i}.parquet"
         if not part.exists():
@@ -256,8 +264,8 @@ def _sampled_failures(
                     engine,
                     tok,
                     asked,
-                    cfg.ppo_max_tokens,
-                    temperature=cfg.ppo_temperature,
+                    cfg.ppo.max_tokens,
+                    temperature=cfg.ppo.temperature,
                     seed=f"{job.seed}/failures/{i}",
                     prompt=prompt,
                 )
@@ -267,7 +275,7 @@ def _sampled_failures(
         if len(rows) >= n:
             return rows[:n]
     raise ValueError(
-        f"{checkpoint} gave {len(rows)} complete wrong answers to {50 * n} problems, but prime_rows={cfg.prime_rows} and prime_val={cfg.prime_val} are wanted; lower them, or train it longer (sft_epochs)"
+        f"{checkpoint} gave {len(rows)} complete wrong answers to {50 * n} problems, but priming.rows={cfg.priming.rows} and priming.val={cfg.priming.val} are wanted; lower them, or train it longer (sft.epochs)"
     )
 
 
@@ -275,29 +283,31 @@ def corpus_stage(job: Job) -> Path:
     "The synthetic pretraining corpus: corpus.parquet, with the truth beside each text"
     cfg = job.cfg
     world = dict(
-        max_number=cfg.max_number,
-        min_target=cfg.min_target,
-        max_target=cfg.max_target,
-        top=cfg.top,
-        n_numbers=cfg.n_numbers,
+        max_number=cfg.world.max_number,
+        min_target=cfg.world.min_target,
+        max_target=cfg.world.max_target,
+        top=cfg.world.top,
+        n_numbers=cfg.world.n_numbers,
     )
     made = documents(
-        cfg.corpus_docs,
-        cfg.corpus_seed,
-        cfg.corpus_worked,
-        cfg.corpus_noise,
-        cfg.corpus_puzzles,
-        dict(zip(HABIT_NAMES, cfg.corpus_rates)),
+        cfg.corpus.docs,
+        cfg.corpus.seed,
+        cfg.corpus.worked,
+        cfg.corpus.noise,
+        cfg.corpus.puzzles,
+        dict(zip(HABIT_NAMES, cfg.corpus.rates)),
         **world,
     )
 
     def run(out: Path):
         with replacing(out / "corpus.parquet") as tmp:
-            pd.DataFrame(tqdm(made, "corpus", cfg.corpus_docs, disable=not job.progress)).to_parquet(
+            pd.DataFrame(tqdm(made, "corpus", cfg.corpus.docs, disable=not job.progress)).to_parquet(
                 tmp, index=False
             )
 
-    return stage(job.store / "shared", "corpus", cfg.settings("corpus_") | world, {}, run, **job.how)
+    return stage(
+        job.store / "shared", "corpus", cfg.settings("corpus") | dict(world=world), {}, run, **job.how
+    )
 
 
 def label_stage(job: Job) -> Path:
@@ -322,7 +332,7 @@ def curate_stage(job: Job) -> Path:
                 labels,
                 out,
                 m,
-                embedded_rewriter(labels, m, cfg.curate_seed, cfg.top, 1),
+                embedded_rewriter(labels, m, cfg.curation.seed, cfg.world.top, 1),
                 dict(rewriter="embedded"),
                 job.progress,
             )
@@ -330,7 +340,7 @@ def curate_stage(job: Job) -> Path:
     return stage(
         job.store / "shared",
         "curate",
-        dict(seed=cfg.curate_seed, top=cfg.top),
+        dict(seed=cfg.curation.seed, top=cfg.world.top),
         dict(labels=labels.name),
         run,
         **job.how,
@@ -341,11 +351,15 @@ def _curated_rows(job: Job, where: Path, tok, out: Path) -> tuple[list[dict], li
     "Train and held-out rows of a method, matched with those of the other"
     cfg = job.cfg
     sets, report = training_sets(
-        where, tok, cfg.template, "embedded", Trimming(cfg.curate_budget, cfg.curate_length, seed=job.seed)
+        where,
+        tok,
+        cfg.world.template,
+        "embedded",
+        Trimming(cfg.curation.budget, cfg.curation.length, seed=job.seed),
     )
-    if (there := min(report["tokens"].values())) < 0.9 * cfg.curate_budget:
+    if (there := min(report["tokens"].values())) < 0.9 * cfg.curation.budget:
         raise ValueError(
-            f"{there:,} tokens of {report['documents']:,} documents pass checks and matching, where curate_budget={cfg.curate_budget:,}: lower it, raise corpus_docs={cfg.corpus_docs:,}, or give other text (curate_file). {json.dumps(report)}"
+            f"{there:,} tokens of {report['documents']:,} documents pass checks and matching, where curation.budget={cfg.curation.budget:,}: lower it, raise corpus.docs={cfg.corpus.docs:,}, or give other text (curation.file). {json.dumps(report)}"
         )
     write_json(out / "stats.json", report)
     return sets[job.condition]
@@ -354,14 +368,14 @@ def _curated_rows(job: Job, where: Path, tok, out: Path) -> tuple[list[dict], li
 def pretraining_stage(job: Job) -> Path:
     "Rewritten text of the job's condition, for continued pretraining: train.parquet, val.parquet, and stats.json on what was dropped"
     cfg = job.cfg
-    given = Path(cfg.curate_file) / job.condition if cfg.curate_file else None
+    given = Path(cfg.curation.file) / job.condition if cfg.curation.file else None
     if given and not (given.parent / "report.json").exists():
         raise ValueError(
-            f"curate_file={given.parent} is no folder that `stars curate` has filled: it has no report.json"
+            f"curation.file={given.parent} is no folder that `stars curate` has filled: it has no report.json"
         )
     if given and not (given / "train.parquet").exists():
         raise ValueError(
-            f"curate_file={given.parent} holds nothing {job.condition}; `stars curate … --method {job.condition}` makes it"
+            f"curation.file={given.parent} holds nothing {job.condition}; `stars curate … --method {job.condition}` makes it"
         )
     base, where = base_stage(job), given or curate_stage(job)
 
@@ -374,7 +388,7 @@ def pretraining_stage(job: Job) -> Path:
         )
         if wrong := {r["mix"] for r in (*train, *val)} - {job.condition}:
             raise ValueError(f"{given} holds rows of {', '.join(wrong)}, not {job.condition}")
-        begin = begin_token(tok, cfg.bos)
+        begin = begin_token(tok, cfg.world.bos)
         for r in (*train, *val):
             r["query"] = with_begin(r["query"], begin)
         check_spells(tok, (r["query"] + r["completion"] for r in train[:500]))
@@ -382,13 +396,13 @@ def pretraining_stage(job: Job) -> Path:
         write_rows(val, out / "val.parquet")
 
     settings, inputs = dict(condition=job.condition, seed=job.seed), dict(base=_base_digest(base))
-    if given and cfg.bos != "none":
-        settings |= dict(bos=cfg.bos)
+    if given and cfg.world.bos != "none":
+        settings |= cfg.settings("world.bos")
     if given:
         inputs |= {name: file_digest(given / f"{name}.parquet") for name in ("train", "test")}
     else:
         settings, inputs = (
-            settings | cfg.settings("curate_budget", "curate_length", "template"),
+            settings | cfg.settings("curation.budget", "curation.length", "world.template"),
             inputs | dict(rewrites=where.name),
         )
     return stage(job.dir, "prime", settings, inputs, run, **job.how)
@@ -401,23 +415,23 @@ def prime_stage(job: Job) -> Path:
     cfg, control, file = job.cfg, job.condition in CONTROLS, _rows_file(job)
     data, base = data_stage(job), base_stage(job)
     sampled = (
-        sft_stage(replace(job, condition=cfg.prime_mix))
-        if job.condition == "incorrect_only" and cfg.prime_failures == "sampled"
+        sft_stage(replace(job, condition=cfg.priming.mix))
+        if job.condition == "incorrect_only" and cfg.priming.failures == "sampled"
         else None
     )
 
     def run(out: Path):
         tok = load_tokenizer(base)
         teacher = dict(
-            attempts=cfg.prime_attempts,
-            patience=cfg.prime_patience,
-            slip=cfg.prime_slip,
-            insight=cfg.prime_insight,
-            top=cfg.prime_top,
-            budget=cfg.prime_budget,
+            attempts=cfg.priming.attempts,
+            patience=cfg.priming.patience,
+            slip=cfg.priming.slip,
+            insight=cfg.priming.insight,
+            top=cfg.priming.top,
+            budget=cfg.priming.budget,
             prompt=prompt_for(cfg, tok),
         )
-        problems, n = _problems(job, data, "prime", tok), cfg.prime_rows + cfg.prime_val
+        problems, n = _problems(job, data, "prime", tok), cfg.priming.rows + cfg.priming.val
         n_tokens = lambda s: len(tok(s, add_special_tokens=False).input_ids)
         if sampled:
             rows = _sampled_failures(job, sampled, problems, teacher["prompt"], out)
@@ -427,20 +441,20 @@ def prime_stage(job: Job) -> Path:
             rows = list(
                 control_rows(
                     job.condition,
-                    cfg.prime_mix,
+                    cfg.priming.mix,
                     problems,
                     n,
                     job.seed,
                     n_tokens=n_tokens,
-                    incorrect_slip=cfg.prime_incorrect_slip,
+                    incorrect_slip=cfg.priming.incorrect_slip,
                     **teacher,
                 )
             )
         else:
             rows = list(priming_rows(job.condition, problems, n, job.seed, **teacher))
         check_spells(tok, (r["completion"] for r in rows[:500]))
-        write_rows(rows[: cfg.prime_rows], out / "train.parquet")
-        write_rows(rows[cfg.prime_rows :], out / "val.parquet")
+        write_rows(rows[: cfg.priming.rows], out / "train.parquet")
+        write_rows(rows[cfg.priming.rows :], out / "val.parquet")
         write_json(
             out / "stats.json",
             dict(
@@ -453,16 +467,16 @@ def prime_stage(job: Job) -> Path:
             part.unlink()
 
     settings = dict(
-        condition=job.condition, seed=job.seed, mix=cfg.prime_mix if control else None
-    ) | cfg.settings("prime_", "template")
+        condition=job.condition, seed=job.seed, mix=cfg.priming.mix if control else None
+    ) | cfg.settings("priming", "world.template")
     inputs = dict(data=data.name, base=_base_digest(base))
-    if settings.pop("prime_file"):
+    if settings["priming"].pop("file"):
         inputs |= dict(file=file_digest(file))  # its content, not its name
     if job.condition != "incorrect_only":
-        settings.pop("prime_failures")
+        settings["priming"].pop("failures")
     if sampled:
         settings, inputs = (
-            settings | cfg.settings("ppo_max_tokens", "ppo_temperature"),
+            settings | cfg.settings("ppo.max_tokens", "ppo.temperature"),
             inputs | dict(checkpoint=_base_digest(sampled)),
         )
     return stage(job.dir, "prime", settings, inputs, run, **job.how)
@@ -477,11 +491,7 @@ def sft_stage(job: Job) -> Path:
         base_stage(job),
         job.cfg,
     )  # what is wrong with a file of rows shows before a base is trained
-    settings = (
-        cfg.settings("cpt_", "sft_bf16", "lora_")
-        if job.condition in METHODS
-        else cfg.settings("sft_", "lora_")
-    )
+    settings = cfg.settings("cpt", "lora") if job.condition in METHODS else cfg.settings("sft", "lora")
     return (
         stage(
             job.dir,
@@ -500,13 +510,13 @@ def _sft(job: Job, base: Path, prime: Path, out: Path):
     cfg, how, team = (
         job.cfg,
         job.sft,
-        Team.join(job.cfg.shard),
+        Team.join(job.cfg.run.shard),
     )  # below: flash-attn tells packed sequences apart in batches of one row only
     model = prepare(
         load_model(base, device(), bf16=how.bf16 and not how.packing),
-        cfg.remat,
-        cfg.lora_rank,
-        cfg.lora_alpha,
+        cfg.run.remat,
+        cfg.lora.rank,
+        cfg.lora.alpha,
         job.seed,
     )
     sft(
@@ -524,16 +534,16 @@ def _sft(job: Job, base: Path, prime: Path, out: Path):
 def _train(fn: Callable, job: Job, *paths: Path):
     "Train in this process, or on the workers of a team; the last path is where"
     cfg = job.cfg
-    if not cfg.spreads:
+    if not cfg.run.spreads:
         return fn(job, *paths)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what this process did before, on a GPU that a worker now has
     on_workers(
         fn,
         (job, *(p.resolve() if p.exists() else p for p in paths)),
-        cfg.workers,
+        cfg.run.workers,
         paths[-1],
-        cfg.restarts,
+        cfg.run.restarts,
         1.0 - SHARED * _shared(cfg),
     )
 
@@ -545,12 +555,12 @@ SHARED = (
 
 def _shared(cfg: Config) -> bool:
     "Are there too few GPUs for workers and engines to have one each?"
-    if cfg.engine != "vllm":
+    if cfg.run.engine != "vllm":
         return False
     start_ray()
     import ray
 
-    return 0 < ray.cluster_resources().get("GPU", 0) < cfg.workers + cfg.engines
+    return 0 < ray.cluster_resources().get("GPU", 0) < cfg.run.workers + cfg.run.engines
 
 
 def make_engine(
@@ -562,61 +572,61 @@ def make_engine(
     team: Team = Team(),
 ) -> Engine:
     "The sampler that a configuration asks for, with the model's weights"
-    if cfg.engine == "default":
+    if cfg.run.engine == "default":
         return LlamaEngine(
             model,
             tokenizer.eos_token_id,
-            cfg.engine_rows,
+            cfg.run.engine_rows,
             known_ids(tokenizer),
-            torch.bfloat16 if cfg.ppo_bf16 else None,
+            torch.bfloat16 if cfg.ppo.bf16 else None,
         )
     if not team.first:
         return Elsewhere()
     from stars.rl.engines import RayEngine, VLLMEngine
 
-    context = max(map(len, token_ids(tokenizer, prompts))) + cfg.ppo_max_tokens
+    context = max(map(len, token_ids(tokenizer, prompts))) + cfg.ppo.max_tokens
     make = partial(
         VLLMEngine,
         path.resolve() if path.exists() else path,
         tokenizer,
-        "bfloat16" if cfg.ppo_bf16 else "float32",
+        "bfloat16" if cfg.ppo.bf16 else "float32",
         context,
-        cfg.engine_memory,
+        cfg.run.engine_memory,
     )
-    if not cfg.engines:
+    if not cfg.run.engines:
         return make(sleeps=torch.cuda.is_available())
     share = _shared(cfg)
-    return RayEngine(cfg.engines, partial(make, sleeps=share), gpus=SHARED if share else None)
+    return RayEngine(cfg.run.engines, partial(make, sleeps=share), gpus=SHARED if share else None)
 
 
 def ppo_stage(job: Job) -> Path:
     "PPO from the primed model: checkpoints step-NNNN/ and metrics.jsonl"
     cfg, start, data = job.cfg, sft_stage(job), data_stage(job)
-    settings = dict(seed=job.seed) | cfg.settings("template", "ppo_", "lora_")
+    settings = dict(seed=job.seed) | cfg.settings("world.template", "ppo", "lora")
     inputs = dict(data=data.name, start=_base_digest(start))
     return stage(job.dir, "ppo", settings, inputs, lambda out: _train(_ppo, job, start, data, out), **job.how)
 
 
 def _ppo(job: Job, start: Path, data: Path, out: Path):
     "PPO, as each worker runs it"
-    cfg, team, tok = job.cfg, Team.join(job.cfg.shard), load_tokenizer(start)
+    cfg, team, tok = job.cfg, Team.join(job.cfg.run.shard), load_tokenizer(start)
     problems, prompt = _problems(job, data, "train", tok), prompt_for(cfg, tok)
-    half = number_type(cfg.ppo_bf16)
-    policy = load_model(start, device(), bf16=cfg.ppo_bf16)
+    half = number_type(cfg.ppo.bf16)
+    policy = load_model(start, device(), bf16=cfg.ppo.bf16)
     engine = make_engine(cfg, policy, start, tok, map(prompt, problems), team)
     try:
         ppo(
-            prepare(policy, cfg.remat, cfg.lora_rank, cfg.lora_alpha, job.seed),
+            prepare(policy, cfg.run.remat, cfg.lora.rank, cfg.lora.alpha, job.seed),
             tok,
             problems,
             out,
-            cfg.ppo(job.seed),
+            replace(cfg.ppo, seed=job.seed),
             prompt,
             engine,
             lambda: load_model(start, device(), half),
             progress=job.progress,
             team=team,
-            share_device=cfg.engine == "vllm" or cfg.shard,
+            share_device=cfg.run.engine == "vllm" or cfg.run.shard,
         )
     finally:
         engine.close()
@@ -634,7 +644,7 @@ def eval_stage(job: Job) -> Path:
         problems, prompt = _problems(job, data, "eval", tok), prompt_for(cfg, tok)
         try:
             for ckpt in tqdm(left, desc="eval", disable=not job.progress):
-                model, step = load_model(ckpt, device(), number_type(cfg.ppo_bf16)), int(ckpt.name[5:])
+                model, step = load_model(ckpt, device(), number_type(cfg.ppo.bf16)), int(ckpt.name[5:])
                 if engine is None:
                     engine = make_engine(cfg, model, ckpt, tok, map(prompt, problems))
                 else:
@@ -646,10 +656,10 @@ def eval_stage(job: Job) -> Path:
                         engine,
                         tok,
                         problems,
-                        cfg.ppo_max_tokens,
-                        cfg.eval_samples,
-                        cfg.eval_temperature,
-                        f"{cfg.eval_seed}/{job.seed}/{step}",
+                        cfg.ppo.max_tokens,
+                        cfg.eval.samples,
+                        cfg.eval.temperature,
+                        f"{cfg.eval.seed}/{job.seed}/{step}",
                         prompt,
                         labels,
                     ),
@@ -662,8 +672,8 @@ def eval_stage(job: Job) -> Path:
         with replacing(out / "results.csv") as tmp:
             table.to_csv(tmp, index=False)
 
-    settings = dict(seed=job.seed, max_tokens=cfg.ppo_max_tokens, rules=RULES_VERSION) | cfg.settings(
-        "template", "eval_"
+    settings = dict(seed=job.seed, max_tokens=cfg.ppo.max_tokens, rules=RULES_VERSION) | cfg.settings(
+        "world.template", "eval"
     )
     return stage(job.dir, "eval", settings, dict(data=data.name, ppo=run_.name), run, **job.how)
 
@@ -769,7 +779,7 @@ def run_jobs(
 def _build_all(jobs: Sequence[Job], workers: int, progress: Progress | None) -> dict[Job, Future]:
     "Build jobs one by one or side by side, and say how far they are"
     for cfg in {j.cfg: None for j in jobs}:
-        warn_of_slow_half(device(), {k: getattr(cfg, k) for k in ("sft_bf16", "ppo_bf16")})
+        warn_of_slow_half(device(), {"sft.bf16": cfg.sft.bf16, "ppo.bf16": cfg.ppo.bf16})
     if progress is None or not set(jobs) <= progress.chains.keys():
         progress = progress_of(jobs)
     progress.workers = max(1, workers)

@@ -8,12 +8,12 @@ __all__ = ['GIB', 'PARTS', 'RESERVE_SHARE', 'RESERVE_FIXED', 'Phase', 'Plan', 'm
 
 # %% ../../nbs/lab/78_plan.ipynb #c003
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 
 import pandas as pd
 
-from .configs import Config
+from .configs import Config, changed, with_settings
 from .experiments import base_stage, is_built
 from stars.lab.memory import (
     Shape,
@@ -29,6 +29,7 @@ from stars.lab.memory import (
 from .stages import Job
 from ..models.checkpoints import BASES
 from ..models.micro import attention, micro_words
+from ..util.files import dotted
 
 # %% ../../nbs/lab/78_plan.ipynb #c006
 GIB = 2**30
@@ -84,42 +85,42 @@ def micro_shape(cfg: Config) -> Shape:
     "The shape of the micro bases of a configuration"
     return Shape.of(
         llama_config(
-            len(micro_words(cfg.top)),
-            cfg.base_hidden,
-            cfg.base_layers,
-            cfg.base_heads,
-            cfg.base_heads,
-            cfg.base_ffn,
-            cfg.base_context,
+            len(micro_words(cfg.world.top)),
+            cfg.base.hidden,
+            cfg.base.layers,
+            cfg.base.heads,
+            cfg.base.heads,
+            cfg.base.ffn,
+            cfg.base.max_length,
         )
     )
 
 
 def _split(cfg: Config) -> int:
-    return cfg.workers if cfg.shard else 1
+    return cfg.run.workers if cfg.run.shard else 1
 
 
 def _trained(shape: Shape, n: int, cfg: Config) -> int:
-    return shape.adapters(cfg.lora_rank) if cfg.lora_rank else n
+    return shape.adapters(cfg.lora.rank) if cfg.lora.rank else n
 
 
 def _held(shape: Shape, n: int, cfg: Config) -> dict[str, int]:
     "Weights, gradients and moments of a model of n parameters"
     t, split = _trained(shape, n, cfg), _split(cfg)
     return dict(
-        weights=4 * (n + t * bool(cfg.lora_rank)) // split, gradients=4 * t // split, moments=8 * t // split
+        weights=4 * (n + t * bool(cfg.lora.rank)) // split, gradients=4 * t // split, moments=8 * t // split
     )
 
 
 def _exchange(shape: Shape, n: int, cfg: Config, bf16: bool) -> int:
     "What workers need to talk to each other: gathered blocks and gradients on their way, or buckets of gradients"
-    if cfg.workers == 1:
+    if cfg.run.workers == 1:
         return 0
-    if not cfg.shard:
+    if not cfg.run.shard:
         return 4 * _trained(shape, n, cfg)
     size, leaving = (
         2 if bf16 else 4,
-        shape.adapters(cfg.lora_rank) // shape.layers if cfg.lora_rank else shape.block + shape.head,
+        shape.adapters(cfg.lora.rank) // shape.layers if cfg.lora.rank else shape.block + shape.head,
     )
     return (
         size * (3 * shape.block + shape.head) + (size + 4) * leaving
@@ -153,9 +154,9 @@ def _training(shape: Shape, cfg: Config, tokens: int, length: int, bf16: bool) -
         shape,
         max(tokens, length),
         bf16,
-        cfg.remat,
+        cfg.run.remat,
         False,
-        cfg.lora_rank,
+        cfg.lora.rank,
         _kernel(shape, bf16),
         length,
         bf16 and _split(cfg) > 1,
@@ -166,18 +167,18 @@ def _training(shape: Shape, cfg: Config, tokens: int, length: int, bf16: bool) -
 def _rl(shape: Shape, cfg: Config, prompt: int, memory: float, beside: bool) -> dict[str, dict[str, int]]:
     "The phases of a PPO step; `beside`: a vLLM engine lies on the same device"
     bf16, n, body, length, rollouts = (
-        cfg.ppo_bf16,
+        cfg.ppo.bf16,
         shape.parameters,
         shape.body + shape.hidden,
-        prompt + cfg.ppo_max_tokens,
-        cfg.ppo_prompts * cfg.ppo_samples,
+        prompt + cfg.ppo.max_tokens,
+        cfg.ppo.prompts * cfg.ppo.samples,
     )
     size, split, vllm, gae, tokens = (
         2 if bf16 else 4,
         _split(cfg),
-        cfg.engine == "vllm",
-        cfg.ppo_estimator == "gae",
-        max(cfg.ppo_micro_tokens, length),
+        cfg.run.engine == "vllm",
+        cfg.ppo.estimator == "gae",
+        max(cfg.ppo.micro_tokens, length),
     )
     half, own, critic = bf16 and split > 1, _held(shape, n, cfg), _held(shape, body, cfg)
     if not gae:
@@ -186,23 +187,25 @@ def _rl(shape: Shape, cfg: Config, prompt: int, memory: float, beside: bool) -> 
         {}
         if vllm
         else sampling_bytes(
-            shape, ceil(rollouts / cfg.workers), prompt, cfg.ppo_max_tokens, size, cfg.engine_rows
+            shape, ceil(rollouts / cfg.run.workers), prompt, cfg.ppo.max_tokens, size, cfg.run.engine_rows
         )
     )
     awake, asleep = (
-        (int(cfg.engine_memory * memory) * beside, int(RESERVE_FIXED) * beside) if vllm else (size * n,) * 2
+        (int(cfg.run.engine_memory * memory) * beside, int(RESERVE_FIXED) * beside)
+        if vllm
+        else (size * n,) * 2
     )
     stay = dict(
         weights=own["weights"],
         moments=own["moments"],
         critic=critic["weights"] + critic["moments"],
-        reference=size * n // split * bool(cfg.ppo_kl_coef),
+        reference=size * n // split * bool(cfg.ppo.kl_coef),
     )
     exchange = _exchange(shape, n, cfg, bf16)
     if split > 1:
         apart, exchange = (
             {},
-            exchange + size * shape.head * bool(cfg.ppo_kl_coef),
+            exchange + size * shape.head * bool(cfg.ppo.kl_coef),
         )  # the reference's embedding stays gathered
     else:
         apart = dict(exchange=(exchange := exchange + _exchange(shape, body, cfg, bf16) * gae))
@@ -210,27 +213,29 @@ def _rl(shape: Shape, cfg: Config, prompt: int, memory: float, beside: bool) -> 
     after = (
         stay
         | dict(sampler=asleep, exchange=exchange, batch=rollouts * length * (8 + 4 * 7))
-        | ({} if cfg.shard else {k: drawing.get(k, 0) for k in ("cache", "graphs")})
+        | ({} if cfg.run.shard else {k: drawing.get(k, 0) for k in ("cache", "graphs")})
     )
-    scores = bool(cfg.ppo_kl_coef or cfg.ppo_is_cap)  # are logprobs asked for?
+    scores = bool(cfg.ppo.kl_coef or cfg.ppo.is_cap)  # are logprobs asked for?
     looking = dict(
         casts=cast_bytes(
             shape,
             bf16 and not half,
-            1 if cfg.lora_rank or not (gae or cfg.ppo_is_cap) else shape.layers,
-            bool(cfg.ppo_is_cap),
+            1 if cfg.lora.rank or not (gae or cfg.ppo.is_cap) else shape.layers,
+            bool(cfg.ppo.is_cap),
         ),
         activations=forward_bytes(shape, tokens, size),
         logits=logit_bytes(shape, tokens, 10 if bf16 else 12, size) * scores,
     )
-    work = pass_bytes(shape, tokens, bf16, cfg.remat, True, cfg.lora_rank, _kernel(shape, bf16), length, half)
-    whole = lambda m: 4 * (m + _trained(shape, m, cfg) * bool(cfg.lora_rank))
+    work = pass_bytes(
+        shape, tokens, bf16, cfg.run.remat, True, cfg.lora.rank, _kernel(shape, bf16), length, half
+    )
+    whole = lambda m: 4 * (m + _trained(shape, m, cfg) * bool(cfg.lora.rank))
     start = (
         {
             "ppo start": dict(
                 weights=whole(n),
                 critic=whole(body) * gae,
-                reference=size * n * bool(cfg.ppo_kl_coef),
+                reference=size * n * bool(cfg.ppo.kl_coef),
                 sampler=awake,
             )
         }
@@ -262,28 +267,32 @@ def plan(
     if prompt is not None and prompt < 1:
         raise ValueError(f"prompt={prompt} tokens must be at least 1")
     shape, total = micro_shape(cfg) if model in BASES else shape_of(model), memory * GIB
-    prompt = prompt or (cfg.micro_prompt if cfg.template == "micro" else 256)
+    prompt = prompt or (cfg.world.prompt_tokens if cfg.world.template == "micro" else 256)
     size, room, vllm = (
-        2 if cfg.ppo_bf16 else 4,
+        2 if cfg.ppo.bf16 else 4,
         max(0, total * (1 - RESERVE_SHARE) - RESERVE_FIXED),
-        cfg.engine == "vllm",
+        cfg.run.engine == "vllm",
     )
-    copy, responses = size * shape.parameters, cfg.data_eval * cfg.eval_samples
-    alone, base = replace(cfg, workers=1, shard=False, remat=False, lora_rank=0), cfg.pretraining()
+    copy, responses = size * shape.parameters, cfg.data.eval * cfg.eval.samples
+    alone, base = changed(cfg, run=dict(workers=1, shard=False, remat=False), lora=dict(rank=0)), cfg.base
     phases = (
         {"base": _training(shape, alone, base.micro_tokens, base.max_length, base.bf16)}
         if _pretrains(cfg, model)
         else {}
     )
-    phases["sft"] = _training(shape, cfg, cfg.sft_micro_tokens, cfg.sft_max_length, cfg.sft_bf16)
-    phases |= _rl(shape, cfg, prompt, total, vllm and (not cfg.engines or gpus < cfg.workers + cfg.engines))
-    phases["eval"] = dict(weights=copy, sampler=int(cfg.engine_memory * total) if vllm else copy) | (
-        {} if vllm else sampling_bytes(shape, responses, prompt, cfg.ppo_max_tokens, size, cfg.engine_rows)
+    phases["sft"] = _training(shape, cfg, cfg.sft.micro_tokens, cfg.sft.max_length, cfg.sft.bf16)
+    phases |= _rl(
+        shape, cfg, prompt, total, vllm and (not cfg.run.engines or gpus < cfg.run.workers + cfg.run.engines)
+    )
+    phases["eval"] = dict(weights=copy, sampler=int(cfg.run.engine_memory * total) if vllm else copy) | (
+        {}
+        if vllm
+        else sampling_bytes(shape, responses, prompt, cfg.ppo.max_tokens, size, cfg.run.engine_rows)
     )
     out = [Phase(name, {p: int(parts.get(p, 0)) for p in PARTS}, room) for name, parts in phases.items()]
     if vllm:
-        least = dict(sampler=copy, cache=cache_bytes(shape, 1, prompt + cfg.ppo_max_tokens, size))
-        out.append(Phase("vllm engine", {p: least.get(p, 0) for p in PARTS}, cfg.engine_memory * total))
+        least = dict(sampler=copy, cache=cache_bytes(shape, 1, prompt + cfg.ppo.max_tokens, size))
+        out.append(Phase("vllm engine", {p: least.get(p, 0) for p in PARTS}, cfg.run.engine_memory * total))
     return Plan(cfg, model, shape, gpus, total, prompt, tuple(out))
 
 # %% ../../nbs/lab/78_plan.ipynb #c011
@@ -291,23 +300,27 @@ def batch_arithmetic(
     p: Plan,
 ) -> dict[str, float]:  # what → how many; sizes in bytes
     "Prompts to minibatches to micro-batches, updates, tokens, and the disk"
-    c, length = p.cfg, p.prompt + p.cfg.ppo_max_tokens
-    rollouts, n, share = c.ppo_prompts * c.ppo_samples, p.shape.parameters, ceil(c.ppo_minibatch / c.workers)
+    c, length = p.cfg, p.prompt + p.cfg.ppo.max_tokens
+    rollouts, n, share = (
+        c.ppo.prompts * c.ppo.samples,
+        p.shape.parameters,
+        ceil(c.ppo.minibatch / c.run.workers),
+    )
     state = lambda n: 12 * _trained(p.shape, n, c)
-    critic = state(p.shape.body + p.shape.hidden) if c.ppo_estimator == "gae" else 0
-    sft_updates, checkpoints = c.sft_epochs * ceil(c.prime_rows / c.sft_batch_size), c.checkpoints
+    critic = state(p.shape.body + p.shape.hidden) if c.ppo.estimator == "gae" else 0
+    sft_updates, checkpoints = c.sft.epochs * ceil(c.priming.rows / c.sft.batch_size), c.checkpoints
     return dict(
         rollouts=rollouts,
-        rollouts_per_worker=ceil(rollouts / c.workers),
-        tokens_per_worker=ceil(rollouts / c.workers) * length,
-        minibatches=rollouts // c.ppo_minibatch,
+        rollouts_per_worker=ceil(rollouts / c.run.workers),
+        tokens_per_worker=ceil(rollouts / c.run.workers) * length,
+        minibatches=rollouts // c.ppo.minibatch,
         minibatch_per_worker=share,
-        micro_batches=ceil(share / max(1, c.ppo_micro_tokens // length)),
+        micro_batches=ceil(share / max(1, c.ppo.micro_tokens // length)),
         sft_updates=sft_updates,
-        ppo_updates=c.ppo_steps * c.ppo_epochs * rollouts // c.ppo_minibatch,
-        sampled=c.ppo_steps * rollouts * c.ppo_max_tokens,
+        ppo_updates=c.ppo.steps * c.ppo.epochs * rollouts // c.ppo.minibatch,
+        sampled=c.ppo.steps * rollouts * c.ppo.max_tokens,
         checkpoints=checkpoints,
-        checkpoint_bytes=(size := 2 if c.ppo_bf16 else 4) * n,
+        checkpoint_bytes=(size := 2 if c.ppo.bf16 else 4) * n,
         checkpoints_bytes=size * n * checkpoints + 4 * n,  # and the primed model
         sft_state_bytes=state(n),
         ppo_state_bytes=state(n) + critic,
@@ -320,13 +333,13 @@ def problems(
     "What stands in the way of a plan"
     c, out = p.cfg, []
     gib = lambda x: f"{x / GIB:.1f} GiB"
-    if c.devices > p.gpus:
+    if c.run.devices > p.gpus:
         out.append(
-            f"{'workers' if c.workers == c.devices else 'engines'}={c.devices} need {c.devices} GPUs and there {'is' if p.gpus == 1 else 'are'} {p.gpus}"
+            f"run.{'workers' if c.run.workers == c.run.devices else 'engines'}={c.run.devices} need {c.run.devices} GPUs and there {'is' if p.gpus == 1 else 'are'} {p.gpus}"
         )
-    if p.prompt + c.ppo_max_tokens > p.shape.context:
+    if p.prompt + c.ppo.max_tokens > p.shape.context:
         out.append(
-            f"a prompt of {p.prompt} tokens and ppo_max_tokens={c.ppo_max_tokens} exceed the context of {p.shape.context}"
+            f"a prompt of {p.prompt} tokens and ppo.max_tokens={c.ppo.max_tokens} exceed the context of {p.shape.context}"
         )
     for x in sorted((x for x in p.phases if x.total > x.room), key=lambda x: x.room - x.total):
         large = sorted(x.parts, key=x.parts.get, reverse=True)[:3]
@@ -337,7 +350,7 @@ def problems(
 
 
 def _excess(p: Plan) -> tuple[int, float]:  # devices and bytes that are missing
-    return max(0, p.cfg.devices - p.gpus), sum(max(0, x.total - x.room) for x in p.phases)
+    return max(0, p.cfg.run.devices - p.gpus), sum(max(0, x.total - x.room) for x in p.phases)
 
 
 def _halves(n: int, least: int) -> Iterator[int]:
@@ -348,47 +361,48 @@ def _halves(n: int, least: int) -> Iterator[int]:
 def _changes(p: Plan) -> Iterator[dict]:
     "Settings to try, the cheapest first; later ones are tried on top of those that helped"
     c, sharing = p.cfg, p.gpus if p.gpus > 1 else 0
-    if c.workers > p.gpus:
-        yield dict(workers=p.gpus, shard=p.gpus > 1)
-    if c.engines > p.gpus:
-        yield dict(engines=sharing)
-    yield dict(remat=True)
-    if c.workers > 1:
-        yield dict(shard=True)
-    if c.workers < p.gpus:
-        yield dict(workers=p.gpus, shard=True)
-    for n in _halves(c.base_micro_tokens, c.base_context):
-        yield dict(base_micro_tokens=n)
-    for n in _halves(c.sft_micro_tokens, c.sft_max_length):
-        yield dict(sft_micro_tokens=n)
-    for n in _halves(c.ppo_micro_tokens, p.prompt + c.ppo_max_tokens):
-        yield dict(ppo_micro_tokens=n)
-    for n in _halves(c.engine_rows, 16):
-        yield dict(engine_rows=n)
-    yield dict(ppo_bf16=True)
+    if c.run.workers > p.gpus:
+        yield {"run.workers": p.gpus, "run.shard": p.gpus > 1}
+    if c.run.engines > p.gpus:
+        yield {"run.engines": sharing}
+    yield {"run.remat": True}
+    if c.run.workers > 1:
+        yield {"run.shard": True}
+    if c.run.workers < p.gpus:
+        yield {"run.workers": p.gpus, "run.shard": True}
+    for n in _halves(c.base.micro_tokens, c.base.max_length):
+        yield {"base.micro_tokens": n}
+    for n in _halves(c.sft.micro_tokens, c.sft.max_length):
+        yield {"sft.micro_tokens": n}
+    for n in _halves(c.ppo.micro_tokens, p.prompt + c.ppo.max_tokens):
+        yield {"ppo.micro_tokens": n}
+    for n in _halves(c.run.engine_rows, 16):
+        yield {"run.engine_rows": n}
+    yield {"ppo.bf16": True}
     sampler = [
-        dict(engine="vllm", engines=sharing, engine_memory=m)
+        {"run.engine": "vllm", "run.engines": sharing, "run.engine_memory": m}
         for m in (0.4, 0.3, 0.25, 0.2, 0.15)
-        if c.engine != "vllm" or m < c.engine_memory
+        if c.run.engine != "vllm" or m < c.run.engine_memory
     ]
     yield from sampler
-    yield dict(lora_rank=16)
+    yield {"lora.rank": 16}
     yield from sampler
 
 
 def remedy(
     p: Plan,
-) -> dict | None:  # fields of `Config` to change so that it fits; None: nothing tried does
+) -> dict | None:  # settings to change, by name, so that it fits; None: nothing tried does
     "Search for settings that fit"
 
     def counted(changes):
         try:
-            return plan(replace(p.cfg, **changes).validate(), p.model, p.gpus, p.memory / GIB, p.prompt)
+            return plan(with_settings(p.cfg, changes), p.model, p.gpus, p.memory / GIB, p.prompt)
         except ValueError:
             return None
 
     fits = lambda changes: (q := counted(changes)) is not None and not problems(q)
-    steps = [s for s in _changes(p) if any(getattr(p.cfg, k) != v for k, v in s.items())]
+    now = dotted(asdict(p.cfg))
+    steps = [s for s in _changes(p) if any(now[k] != v for k, v in s.items())]
     kept, best = {}, p
     for s in steps:
         q = counted(kept | s)
@@ -401,9 +415,9 @@ def remedy(
     for k in 2 * list(
         reversed(kept)
     ):  # the last first, since they cost most; twice, since one may have needed another
-        values = [getattr(p.cfg, k), *(s[k] for s in steps if k in s)]
+        values = [now[k], *(s[k] for s in steps if k in s)]
         kept = kept | {k: next(v for v in values if fits(kept | {k: v}))}
-    return {k: v for k, v in kept.items() if v != getattr(p.cfg, k)}
+    return {k: v for k, v in kept.items() if v != now[k]}
 
 
 def check(
@@ -439,12 +453,12 @@ def engine_responses(
     p: Plan,
 ) -> int:  # of full length, in the cache of one engine; 0: the weights leave no room
     "How many responses a vLLM engine can have in the air"
-    size = 2 if p.cfg.ppo_bf16 else 4
+    size = 2 if p.cfg.ppo.bf16 else 4
     return max(
         0,
         int(
-            (p.cfg.engine_memory * p.memory - size * p.shape.parameters)
-            // cache_bytes(p.shape, 1, p.prompt + p.cfg.ppo_max_tokens, size)
+            (p.cfg.run.engine_memory * p.memory - size * p.shape.parameters)
+            // cache_bytes(p.shape, 1, p.prompt + p.cfg.ppo.max_tokens, size)
         ),
     )
 
@@ -476,17 +490,17 @@ def show_plan(
     many = lambda n, what: f"{n:,} {what}{'' if n == 1 else 's'}"
     return "\n".join(
         [
-            f"{p.model}: {p.shape.parameters / 1e6:,.1f}M parameters; {many(p.gpus, 'GPU')} of {p.memory / GIB:g} GiB, {many(c.workers, 'worker')}"
-            f"{', sharded' if c.shard and c.workers > 1 else ''}{', blocks recomputed' if c.remat else ''}{f', LoRA of rank {c.lora_rank}' if c.lora_rank else ''}",
+            f"{p.model}: {p.shape.parameters / 1e6:,.1f}M parameters; {many(p.gpus, 'GPU')} of {p.memory / GIB:g} GiB, {many(c.run.workers, 'worker')}"
+            f"{', sharded' if c.run.shard and c.run.workers > 1 else ''}{', blocks recomputed' if c.run.remat else ''}{f', LoRA of rank {c.lora.rank}' if c.lora.rank else ''}",
             "",
             plan_table(p).to_string(float_format=lambda x: f"{x:.2f}" if abs(x) < 10 else f"{x:.1f}"),
             "",
             f"reserve, off the headroom: {RESERVE_SHARE:.0%} of a device for fragments of the allocator, {RESERVE_FIXED / GIB:g} GiB for the contexts of CUDA and NCCL",
-            f"sft: {many(b['sft_updates'], 'update')} of {c.sft_batch_size} examples; a state {gb(b['sft_state_bytes'])}",
-            f"ppo step: {c.ppo_prompts} prompts × {c.ppo_samples} = {many(b['rollouts'], 'rollout')} in {many(b['minibatches'], 'minibatch').replace('minibatchs', 'minibatches')} of {c.ppo_minibatch}",
+            f"sft: {many(b['sft_updates'], 'update')} of {c.sft.batch_size} examples; a state {gb(b['sft_state_bytes'])}",
+            f"ppo step: {c.ppo.prompts} prompts × {c.ppo.samples} = {many(b['rollouts'], 'rollout')} in {many(b['minibatches'], 'minibatch').replace('minibatchs', 'minibatches')} of {c.ppo.minibatch}",
             *(
                 [f"a vLLM engine has room for {engine_responses(p):,} responses of full length at once"]
-                if c.engine == "vllm"
+                if c.run.engine == "vllm"
                 else []
             ),
             f"per worker: {many(b['rollouts_per_worker'], 'rollout')}, at most {many(b['tokens_per_worker'], 'token')} a step; at full length {many(b['minibatch_per_worker'], 'rollout')} of a minibatch in "

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import datetime
 from heapq import heapreplace
 from math import ceil
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from ..habits.priming import METHODS
+from ..util.files import dotted
 
 if TYPE_CHECKING:
     from stars.lab.stages import Job
@@ -91,9 +93,9 @@ def count(
     rows: list[dict],  # of its metrics so far
 ) -> int | None:  # None: not known before the first of several epochs has ended
     "How many updates a training will make, from what lies in its folder"
-    if "ppo_steps" in config:
-        return config["ppo_steps"]
-    epochs = next((config[k] for k in ("sft_epochs", "cpt_epochs", "base_epochs") if k in config), None)
+    if "ppo.steps" in config:
+        return config["ppo.steps"]
+    epochs = next((config[k] for k in ("sft.epochs", "cpt.epochs", "base.epochs") if k in config), None)
     second = next((r["step"] for r in rows if r.get("epoch", 0) > 0), None)
     return epochs and second and epochs * (second - 1)
 
@@ -145,7 +147,7 @@ class Stage:
             self.complete, self.at = bool(self.kind) and folder == self.path, _written(folder)
             self.begun = _time(folder / "config.json")
             if not self.config and self.begun:
-                self.config = json.loads((folder / "config.json").read_text())
+                self.config = dotted(json.loads((folder / "config.json").read_text()))
             if self.complete:
                 self.took = session_seconds(folder)
             if not self.rows:
@@ -216,14 +218,16 @@ def units(
     "Updates, steps or checkpoints of a job's stage"
     cfg = job.cfg
     if kind == "ppo":
-        return cfg.ppo_steps
+        return cfg.ppo.steps
     if kind == "eval":
         return cfg.checkpoints
     if kind not in ("base", "sft"):
         return 0
-    how = cfg.pretraining() if kind == "base" else job.sft
-    text = 2 * cfg.curate_budget // cfg.curate_length  # texts are about half as long as they may be
-    rows = rows or (cfg.base_docs if kind == "base" else text if job.condition in METHODS else cfg.prime_rows)
+    how = cfg.base if kind == "base" else job.sft
+    text = 2 * cfg.curation.budget // cfg.curation.length  # texts are about half as long as they may be
+    rows = rows or (
+        cfg.base.docs if kind == "base" else text if job.condition in METHODS else cfg.priming.rows
+    )
     return ceil(rows / how.batch_size) * how.epochs
 
 # %% ../../nbs/lab/74_progress.ipynb #c024
@@ -250,7 +254,7 @@ def belongs(
     settings: dict,  # the job's, as JSON has them
 ) -> bool:
     "Do its settings say so? A plain base has no habits, whatever is set for a rich one"
-    skip = ("base_share", "base_mix") if job.model == "plain" else ()
+    skip = ("base.share", "base.mix") if job.model == "plain" else ()
     differ = [k for k, v in stage.config.items() if k not in skip and settings.get(k, v) != v]
     return bool(stage.config) and not differ
 
@@ -277,8 +281,11 @@ class Chain:
         primed = [] if job.condition == "base" else ["prime", "sft"]
         self.job, self.kinds = job, ["base"] * base + primed + ["ppo", "eval"]
         self.stages, self.all, self.rows = {}, {}, 0  # one of each kind; all; rows to train on, once known
-        fields = vars(job.cfg) | job.cfg.settings("template") | dict(seed=job.seed, condition=job.condition)
-        self.settings = json.loads(json.dumps(fields))
+        self.settings = dotted(json.loads(json.dumps(asdict(job.cfg)))) | {
+            "world.template": job.cfg.world.prompt_key,
+            "seed": job.seed,
+            "condition": job.condition,
+        }
 
     def look(self):
         "Read what is new"

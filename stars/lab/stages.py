@@ -13,7 +13,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -231,7 +231,7 @@ class Job:
 
     @property
     def sft(self) -> SFTConfig:  # of what comes before RL: priming, or continued pretraining
-        return (self.cfg.continued if self.condition in METHODS else self.cfg.sft)(self.seed)
+        return replace(self.cfg.cpt if self.condition in METHODS else self.cfg.sft, seed=self.seed)
 
     @property
     def how(self) -> dict:

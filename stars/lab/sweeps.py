@@ -34,6 +34,7 @@ from .stages import Job
 from ..models.arithmetic import share_cores
 from ..models.parallel import start_ray
 from ..rl.loops import read_log
+from ..util.files import dotted
 from ..util.workers import cores
 
 # %% ../../nbs/lab/76_sweeps.ipynb #c006
@@ -50,17 +51,17 @@ def check_jobs(jobs: Sequence[Job]):
 def shared_stages(job: Job) -> dict[tuple, Job]:  # (stage, what it belongs to …) → a job that builds it
     "Stages of a job that others may need too, in the order in which they are built"
     cfg, out = job.cfg, {("data", job.cfg): job, ("base", job.cfg, job.model): job}
-    if job.condition == "incorrect_only" and cfg.prime_failures == "sampled":
-        mix = replace(job, condition=cfg.prime_mix)
+    if job.condition == "incorrect_only" and cfg.priming.failures == "sampled":
+        mix = replace(job, condition=cfg.priming.mix)
         out["sft", mix] = mix
-    if job.condition in METHODS and not cfg.curate_file:
+    if job.condition in METHODS and not cfg.curation.file:
         out["curate", cfg] = job
     return out
 
 # %% ../../nbs/lab/76_sweeps.ipynb #c012
 def share_of(job: Job, gpus: float, cpus: float) -> dict[str, float]:  # options of a Ray task
     "What a job's task holds"
-    return dict(num_gpus=0, num_cpus=0) if job.cfg.spreads else dict(num_gpus=gpus, num_cpus=cpus)
+    return dict(num_gpus=0, num_cpus=0) if job.cfg.run.spreads else dict(num_gpus=gpus, num_cpus=cpus)
 
 
 def check_share(
@@ -117,13 +118,14 @@ def begun(
     cfg: Config,  # whose stages
 ) -> dict[str, float]:  # "ppo-HASH" → when it started or went on
     "Stages of a configuration that lie in a folder"
-    mine, out = json.loads(json.dumps(asdict(cfg) | cfg.settings("template"))), {}
+    mine, out = dotted(json.loads(json.dumps(asdict(cfg)))), {}
+    mine["world.template"] = cfg.world.prompt_key
     for p in where.glob("*-*/config.json"):
         try:
             config, at = json.loads(p.read_text()), p.stat().st_mtime
         except (OSError, ValueError):
             continue  # renamed or written at this moment
-        if all(mine.get(k, v) == v for k, v in config.items() if k not in ("base_share", "base_mix")):
+        if all(mine.get(k, v) == v for k, v in dotted(config).items() if k not in ("base.share", "base.mix")):
             out[p.parent.name.removesuffix(".partial")] = at  # the plain base's share is always 0
     return out
 
@@ -151,13 +153,13 @@ def progress_of(
         )
     if kind == "ppo":
         return (
-            (f"{rows[-1]['step']}/{cfg.ppo_steps}", rows[-1]["accuracy"])
+            (f"{rows[-1]['step']}/{cfg.ppo.steps}", rows[-1]["accuracy"])
             if rows
-            else (f"0/{cfg.ppo_steps}", None)
+            else (f"0/{cfg.ppo.steps}", None)
         )
     if kind in ("sft", "base") and rows:
         return (
-            f"{rows[-1]['step']}, epoch {rows[-1]['epoch'] + 1}/{(job.sft if kind == 'sft' else cfg.pretraining()).epochs}",
+            f"{rows[-1]['step']}, epoch {rows[-1]['epoch'] + 1}/{(job.sft if kind == 'sft' else cfg.base).epochs}",
             None,
         )
     return "", None
@@ -218,7 +220,7 @@ class Run:
         self.state, self.folder, self.step, self.accuracy = (
             "done",
             folder,
-            f"{last.step}/{self.job.cfg.ppo_steps}",
+            f"{last.step}/{self.job.cfg.ppo.steps}",
             float(last.accuracy),
         )
         if self.started:
@@ -230,7 +232,7 @@ class Run:
 # %% ../../nbs/lab/76_sweeps.ipynb #c024
 def _settings(runs: Sequence[Run]) -> list[str]:
     "For each run, the fields in which the configurations of a sweep differ"
-    cfgs = [asdict(r.job.cfg) for r in runs]
+    cfgs = [dotted(asdict(r.job.cfg)) for r in runs]
     differ = [k for k in cfgs[0] if len({str(c[k]) for c in cfgs}) > 1]
     return [" ".join(f"{k}={c[k]}" for k in differ) for c in cfgs]
 
@@ -354,7 +356,7 @@ def _build(stage: str, job: Job, gpus: float, cpus: float, cwd: str, *needs: str
     "Build a stage in a Ray worker, once what it needs is there"
     if Path(cwd).is_dir():
         os.chdir(cwd)
-    if not gpus and not job.cfg.spreads:
+    if not gpus and not job.cfg.run.spreads:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no card from a task that asks for none
     share_cores(among=cpus)
     ex.quiet()
@@ -486,7 +488,7 @@ def sweep(
     with connected(retries):
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         gpus, at_once = check_share(
-            gpus, cpus, max(r.job.cfg.workers + r.job.cfg.engines for r in runs), nodes
+            gpus, cpus, max(r.job.cfg.run.workers + r.job.cfg.run.engines for r in runs), nodes
         )
         tasks = Tasks(runs, gpus, cpus, retries, at_once)
         try:

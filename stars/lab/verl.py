@@ -12,7 +12,7 @@ import inspect
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 
@@ -20,15 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..habits.priming import METHODS
-from .configs import Config
+from .configs import SEEDS_OF_RUNS, Config
 from .experiments import base_stage, data_stage, prime_stage, prompt_for
 from .stages import Job
 from ..models.checkpoints import BASES, load_tokenizer, token_ids
-from ..rl.sft import SFTConfig, encode
+from ..rl.sft import encode
 from ..task import countdown
 from ..task.countdown import Problem
 from ..task.datasets import from_parquet
-from ..util.files import digest, replacing_folder, write_bytes, write_json, write_table
+from ..util.files import digest, dotted, replacing_folder, write_bytes, write_json, write_table
 
 # %% ../../nbs/lab/79_verl.ipynb #c005
 HOOK = """
@@ -118,164 +118,165 @@ def ppo_counterparts(
     cfg: Config,  # of the experiment
 ) -> dict[str, dict[str, object]]:  # field → verl's names and values
     "Every setting of RL that verl has, too"
-    in_reward = cfg.ppo_kl_in == "reward"
-    return dict(
-        data_rows={"trainer.total_epochs": ceil(cfg.ppo_steps / max(1, cfg.data_rows // cfg.ppo_prompts))},
-        ppo_steps={"trainer.total_training_steps": cfg.ppo_steps},
-        ppo_prompts={"data.train_batch_size": cfg.ppo_prompts},
-        ppo_samples={ROLLOUT + "n": cfg.ppo_samples},
-        ppo_minibatch={
-            **_both("ppo_mini_batch_size", cfg.ppo_minibatch // cfg.ppo_samples),
+    in_reward = cfg.ppo.kl_in == "reward"
+    return {
+        "data.rows": {"trainer.total_epochs": ceil(cfg.ppo.steps / max(1, cfg.data.rows // cfg.ppo.prompts))},
+        "ppo.steps": {"trainer.total_training_steps": cfg.ppo.steps},
+        "ppo.prompts": {"data.train_batch_size": cfg.ppo.prompts},
+        "ppo.samples": {ROLLOUT + "n": cfg.ppo.samples},
+        "ppo.minibatch": {
+            **_both("ppo_mini_batch_size", cfg.ppo.minibatch // cfg.ppo.samples),
             **_both("shuffle", True),
         },
-        ppo_micro_tokens={ACTOR + "use_dynamic_bsz": True},
-        ppo_max_tokens={"data.max_response_length": cfg.ppo_max_tokens},
-        ppo_lr={ACTOR + "optim.lr": cfg.ppo_lr},
-        ppo_critic_lr={CRITIC + "optim.lr": cfg.ppo_critic_lr},
-        ppo_estimator={
-            "algorithm.adv_estimator": ESTIMATORS[cfg.ppo_estimator],
+        "ppo.micro_tokens": {ACTOR + "use_dynamic_bsz": True},
+        "ppo.max_tokens": {"data.max_response_length": cfg.ppo.max_tokens},
+        "ppo.lr": {ACTOR + "optim.lr": cfg.ppo.lr},
+        "ppo.critic_lr": {CRITIC + "optim.lr": cfg.ppo.critic_lr},
+        "ppo.estimator": {
+            "algorithm.adv_estimator": ESTIMATORS[cfg.ppo.estimator],
             "algorithm.norm_adv_by_std_in_grpo": True,
         },
-        ppo_kl_coef={
+        "ppo.kl_coef": {
             "algorithm.kl_ctrl.type": "fixed",
-            "algorithm.kl_ctrl.kl_coef": cfg.ppo_kl_coef,
-            ACTOR + "kl_loss_coef": cfg.ppo_kl_coef,
+            "algorithm.kl_ctrl.kl_coef": cfg.ppo.kl_coef,
+            ACTOR + "kl_loss_coef": cfg.ppo.kl_coef,
         },
-        ppo_kl_in={
-            "algorithm.use_kl_in_reward": in_reward and cfg.ppo_kl_coef > 0,
+        "ppo.kl_in": {
+            "algorithm.use_kl_in_reward": in_reward and cfg.ppo.kl_coef > 0,
             "algorithm.kl_penalty": "kl",
-            ACTOR + "use_kl_loss": not in_reward and cfg.ppo_kl_coef > 0,
+            ACTOR + "use_kl_loss": not in_reward and cfg.ppo.kl_coef > 0,
             ACTOR + "kl_loss_type": "low_var_kl",
         },
-        ppo_temperature={
-            ROLLOUT + "temperature": cfg.ppo_temperature,
+        "ppo.temperature": {
+            ROLLOUT + "temperature": cfg.ppo.temperature,
             ROLLOUT + "top_p": 1.0,
             ROLLOUT + "top_k": -1,
         },
-        ppo_epochs=_both("ppo_epochs", cfg.ppo_epochs),
-        ppo_clip={
-            **{ACTOR + k: cfg.ppo_clip for k in ("clip_ratio", "clip_ratio_low", "clip_ratio_high")},
+        "ppo.epochs": _both("ppo_epochs", cfg.ppo.epochs),
+        "ppo.clip": {
+            **{ACTOR + k: cfg.ppo.clip for k in ("clip_ratio", "clip_ratio_low", "clip_ratio_high")},
             ACTOR + "clip_ratio_c": 1e9,
         },
-        ppo_value_clip={CRITIC + "cliprange_value": cfg.ppo_value_clip},
-        ppo_gamma={"algorithm.gamma": cfg.ppo_gamma},
-        ppo_lam={"algorithm.lam": cfg.ppo_lam},
-        ppo_warmup=_both("optim.lr_warmup_steps", cfg.ppo_warmup)
+        "ppo.value_clip": {CRITIC + "cliprange_value": cfg.ppo.value_clip},
+        "ppo.gamma": {"algorithm.gamma": cfg.ppo.gamma},
+        "ppo.lam": {"algorithm.lam": cfg.ppo.lam},
+        "ppo.warmup": _both("optim.lr_warmup_steps", cfg.ppo.warmup)
         | _both("optim.lr_scheduler_type", "constant"),
-        ppo_weight_decay=_both("optim.weight_decay", cfg.ppo_weight_decay)
+        "ppo.weight_decay": _both("optim.weight_decay", cfg.ppo.weight_decay)
         | _both("optim.betas", [0.9, 0.999]),
-        ppo_max_grad_norm=_both("optim.clip_grad", cfg.ppo_max_grad_norm),
-        ppo_entropy_coef={ACTOR + "entropy_coeff": cfg.ppo_entropy_coef},
-        ppo_format_score={
+        "ppo.max_grad_norm": _both("optim.clip_grad", cfg.ppo.max_grad_norm),
+        "ppo.entropy_coef": {ACTOR + "entropy_coeff": cfg.ppo.entropy_coef},
+        "ppo.format_score": {
             "reward.custom_reward_function.path": "$here/reward.py",
             "reward.custom_reward_function.name": "compute_score",
         },
-        ppo_aggregate={
-            ACTOR + "loss_agg_mode": AGGREGATES[cfg.ppo_aggregate],
+        "ppo.aggregate": {
+            ACTOR + "loss_agg_mode": AGGREGATES[cfg.ppo.aggregate],
             CRITIC + "loss_agg_mode": "token-mean",
-            ACTOR + "loss_scale_factor": cfg.ppo_max_tokens
-            if cfg.ppo_aggregate == "constant-length"
+            ACTOR + "loss_scale_factor": cfg.ppo.max_tokens
+            if cfg.ppo.aggregate == "constant-length"
             else None,
             CRITIC + "loss_scale_factor": None,
         },
-        ppo_save_every={
-            "trainer.save_freq": cfg.ppo_save_every,
-            "trainer.test_freq": cfg.ppo_save_every,
+        "ppo.save_every": {
+            "trainer.save_freq": cfg.ppo.save_every,
+            "trainer.test_freq": cfg.ppo.save_every,
             "trainer.val_before_train": True,
         },
-        ppo_is_cap={"algorithm.rollout_correction.rollout_is": "token" if cfg.ppo_is_cap else None}
-        | ({"algorithm.rollout_correction.rollout_is_threshold": cfg.ppo_is_cap} if cfg.ppo_is_cap else {}),
-        eval_samples={ROLLOUT + "val_kwargs.n": cfg.eval_samples},
-        eval_temperature={
-            ROLLOUT + "val_kwargs.temperature": cfg.eval_temperature,
-            ROLLOUT + "val_kwargs.do_sample": cfg.eval_temperature > 0,
+        "ppo.is_cap": {"algorithm.rollout_correction.rollout_is": "token" if cfg.ppo.is_cap else None}
+        | ({"algorithm.rollout_correction.rollout_is_threshold": cfg.ppo.is_cap} if cfg.ppo.is_cap else {}),
+        "eval.samples": {ROLLOUT + "val_kwargs.n": cfg.eval.samples},
+        "eval.temperature": {
+            ROLLOUT + "val_kwargs.temperature": cfg.eval.temperature,
+            ROLLOUT + "val_kwargs.do_sample": cfg.eval.temperature > 0,
         },
-        ppo_bf16={ACTOR + "fsdp_config.model_dtype": "fp32", CRITIC + "fsdp.model_dtype": "fp32"},
-        engine_memory={ROLLOUT + "gpu_memory_utilization": cfg.engine_memory},
-        remat={
-            MODEL + "enable_gradient_checkpointing": cfg.remat,
-            CRITIC + "model.enable_gradient_checkpointing": cfg.remat,
+        "ppo.bf16": {ACTOR + "fsdp_config.model_dtype": "fp32", CRITIC + "fsdp.model_dtype": "fp32"},
+        "run.engine_memory": {ROLLOUT + "gpu_memory_utilization": cfg.run.engine_memory},
+        "run.remat": {
+            MODEL + "enable_gradient_checkpointing": cfg.run.remat,
+            CRITIC + "model.enable_gradient_checkpointing": cfg.run.remat,
         },
-        lora_rank={
-            MODEL + "lora_rank": cfg.lora_rank,
-            CRITIC + "model.lora_rank": cfg.lora_rank,
-            ROLLOUT + "load_format": "safetensors" if cfg.lora_rank else "dummy",
-            ACTOR + "checkpoint.save_contents": [*SAVED, *(() if cfg.lora_rank else ("hf_model",))],
+        "lora.rank": {
+            MODEL + "lora_rank": cfg.lora.rank,
+            CRITIC + "model.lora_rank": cfg.lora.rank,
+            ROLLOUT + "load_format": "safetensors" if cfg.lora.rank else "dummy",
+            ACTOR + "checkpoint.save_contents": [*SAVED, *(() if cfg.lora.rank else ("hf_model",))],
         },
-        lora_alpha={
-            MODEL + "lora_alpha": int(cfg.lora_alpha),
-            CRITIC + "model.lora_alpha": int(cfg.lora_alpha),
+        "lora.alpha": {
+            MODEL + "lora_alpha": int(cfg.lora.alpha),
+            CRITIC + "model.lora_alpha": int(cfg.lora.alpha),
         },
-    )
+    }
 
 # %% ../../nbs/lab/79_verl.ipynb #c013
 def sft_counterparts(
     cfg: Config,  # of the experiment
 ) -> dict[str, dict[str, object]]:  # field → verl's names and values
     "Every setting of SFT that verl has, too"
-    sft, steps = SFTConfig(), sft_steps(cfg)
-    validate = cfg.prime_val >= cfg.sft_batch_size  # verl drops a batch that is not full
-    return dict(
-        sft_epochs={
-            "trainer.total_epochs": cfg.sft_epochs,
-            "optim.lr_warmup_steps": max(1, round(sft.warmup * steps)),
-            "optim.zero_indexed_step": False,
+    sft, steps = cfg.sft, sft_steps(cfg)
+    validate = cfg.priming.val >= cfg.sft.batch_size  # verl drops a batch that is not full
+    return {
+        "sft.epochs": {
+            "trainer.total_epochs": cfg.sft.epochs,
         },
-        sft_batch_size={"data.train_batch_size": cfg.sft_batch_size},
-        sft_lr={
-            "optim.lr": cfg.sft_lr,
+        "sft.batch_size": {"data.train_batch_size": cfg.sft.batch_size},
+        "sft.lr": {
+            "optim.lr": cfg.sft.lr,
             "optim.lr_scheduler_type": "cosine",
             "optim.min_lr_ratio": 0.1,
             "optim.betas": [0.9, 0.95],
-            "optim.weight_decay": sft.weight_decay,
-            "optim.clip_grad": sft.clip,
         },
-        sft_micro_tokens={"data.max_token_len_per_gpu": cfg.sft_micro_tokens, "data.use_dynamic_bsz": True},
-        sft_max_length={"data.max_length": cfg.sft_max_length, "data.truncation": "error"},
-        sft_bf16={"engine.model_dtype": "fp32"},
-        prime_val={
+        "sft.warmup": {
+            "optim.lr_warmup_steps": max(1, round(sft.warmup * steps)),
+            "optim.zero_indexed_step": False,
+        },
+        "sft.weight_decay": {"optim.weight_decay": sft.weight_decay},
+        "sft.clip": {"optim.clip_grad": sft.clip},
+        "sft.micro_tokens": {
+            "data.max_token_len_per_gpu": cfg.sft.micro_tokens,
+            "data.use_dynamic_bsz": True,
+        },
+        "sft.max_length": {"data.max_length": cfg.sft.max_length, "data.truncation": "error"},
+        "sft.bf16": {"engine.model_dtype": "fp32"},
+        "priming.val": {
             "data.val_files": "$here/sft-val.parquet" if validate else None,
             "trainer.test_freq": "after_each_epoch" if validate else -1,
         },
-        remat={"model.enable_gradient_checkpointing": cfg.remat},
-    )
+        "run.remat": {"model.enable_gradient_checkpointing": cfg.run.remat},
+    }
 
 
 def sft_steps(cfg: Config) -> int:
     return (
-        cfg.prime_rows // cfg.sft_batch_size * cfg.sft_epochs
+        cfg.priming.rows // cfg.sft.batch_size * cfg.sft.epochs
     )  # updates; verl drops a batch that is not full
 
 # %% ../../nbs/lab/79_verl.ipynb #c015
 IN_DATA = (
     "preset",
-    "n_numbers",
-    "min_",
-    "max_",
-    "top",
-    "template",
-    "bos",
-    "data_",
-    "base_",
-    "prime_",
+    "world.",
+    "data.",
+    "base.",
+    "priming.",
     "models",
     "seeds",
     "figures",
-    "corpus_",
-    "curate_",
-    "cpt_",
-    "restarts",
-)  # beginnings of field names: what the export holds already, or what such a run never asks
+    "corpus.",
+    "curation.",
+    "cpt.",
+    "run.restarts",
+)  # beginnings of names: what the export holds already, or what such a run never asks
 
-NOTES = dict(
-    ppo_mask_truncated="",  # refused where it is not False
-    eval_seed="verl's validation draws are not seeded apart from the engine's seed",
-    sft_packing="verl always packs the sequences of a micro-batch",
-    engine="verl samples with vLLM",
-    engines="verl starts one engine per tensor-parallel group",
-    workers="verl uses all GPUs it is given",
-    shard="verl shards parameters, gradients and optimiser among all GPUs",
-)
+NOTES = {
+    "ppo.mask_truncated": "",
+    "eval.seed": "verl's validation draws are not seeded apart from the engine's seed",
+    "sft.save_every": "verl saves after each epoch",
+    "sft.packing": "verl always packs the sequences of a micro-batch",
+    "run.engine": "verl samples with vLLM",
+    "run.engines": "verl starts one engine per tensor-parallel group",
+    "run.workers": "verl uses all GPUs it is given",
+    "run.shard": "verl shards parameters, gradients and optimiser among all GPUs",
+}
 
 
 def differences(
@@ -285,57 +286,56 @@ def differences(
 ) -> list[str]:  # one line each
     "What verl does differently, or does not know"
     exported = {**ppo_counterparts(cfg), **sft_counterparts(cfg)}
-    left = [f.name for f in fields(Config) if f.name not in exported and not f.name.startswith(IN_DATA)]
+    every = dotted(asdict(cfg))
+    left = [f for f in every if f not in exported and not f.startswith((*IN_DATA, *SEEDS_OF_RUNS))]
     lines = [
-        f"{f}={getattr(cfg, f)!r}: {NOTES.get(f, 'has no counterpart in verl')}"
-        for f in left
-        if NOTES.get(f) != ""
+        f"{f}={every[f]!r}: {NOTES.get(f, 'has no counterpart in verl')}" for f in left if NOTES.get(f) != ""
     ]
-    if not cfg.ppo_is_cap:
+    if not cfg.ppo.is_cap:
         lines += ["old log-probabilities are computed again by the trainer; here they are the sampler's"]
     lines += [
         "random streams are verl's: the same seed gives other orders and other draws than here",
-        "ppo_micro_tokens counts padding here and none in verl: memory differs, gradients do not",
+        "ppo.micro_tokens counts padding here and none in verl: memory differs, gradients do not",
     ]
-    if not cfg.ppo_bf16:
+    if not cfg.ppo.bf16:
         lines += [
-            "ppo_bf16=False: verl computes in bfloat16 over fp32 weights all the same (its critic takes flash-attention 2, which has no fp32)"
+            "ppo.bf16=False: verl computes in bfloat16 over fp32 weights all the same (its critic takes flash-attention 2, which has no fp32)"
         ]
-    if cfg.ppo_estimator == "gae":
+    if cfg.ppo.estimator == "gae":
         lines += ["verl's value head starts from random weights, here from zeros"]
-    if cfg.ppo_estimator == "group":
+    if cfg.ppo.estimator == "group":
         lines += [
-            f"verl divides a group's scores by the unbiased standard deviation: advantages are {((cfg.ppo_samples - 1) / cfg.ppo_samples) ** 0.5:.3f} times those here"
+            f"verl divides a group's scores by the unbiased standard deviation: advantages are {((cfg.ppo.samples - 1) / cfg.ppo.samples) ** 0.5:.3f} times those here"
         ]
-    if cfg.ppo_kl_in == "loss" and cfg.ppo_kl_coef:
+    if cfg.ppo.kl_in == "loss" and cfg.ppo.kl_coef:
         lines += ["verl cuts the k3 estimate of a token at 10"]
-    if cfg.ppo_warmup:
+    if cfg.ppo.warmup:
         lines += ["verl's warm-up is one step behind: its first update has learning rate 0"]
-    if cfg.data_rows % cfg.ppo_prompts:
+    if cfg.data.rows % cfg.ppo.prompts:
         lines += [
-            f"verl leaves out the last {cfg.data_rows % cfg.ppo_prompts} of {cfg.data_rows} shuffled prompts of an epoch; here an epoch runs into the next"
+            f"verl leaves out the last {cfg.data.rows % cfg.ppo.prompts} of {cfg.data.rows} shuffled prompts of an epoch; here an epoch runs into the next"
         ]
-    if cfg.lora_rank:
+    if cfg.lora.rank:
         lines += [
             "verl's adapters sit on all linear layers",
             "checkpoints hold adapters (actor/lora_adapter), not merged weights",
         ]
-    if cfg.template == "chat":
+    if cfg.world.template == "chat":
         lines += [
             "checkpoints carry the bare chat template of this export; give them the model's own before using them elsewhere"
         ]
     if not primed:
         return lines
-    if not cfg.sft_bf16:
-        lines += ["sft_bf16=False: verl computes in bfloat16 over fp32 weights all the same"]
+    if not cfg.sft.bf16:
+        lines += ["sft.bf16=False: verl computes in bfloat16 over fp32 weights all the same"]
     lines += ["SFT batches are random here as there, in another order; its seed is fixed there"]
-    if drop := cfg.prime_rows % cfg.sft_batch_size:
+    if drop := cfg.priming.rows % cfg.sft.batch_size:
         lines += [
-            f"SFT leaves out the last {drop} of {cfg.prime_rows} shuffled rows of an epoch, which do not fill a batch"
+            f"SFT leaves out the last {drop} of {cfg.priming.rows} shuffled rows of an epoch, which do not fill a batch"
         ]
-    if cfg.prime_val < cfg.sft_batch_size:
+    if cfg.priming.val < cfg.sft.batch_size:
         lines += [
-            f"prime_val={cfg.prime_val} is less than a batch (sft_batch_size={cfg.sft_batch_size}): SFT runs without validation"
+            f"priming.val={cfg.priming.val} is less than a batch (sft.batch_size={cfg.sft.batch_size}): SFT runs without validation"
         ]
     if nodes > 1:
         lines += ["sft.sh uses the GPUs of one machine"]
@@ -359,38 +359,38 @@ def check(
         need(n >= 1, f"{name}={n} must be at least 1")
     need(gpus % tensor_parallel == 0, f"tensor_parallel={tensor_parallel} does not divide gpus={gpus}")
     need(
-        not cfg.ppo_mask_truncated,
-        "ppo_mask_truncated=True: verl cannot leave truncated responses out of the loss; set it to False",
+        not cfg.ppo.mask_truncated,
+        "ppo.mask_truncated=True: verl cannot leave truncated responses out of the loss; set it to False",
     )
     need(
-        cfg.ppo_minibatch % cfg.ppo_samples == 0,
-        f"ppo_minibatch={cfg.ppo_minibatch} holds no whole number of prompts of ppo_samples={cfg.ppo_samples} rollouts, in which verl counts",
+        cfg.ppo.minibatch % cfg.ppo.samples == 0,
+        f"ppo.minibatch={cfg.ppo.minibatch} holds no whole number of prompts of ppo.samples={cfg.ppo.samples} rollouts, in which verl counts",
     )
     need(
-        cfg.ppo_minibatch % (gpus * nodes) == 0,
-        f"ppo_minibatch={cfg.ppo_minibatch} does not divide among {gpus * nodes} GPUs",
+        cfg.ppo.minibatch % (gpus * nodes) == 0,
+        f"ppo.minibatch={cfg.ppo.minibatch} does not divide among {gpus * nodes} GPUs",
     )
     need(
-        cfg.data_rows >= cfg.ppo_prompts,
-        f"data_rows={cfg.data_rows} do not fill a step of ppo_prompts={cfg.ppo_prompts}; verl does not begin the next epoch inside a step",
+        cfg.data.rows >= cfg.ppo.prompts,
+        f"data.rows={cfg.data.rows} do not fill a step of ppo.prompts={cfg.ppo.prompts}; verl does not begin the next epoch inside a step",
     )
     need(
-        cfg.lora_alpha == int(cfg.lora_alpha),
-        f"lora_alpha={cfg.lora_alpha} is not a whole number, which verl wants",
+        cfg.lora.alpha == int(cfg.lora.alpha),
+        f"lora.alpha={cfg.lora.alpha} is not a whole number, which verl wants",
     )
     if not primed:
         return
     need(
-        not cfg.lora_rank,
-        f"lora_rank={cfg.lora_rank}: verl's SFT does not merge adapters, so that RL could not start from them; set it to 0, or take condition base",
+        not cfg.lora.rank,
+        f"lora.rank={cfg.lora.rank}: verl's SFT does not merge adapters, so that RL could not start from them; set it to 0, or take condition base",
     )
     need(
-        cfg.sft_batch_size % gpus == 0,
-        f"sft_batch_size={cfg.sft_batch_size} does not divide among {gpus} GPUs",
+        cfg.sft.batch_size % gpus == 0,
+        f"sft.batch_size={cfg.sft.batch_size} does not divide among {gpus} GPUs",
     )
     need(
-        cfg.prime_rows >= cfg.sft_batch_size,
-        f"prime_rows={cfg.prime_rows} do not fill a batch of sft_batch_size={cfg.sft_batch_size}",
+        cfg.priming.rows >= cfg.sft.batch_size,
+        f"priming.rows={cfg.priming.rows} do not fill a batch of sft.batch_size={cfg.sft.batch_size}",
     )
 
 # %% ../../nbs/lab/79_verl.ipynb #c021
@@ -454,7 +454,7 @@ def rl_overrides(
 ) -> dict[str, object]:  # verl's names and values
     "All that `verl.trainer.main_ppo` is told"
     tokens = max(
-        cfg.ppo_micro_tokens, prompt_tokens + cfg.ppo_max_tokens
+        cfg.ppo.micro_tokens, prompt_tokens + cfg.ppo.max_tokens
     )  # verl stops if one sequence does not fit
     out = {
         "data.train_files": "$here/train.parquet",
@@ -483,7 +483,7 @@ def rl_overrides(
         "trainer.logger": ["console"],
         **_flat(ppo_counterparts(cfg)),
     }
-    return out if cfg.ppo_estimator == "gae" else {k: v for k, v in out.items() if not k.startswith(CRITIC)}
+    return out if cfg.ppo.estimator == "gae" else {k: v for k, v in out.items() if not k.startswith(CRITIC)}
 
 
 def sft_overrides(
@@ -587,9 +587,9 @@ def to_verl(
             encode(
                 write_sft(prime / f"{split}.parquet", out / f"sft-{split}.parquet"),
                 tokenizer,
-                cfg.sft_max_length,
+                cfg.sft.max_length,
             )  # none is too long, or verl stops
-    _write(out / "reward.py", reward_source(cfg.ppo_format_score))
+    _write(out / "reward.py", reward_source(cfg.ppo.format_score))
     _write(out / "differences.txt", "".join(f"{line}\n" for line in differences(cfg, primed, nodes)))
     start, needs, key, title = (
         _place(model, base, out),

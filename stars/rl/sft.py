@@ -65,8 +65,8 @@ def check_example(
         raise ValueError(f"row {number} has an empty query; a completion needs at least one token before it")
     if len(example.ids) > max_length:
         raise ValueError(
-            f"row {number} takes {len(example.ids)} tokens, max_length={max_length} (sft_max_length or "
-            "cpt_max_length of a preset, base_context for a base); raise it or drop the row"
+            f"row {number} takes {len(example.ids)} tokens, max_length={max_length} (sft.max_length or "
+            "cpt.max_length of a preset, base.max_length for a base); raise it or drop the row"
         )
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in example.ids:
         text = row["query"] + row["completion"][:60]
@@ -248,7 +248,7 @@ def sft_schedule(
         yield step, epoch, order[at]
 
 # %% ../../nbs/rl/52_sft.ipynb #s024
-MICRO_TOKENS = "micro_tokens (of a preset: sft_micro_tokens, or base_micro_tokens for a base)"
+MICRO_TOKENS = "micro_tokens (of a preset: sft.micro_tokens, or base.micro_tokens for a base)"
 
 
 def accumulate_gradients(
@@ -355,7 +355,7 @@ def sft(
     if cfg.packing:
         examples = pack(examples, cfg.max_length)
     if progress:
-        warn_of_slow_half(model.device, {"bf16 (of a preset: sft_bf16, or base_bf16 for a base)": cfg.bf16})
+        warn_of_slow_half(model.device, {"bf16 (of a preset: sft.bf16, or base.bf16 for a base)": cfg.bf16})
     with threads_for(n_params(model)), team.locked(out):
         with autocast(model.device, cfg.bf16):
             check_steady(without_dropout(model).train())

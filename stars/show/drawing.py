@@ -41,7 +41,7 @@ def parameters_of(
     preset: str,  # one of `PRESETS`
     runs: Path,  # folder of the run store
     figures: Path,  # folder for the pictures
-    overrides: dict,  # fields of the preset to change
+    overrides: dict,  # settings to change: {"ppo.lr": 3e-4}
     **given,  # further parameters of the notebook
 ) -> dict:  # all it is run with
     "The parameters of a figure notebook; raises ValueError for one that it does not know"
@@ -186,7 +186,7 @@ def draw_all(
     preset: str,  # one of `PRESETS`
     runs: Path,  # folder of the run store
     figures: Path,  # folder for the pictures
-    overrides: dict,  # fields of the preset to change
+    overrides: dict,  # settings to change: {"ppo.lr": 3e-4}
     **given,  # parameters for the notebooks that know them
 ) -> dict[str, str]:  # "PLACE/NAME" → error, of those that failed
     "Draw figures one after the other, whatever becomes of one, and write the page of all figures"

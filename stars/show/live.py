@@ -168,10 +168,10 @@ def title(runs: Sequence[Run]) -> str:
 def note(runs: Sequence[Run]) -> str:
     "What a reader must know, and what is under way"
     size = {
-        s.config["ppo_prompts"] * s.config.get("ppo_samples", 1)
+        s.config["ppo.prompts"] * s.config.get("ppo.samples", 1)
         for r in runs
         for s in r.stages
-        if "ppo_prompts" in s.config
+        if "ppo.prompts" in s.config
     }
     busy = [
         f"{r.name} {r.now.kind or 'step'} {r.step}" + (f", {state(r)}" if state(r) else "")

@@ -11,7 +11,7 @@ import hashlib
 import os
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..habits.behaviors import HABITS
 from ..habits.judges import PUBLISHED_COLUMNS
-from ..lab.configs import Config, check_list, preset
+from ..lab.configs import Config, changed, check_list, preset
 from ..lab.experiments import grid, manifest, run_jobs
 from ..lab.notebooks import did_you_mean
 from ..lab.stages import Job
@@ -174,7 +174,7 @@ class Study:
     seeds: Sequence[int] = (0,)  # each repeats priming, SFT and PPO
     source: str = "own"  # own, published or both
     steps: int = 0  # of PPO (0: the preset's); of published runs, the last that is shown (0: all)
-    overrides: dict = field(default_factory=dict)  # any field of the preset
+    overrides: dict = field(default_factory=dict)  # settings to change: {"ppo.lr": 3e-4}
     references: Sequence[str] = ()  # bases that are shown as they are, as `rich_base`
     shares: Sequence[float] = ()  # of documents with habits in the pretraining of bases
     only_published: Sequence[str] = ()  # further conditions, which only the published results have
@@ -208,7 +208,7 @@ class Study:
                 raise ValueError(f"{f}={v!r} must be a text")
         if not isinstance(self.overrides, dict):
             raise ValueError(
-                f"overrides={self.overrides!r} must name fields and values, e.g. {{'ppo_steps': 5}}"
+                f"overrides={self.overrides!r} must name fields and values, e.g. {{'ppo.steps': 5}}"
             )
         for f in ("models", "conditions", "seeds", "references", "shares", "only_published"):
             check_list(f, getattr(self, f), empty=True)
@@ -220,9 +220,7 @@ class Study:
 
     @property
     def cfg(self) -> Config:
-        return preset(
-            self.preset, **dict(self.overrides) | (dict(ppo_steps=self.steps) if self.steps else {})
-        )
+        return preset(self.preset, **dict(self.overrides) | ({"ppo.steps": self.steps} if self.steps else {}))
 
     @property
     def own(self) -> bool:
@@ -244,7 +242,7 @@ class Study:
             return [
                 (
                     grid(
-                        replace(self.cfg, base_share=s) if s else self.cfg,
+                        changed(self.cfg, base=dict(share=s)) if s else self.cfg,
                         ["rich" if s else "plain"],
                         self.conditions,
                         self.seeds,

@@ -56,8 +56,8 @@ class Run:
     @property
     def total(self) -> int | None:
         "Steps of the present stage; an evaluation's are the checkpoints of the PPO before it"
-        c = next((s.config for s in self.stages if "ppo_save_every" in s.config), None)
-        return 1 - -c["ppo_steps"] // c["ppo_save_every"] if self.now.kind == "eval" and c else self.now.total
+        c = next((s.config for s in self.stages if "ppo.save_every" in s.config), None)
+        return 1 - -c["ppo.steps"] // c["ppo.save_every"] if self.now.kind == "eval" and c else self.now.total
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:  # steps, values
         "A column of the metrics, from the last stage that has it"

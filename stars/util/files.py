@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'flush', 'room_for', 'replacing', 'write_bytes', 'write_json', 'write_table', 'replacing_folder', 'held',
-           'check_settings', 'data_files', 'hub_rows', 'digest', 'file_digest']
+           'check_settings', 'data_files', 'hub_rows', 'dotted', 'digest', 'file_digest']
 
 # %% ../../nbs/util/01_files.ipynb #c002
 import errno
@@ -236,6 +236,19 @@ def hub_rows(
         return load_dataset(source.removeprefix("hub:"), split=split, streaming=True)
     except Exception as e:
         raise ValueError(f"{source}, split {split!r}: {type(e).__name__}: {e}") from e
+
+# %% ../../nbs/util/01_files.ipynb #m111
+def dotted(
+    nested: dict,  # {"ppo": {"lr": 1e-4}, "seeds": [0]}
+) -> dict:  # {"ppo.lr": 1e-4, "seeds": [0]}
+    "A nested record, made flat"
+    flat = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": v for inner, v in dotted(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 # %% ../../nbs/util/01_files.ipynb #m101
 def digest(x) -> str:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from byte_model import checkpoint
 
 from stars.habits.priming import read_rows
-from stars.lab.configs import preset
+from stars.lab.configs import changed, preset
 from stars.lab.verl import sft_steps, to_verl
 from stars.models.checkpoints import load_tokenizer
 from stars.rl import ppo
@@ -21,7 +21,7 @@ from stars.rl.sft import encode, lr_at
 from stars.task.countdown import make_prompt, score
 from stars.task.datasets import from_parquet
 
-SMALL = dict(data_train=64, data_rows=256, data_eval=16, prime_rows=96, prime_val=32)
+SMALL = {"data.train": 64, "data.rows": 256, "data.eval": 16, "priming.rows": 96, "priming.val": 32}
 
 
 def responses(problems):
@@ -47,7 +47,7 @@ def parity(cfg, seed=0):
     def rand(*shape):
         return torch.randn(*shape, generator=g)
 
-    n, t = 12, cfg.ppo_max_tokens
+    n, t = 12, cfg.ppo.max_tokens
     mask = (torch.arange(t)[None] < torch.randint(1, t + 1, (n, 1), generator=g)).float()
     x = dict(mask=mask, old=-rand(n, t).abs(), values=rand(n, t), scores=rand(n))
     x |= dict(
@@ -55,18 +55,18 @@ def parity(cfg, seed=0):
     )  # ratios beyond 3, where verl's second clip would begin
     x["ref"] = x["logp"] + 0.5 * rand(n, t)
     rewards = ppo.token_rewards(x["scores"], mask)
-    advantages, returns = ppo.gae(rewards, x["values"], mask, cfg.ppo_gamma, cfg.ppo_lam)
+    advantages, returns = ppo.gae(rewards, x["values"], mask, cfg.ppo.gamma, cfg.ppo.lam)
     advantages = ppo.whiten(advantages, mask)
-    total = ppo.aggregate_total(mask, cfg.ppo_aggregate, cfg.ppo_max_tokens)
+    total = ppo.aggregate_total(mask, cfg.ppo.aggregate, cfg.ppo.max_tokens)
     return x | dict(
         rewards=rewards,
         advantages=advantages,
         returns=returns,
         policy_loss=ppo.policy_loss(
-            x["logp"], x["old"], advantages, mask, cfg.ppo_clip, cfg.ppo_aggregate, total
+            x["logp"], x["old"], advantages, mask, cfg.ppo.clip, cfg.ppo.aggregate, total
         )[0],
-        value_loss=ppo.value_loss(x["vpreds"], x["values"], returns, mask, cfg.ppo_value_clip)[0],
-        kl_loss=ppo.aggregate(ppo.kl_estimate(x["logp"], x["ref"], "k3"), mask, cfg.ppo_aggregate, total),
+        value_loss=ppo.value_loss(x["vpreds"], x["values"], returns, mask, cfg.ppo.value_clip)[0],
+        kl_loss=ppo.aggregate(ppo.kl_estimate(x["logp"], x["ref"], "k3"), mask, cfg.ppo.aggregate, total),
         group=ppo.group_advantages(x["scores"], 4),
     )
 
@@ -78,19 +78,19 @@ def export(root, name, cfg, model="plain", condition="backtracking_verification"
         from_parquet(out / "train.parquet"),
         read_rows(out / "sft-train.parquet") if condition != "base" else [],
     )
-    examples = encode(rows, tok, cfg.sft_max_length)
+    examples = encode(rows, tok, cfg.sft.max_length)
     expected = dict(
         prompts=tok(
-            [make_prompt(p, cfg.template, tok) for p in problems], add_special_tokens=False
+            [make_prompt(p, cfg.world.template, tok) for p in problems], add_special_tokens=False
         ).input_ids,
         sft=[dict(ids=e.ids, prompt=e.prompt) for e in examples],
-        lr=[lr_at(i, sft_steps(cfg), cfg.sft(0)) for i in range(sft_steps(cfg))],
+        lr=[lr_at(i, sft_steps(cfg), replace(cfg.sft, seed=0)) for i in range(sft_steps(cfg))],
         verdicts=[
             dict(
                 data_source="countdown",
                 solution_str=text,
                 ground_truth=dict(numbers=p.numbers, target=p.target),
-                score=score(text, p.numbers, p.target, cfg.ppo_format_score),
+                score=score(text, p.numbers, p.target, cfg.ppo.format_score),
             )
             for p, text in responses(problems[:64])
         ],
@@ -106,16 +106,18 @@ def main(root):
     export(
         root,
         "group",
-        replace(
+        changed(
             cpu,
-            ppo_estimator="group",
-            ppo_kl_in="loss",
-            ppo_samples=4,
-            ppo_prompts=32,
-            ppo_minibatch=64,
-            ppo_aggregate="constant-length",
-            ppo_is_cap=2.0,
-            ppo_format_score=0.2,
+            ppo=dict(
+                estimator="group",
+                kl_in="loss",
+                samples=4,
+                prompts=32,
+                minibatch=64,
+                aggregate="constant-length",
+                is_cap=2.0,
+                format_score=0.2,
+            ),
         ),
         gpus=4,
         nodes=2,
@@ -124,19 +126,20 @@ def main(root):
     export(
         root,
         "sequence",
-        replace(
+        changed(
             cpu,
-            ppo_aggregate="sequence-mean",
-            ppo_warmup=5,
-            ppo_kl_coef=0.0,
-            prime_val=0,
-            eval_temperature=0.0,
+            ppo=dict(aggregate="sequence-mean", warmup=5, kl_coef=0.0),
+            priming=dict(val=0),
+            eval=dict(temperature=0.0),
         ),
         condition="base",
     )
     bytes_model = checkpoint(root / "a model's folder")
     export(
-        root, "chat", replace(cpu, template="chat", sft_max_length=2048, ppo_max_tokens=512), str(bytes_model)
+        root,
+        "chat",
+        changed(cpu, world=dict(template="chat"), sft=dict(max_length=2048), ppo=dict(max_tokens=512)),
+        str(bytes_model),
     )
 
 
