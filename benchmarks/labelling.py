@@ -23,14 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from common.report import report
 
-from stars.text.corpus import documents
+from stars.text.corpus import Shares, documents
 from stars.text.pretraining import label_corpus, read_labels, rule_labeller
+from stars.text.shards import Corpus
 
 
 def generate(where: Path, kind: str, size: float) -> Path:
     "A corpus of `size` bytes"
     docs, rng, path, written = (
-        [d["text"] for d in documents(20_000, 0, worked=0.25, noise=0.25)],
+        [d["text"] for d in documents(20_000, 0, Shares(worked=0.25, noise=0.25))],
         random.Random(0),
         where / f"corpus.{kind}",
         0,
@@ -93,7 +94,9 @@ def main():
             for workers in (1, 2):
                 with Memory() as memory:
                     start = time.time()
-                    done = label_corpus(str(path), Path(d) / "labels", rule_labeller(workers), progress=False)
+                    done = label_corpus(
+                        Corpus(str(path)), Path(d) / "labels", rule_labeller(workers), progress=False
+                    )
                     took = time.time() - start
                 characters = read_labels(Path(d) / "labels").characters.sum()
                 rows.append(

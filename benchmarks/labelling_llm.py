@@ -74,7 +74,7 @@ def bare(o):
 
 def streamed(o):
     "The same texts, between others"
-    from stars.text.labellers import offline_replies
+    from stars.text.streaming import offline_replies
 
     around = o.under_way // SIZE + 1  # pieces
     pieces = [Piece(i, i * SIZE, SIZE, o.words) for i in range(o.texts // SIZE + 2 * around)]

@@ -52,7 +52,8 @@ from stars.models.micro import micro_model, micro_tokenizer
 from stars.show import plots
 from stars.task import datasets
 from stars.task.countdown import Problem
-from stars.text import curation, labellers, pretraining
+from stars.text import curation, labellers, pretraining, shards
+from stars.text.corpus import Shares, World
 
 # names that nobody takes for a result; a state carries its hash
 HIDDEN = re.compile(r"(^|/)\.|\.(tmp|partial|lock)(/|$)|(^|/)state-")
@@ -215,7 +216,11 @@ def buy_labels(root: Path):
         replies = partial(labellers.hosted_replies, model="openai:m", ledger=book, **how)
         labeller = labellers.LLMRows(replies, labellers.Labelling())
         pretraining.label_corpus(
-            "corpus.parquet", root / "labels", labeller, dict(labeller="m"), save_every=4, progress=False
+            shards.Corpus("corpus.parquet", save_every=4),
+            root / "labels",
+            labeller,
+            dict(labeller="m"),
+            progress=False,
         )
 
 
@@ -285,13 +290,16 @@ def rate(root: Path, n: int = 2):
 def corpus(root: Path):
     "Seven texts, three of them problems"
     world = dict(max_number=9, min_target=10, max_target=20, top=99, n_numbers=(3,))
-    texts = list(ex.documents(7, 0, 0.5, 0.0, 0.3, dict.fromkeys(HABIT_NAMES, 0.3), **world))
+    shares = Shares(0.5, 0.0, 0.3, dict.fromkeys(HABIT_NAMES, 0.3))
+    texts = list(ex.documents(7, 0, shares, World(**world)))
     pd.DataFrame(texts).to_parquet("corpus.parquet", index=False)
 
 
 def label(root: Path):
     rules = pretraining.rule_labeller(1)
-    pretraining.label_corpus("corpus.parquet", root / "labels", rules, save_every=3, progress=False)
+    pretraining.label_corpus(
+        shards.Corpus("corpus.parquet", save_every=3), root / "labels", rules, progress=False
+    )
 
 
 def curate(root: Path):

@@ -20,12 +20,13 @@ from stars.lab.experiments import prime_stage
 from stars.lab.stages import Job
 from stars.models.micro import check_spells, micro_tokenizer
 from stars.task.countdown import Problem, parse_expression, score, split_of
-from stars.text.corpus import KINDS, documents, embedded_rewrite, read_exercise
+from stars.text.corpus import KINDS, Shares, World, documents, embedded_rewrite, read_exercise
 from stars.text.curation import (
     Trimming,
     check_rewrite,
     chosen_texts,
     embedded_rewriter,
+    even_out,
     frame,
     labelled_shards,
     match_sets,
@@ -33,6 +34,7 @@ from stars.text.curation import (
     training_rows,
 )
 from stars.text.pretraining import label_corpus, read_labels, rule_labeller
+from stars.text.shards import Corpus
 
 WORKED = [d for d in documents(1_200, 3) if d["kind"]]
 
@@ -47,20 +49,12 @@ def test_same_seed_same_corpus_and_a_longer_one_begins_with_the_shorter():
 
 
 def test_shares_and_rates_are_those_that_were_set():
-    docs = pd.DataFrame(
-        documents(
-            4_000,
-            0,
-            worked=0.4,
-            noise=0.2,
-            puzzles=0.3,
-            rates=dict(verification=0.3, backtracking=0.2, subgoal=0.1, backward=0.05),
-        )
-    )
+    rates = dict(verification=0.3, backtracking=0.2, subgoal=0.1, backward=0.05)
+    docs = pd.DataFrame(documents(4_000, 0, Shares(worked=0.4, noise=0.2, puzzles=0.3, rates=rates)))
     share = docs.source.value_counts(normalize=True)
     assert share["worked"] == pytest.approx(0.4, abs=0.03) and share["noise"] == pytest.approx(0.2, abs=0.03)
     assert (docs[docs.source == "worked"].kind == "puzzle").mean() == pytest.approx(0.3, abs=0.04)
-    for h, r in dict(verification=0.3, backtracking=0.2, subgoal=0.1, backward=0.05).items():
+    for h, r in rates.items():
         assert docs[docs.source != "noise"][h].mean() == pytest.approx(r, abs=0.03)
     assert set(docs.kind) == {"", *KINDS}
 
@@ -76,7 +70,7 @@ def test_shares_and_rates_are_those_that_were_set():
 )
 def test_shares_that_cannot_be(change):
     with pytest.raises(ValueError, match="between 0 and 1|exceed 1"):
-        next(documents(1, 0, **change))
+        next(documents(1, 0, Shares(**change)))
 
 
 def test_every_worked_problem_is_solved_rightly_and_none_is_for_evaluation():
@@ -143,9 +137,9 @@ def test_checks_name_what_is_wrong():
 
 def rewrites(sizes, method):  # thoughts of so many words that pass the checks
     body = (
-        "let me check: fine. let me try something else:"
+        "let me check: x = 3. let me try something else:"
         if method == "curated"
-        else "one two three four five six seven eight nine"
+        else "one two three four five six seven eight nine ten eleven"
     )
     rows = [
         dict(
@@ -195,6 +189,33 @@ def test_matched_sets_agree_in_everything_but_habits(sizes, budget, length, seed
     )
 
 
+def n_words(texts):
+    return [len(t.split()) for t in texts]
+
+
+def matched(*sizes, **how):
+    "Documents that stay, of texts with as many extra words as these per method, and the report"
+    tables = {m: rewrites([s[i] for s in sizes], m) for i, m in enumerate(METHODS)}
+    sets, report = match_sets(tables, n_words, Trimming(**how))
+    return sorted(r["row"] for r in sets["curated"]), report
+
+
+@pytest.mark.parametrize("longer,stays", [(30, True), (31, False)])
+def test_a_version_may_be_half_as_long_again_as_the_other(longer, stays):
+    "Every text of `rewrites` has 15 words, answer included, so 20 and 30 of them are 5 and 15 more"
+    for sizes in ((5, longer - 15), (longer - 15, 5)):
+        rows, report = matched(sizes, slack=0.99)
+        assert rows == [0] * stays and report["unlike_in_length"] == (not stays)
+
+
+@pytest.mark.parametrize("step,goes", [(14, True), (15, True), (16, False), (19, False), (20, False)])
+def test_a_document_that_closes_a_gap_may_be_half_as_large_again(step, goes):
+    "Document 1 makes one set longer by `step`, document 2 makes the other longer by what leaves a gap of 10"
+    sizes = {0: [100, 100], 1: [100 + step, 100], 2: [100, 90 + step]}
+    for order in (sizes, {row: versions[::-1] for row, versions in sizes.items()}):
+        assert (1 not in even_out([0, 1, 2], order, slack=0.01)) == goes
+
+
 @pytest.mark.parametrize(
     "change,said",
     [
@@ -218,7 +239,9 @@ def test_trimming_that_cannot_work(change, said):
 def labelled(tmp_path_factory):
     at = tmp_path_factory.mktemp("labelled")
     pq.write_table(pa.Table.from_pylist(list(documents(400, 2))), at / "corpus.parquet")
-    label_corpus(str(at / "corpus.parquet"), at / "labels", rule_labeller(1), save_every=90, progress=False)
+    label_corpus(
+        Corpus(str(at / "corpus.parquet"), save_every=90), at / "labels", rule_labeller(1), progress=False
+    )
     return at
 
 
@@ -328,7 +351,7 @@ def test_text_that_changed_is_not_rewritten(tmp_path, capsys):
     "Whatever its size and its time say"
     source = tmp_path / "corpus.jsonl"
     source.write_text("".join(json.dumps(dict(text=d["text"])) + "\n" for d in documents(60, 2)))
-    label_corpus(str(source), tmp_path / "labels", rule_labeller(1), progress=False)
+    label_corpus(Corpus(str(source)), tmp_path / "labels", rule_labeller(1), progress=False)
     was = source.stat()
     source.write_text(source.read_text().replace(" the ", " teh ", 1))
     os.utime(source, ns=(was.st_atime_ns, was.st_mtime_ns))
@@ -340,20 +363,23 @@ def test_text_that_changed_is_not_rewritten(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "world,said",
+    "change,said",
     [
-        (dict(max_number=3), "max_number=3 must be at least 4"),
-        (dict(min_target=31), "min_target=31 and max_target=30"),
-        (dict(min_target=90, max_target=90, max_number=4, top=90), "no problem of kind .* is found"),
-        (dict(n_numbers=()), "a puzzle has at least 2 numbers"),
+        (dict(world=World(max_number=3)), "max_number=3 must be at least 4"),
+        (dict(world=World(min_target=31)), "min_target=31 and max_target=30"),
+        (
+            dict(world=World(min_target=90, max_target=90, max_number=4, top=90)),
+            "no problem of kind .* is found",
+        ),
+        (dict(world=World(n_numbers=())), "a puzzle has at least 2 numbers"),
         (dict(n=-1), "n=-1"),
         (dict(n=1.5), "n=1.5"),
-        (dict(worked=float("nan")), "worked=nan"),
+        (dict(shares=Shares(worked=float("nan"))), "worked=nan"),
     ],
 )
-def test_worlds_without_problems(world, said):
+def test_worlds_without_problems(change, said):
     with pytest.raises(ValueError, match=said):
-        list(documents(**dict(n=50, seed=0) | world))
+        list(documents(**dict(n=50, seed=0) | change))
 
 
 def test_too_little_text_for_the_budget_is_an_error(tmp_path):

@@ -1,4 +1,7 @@
-"A model that runs here labels a corpus: vLLM on the CPU through Ray Data, a micro checkpoint that reads bytes (about a minute, nearly all of it the start)"
+"""A model that runs here labels a corpus: vLLM on the CPU through Ray Data, a micro checkpoint.
+
+About a minute, nearly all of it the start.
+"""
 
 import json
 import sys
@@ -17,16 +20,16 @@ from stars.text.labellers import (
     Asked,
     Labelling,
     LLMRows,
-    _Rows,
     chat_ids,
     chat_tokenizer,
     cut_text,
     label_request,
     labels_of,
-    offline_replies,
 )
-from stars.text.pretraining import LABELS, Text
+from stars.text.pretraining import LABELS
 from stars.text.rewriting import Rewriting, read_rewrite
+from stars.text.shards import Text
+from stars.text.streaming import ShardReader, offline_replies
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def test_what_fails_late_fails_at_once(micro, tmp_path):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}="):
             offline_replies([], Mixed(), micro, **bad)
     for bad in (
-        dict(most=0),
+        dict(text_tokens=0),
         dict(max_tokens=0),
         dict(temperature=-1.0),
         dict(temperature=float("nan")),
@@ -156,7 +159,11 @@ def test_what_fails_late_fails_at_once(micro, tmp_path):
         Labelling(tokenizer=micro, context=instructions + 256 + 16 + 100)
     fits = Labelling(tokenizer=micro, context=instructions + 256 + 16 + 500, read=texts)
     [asked] = fits(Piece(0, ("ab cd " * 900,)))
-    assert fits.most == 500 and asked.note["cut"] and len(chat_ids(tok, asked.request)) + 256 <= fits.context
+    assert (
+        fits.text_tokens == 500
+        and asked.note["cut"]
+        and len(chat_ids(tok, asked.request)) + 256 <= fits.context
+    )
     tok.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="no chat template: it is a base model"):
@@ -220,6 +227,6 @@ def test_engines_that_label_are_told_the_limit():
         def apply_chat_template(self, turns, **how):
             return [1, 2, 3]
 
-    rows = _Rows(None, "", 100, {})
+    rows = ShardReader(None, "", 100, {})
     told = [rows.row(Chat(), [0], Asked(Request("text", max_tokens=n)))["sampling_params"] for n in (1, 50)]
     assert [t["max_tokens"] for t in told] == [1, 50]

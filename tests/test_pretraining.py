@@ -23,16 +23,14 @@ from stars.text.curation import labelled_shards
 from stars.text.pretraining import (
     LABELS,
     label_corpus,
-    passed_over,
-    plan_shards,
     read_labels,
-    read_shard,
     read_statistics,
     rule_labeller,
     rule_labels,
     show_statistics,
     statistics,
 )
+from stars.text.shards import Corpus, passed_over, plan_shards, read_shard
 
 ONE = rule_labeller(1)
 
@@ -63,12 +61,14 @@ def texts():
 def test_any_window_cut_in_any_way_gives_its_rows(tmp_path_factory, sizes, every, start, length, kind):
     where = tmp_path_factory.mktemp("corpus")
     rows = [f"text {i}" for i in range(sum(sizes))]
-    for i, n in enumerate(sizes):
+    for i in range(len(sizes)):
         kind(
             where / f"{i}.{'jsonl' if kind is jsonl else 'parquet'}",
             rows[sum(sizes[:i]) : sum(sizes[: i + 1])],
         )
-    shards = list(plan_shards(str(where), "text", every, start, start + length))
+    shards = list(
+        plan_shards(Corpus(str(where), column="text", save_every=every, start=start, end=start + length))
+    )
     read = [t for s in shards for t in read_shard(s)]
     assert [(t.row, t.text) for t in read] == [
         (i, rows[i]) for i in range(start, min(start + length, len(rows)))
@@ -79,7 +79,7 @@ def test_any_window_cut_in_any_way_gives_its_rows(tmp_path_factory, sizes, every
 def test_two_processes_write_what_one_writes(tmp_path, texts):
     source = str(parquet(tmp_path / "c.parquet", texts))
     for n in (1, 2):
-        label_corpus(source, tmp_path / f"out{n}", rule_labeller(n), save_every=17, progress=False)
+        label_corpus(Corpus(source, save_every=17), tmp_path / f"out{n}", rule_labeller(n), progress=False)
     assert read_labels(tmp_path / "out1").equals(read_labels(tmp_path / "out2"))
 
 
@@ -99,7 +99,9 @@ def test_unusable_texts_keep_their_rows(tmp_path):
         json.dumps(dict(text="half a \ud800 pair")).encode(),
     ]
     (tmp_path / "c.jsonl").write_bytes(b"\n".join(lines))  # the last line has no line end
-    report = label_corpus(str(tmp_path / "c.jsonl"), tmp_path / "out", ONE, save_every=4, progress=False)
+    report = label_corpus(
+        Corpus(str(tmp_path / "c.jsonl"), save_every=4), tmp_path / "out", ONE, progress=False
+    )
     labels = read_labels(tmp_path / "out")
     assert labels.error.tolist() == [
         "",
@@ -133,7 +135,7 @@ def test_parquet_with_broken_utf8_loses_only_that_text(tmp_path):
         pa.string(), 3, column.buffers()
     )  # strings that are no UTF-8, as careless writers make them
     pq.write_table(pa.table(dict(text=bad)), tmp_path / "c.parquet")
-    label_corpus(str(tmp_path / "c.parquet"), tmp_path / "out", ONE, progress=False)
+    label_corpus(Corpus(str(tmp_path / "c.parquet")), tmp_path / "out", ONE, progress=False)
     assert read_labels(tmp_path / "out").error.tolist() == ["", "not UTF-8", "null"]
 
 
@@ -151,9 +153,11 @@ def damaged(path: Path, texts) -> Path:
 def test_a_damaged_shard_is_named_and_skipped_only_on_request(tmp_path, texts):
     source = str(damaged(tmp_path / "c.parquet", texts))
     with pytest.raises(ValueError, match=r"c\.parquet, rows 40 to 79: damaged .*--skip-corrupt"):
-        label_corpus(source, tmp_path / "strict", ONE, save_every=40, progress=False)
+        label_corpus(Corpus(source, save_every=40), tmp_path / "strict", ONE, progress=False)
     assert len(list((tmp_path / "strict").glob("labels-*"))) == 1  # what came before is kept
-    report = label_corpus(source, tmp_path / "lenient", ONE, save_every=40, skip_corrupt=True, progress=False)
+    report = label_corpus(
+        Corpus(source, save_every=40, skip_corrupt=True), tmp_path / "lenient", ONE, progress=False
+    )
     assert report["missing"] == {"damaged file": 40} and report["labelled"] == 80
 
 
@@ -161,8 +165,8 @@ def test_a_file_without_a_footer(tmp_path, texts):
     parquet(tmp_path / "a.parquet", texts)
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:200])
     with pytest.raises(ValueError, match=r"b\.parquet is not a complete parquet file"):
-        label_corpus(str(tmp_path), tmp_path / "out", ONE, progress=False)
-    report = label_corpus(str(tmp_path), tmp_path / "out2", ONE, skip_corrupt=True, progress=False)
+        label_corpus(Corpus(str(tmp_path)), tmp_path / "out", ONE, progress=False)
+    report = label_corpus(Corpus(str(tmp_path), skip_corrupt=True), tmp_path / "out2", ONE, progress=False)
     assert report["rows"] == len(texts) and "b.parquet" in report["skipped_files"][0]
 
 
@@ -179,18 +183,18 @@ def test_a_file_without_a_footer(tmp_path, texts):
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path, texts, change, said):
     source = parquet(tmp_path / "c.parquet", texts)
     with pytest.raises((ValueError, LookupError), match=said):
-        label_corpus(**dict(source=str(source), out=tmp_path / "out", labeller=ONE, progress=False) | change)
+        label_corpus(Corpus(**dict(source=str(source)) | change), tmp_path / "out", ONE, progress=False)
     assert not list(tmp_path.glob("out/labels-*"))
 
 
 def test_a_folder_of_other_labels_is_refused(tmp_path, texts):
     source = parquet(tmp_path / "c.parquet", texts)
-    label_corpus(str(source), tmp_path / "out", ONE, progress=False)
+    label_corpus(Corpus(str(source)), tmp_path / "out", ONE, progress=False)
     with pytest.raises(ValueError, match="save_every was 20000, now 10"):
-        label_corpus(str(source), tmp_path / "out", ONE, save_every=10, progress=False)
+        label_corpus(Corpus(str(source), save_every=10), tmp_path / "out", ONE, progress=False)
     parquet(source, texts[:-1])
     with pytest.raises(ValueError, match="files was .*, now"):
-        label_corpus(str(source), tmp_path / "out", ONE, progress=False)
+        label_corpus(Corpus(str(source)), tmp_path / "out", ONE, progress=False)
 
 
 def test_what_is_passed_over_is_said(tmp_path, texts, monkeypatch, capsys):
@@ -247,7 +251,7 @@ def test_what_is_passed_over_is_said(tmp_path, texts, monkeypatch, capsys):
     with pytest.raises(
         ValueError, match="holds no .parquet, .jsonl or .ndjson file; passed over in .*1 .JSONL"
     ):
-        label_corpus(str(tmp_path / "c"), tmp_path / "none", ONE, progress=False)
+        label_corpus(Corpus(str(tmp_path / "c")), tmp_path / "none", ONE, progress=False)
     assert not (tmp_path / "none").exists()
     assert passed_over(parquet(tmp_path / "one.parquet", texts)) == {} == passed_over("hub:a/b")
 
@@ -272,11 +276,11 @@ def test_a_corpus_is_known_by_its_content(tmp_path, texts):
     (tmp_path / "c").mkdir()
     for name in ("a", "b", "c"):
         jsonl(tmp_path / "c" / f"{name}.jsonl", [name, *texts[:9]])
-    label_corpus(str(tmp_path / "c"), tmp_path / "out", ONE, progress=False)
-    label_corpus(str(tmp_path / "c"), tmp_path / "out", ONE, progress=False)  # as it was
+    label_corpus(Corpus(str(tmp_path / "c")), tmp_path / "out", ONE, progress=False)
+    label_corpus(Corpus(str(tmp_path / "c")), tmp_path / "out", ONE, progress=False)  # as it was
     same_size(tmp_path / "c" / "b.jsonl", b'"b"', b'"x"')
     with pytest.raises(ValueError, match=r"files was \[.*b.jsonl.*\], now \[.*b.jsonl.*\]"):
-        label_corpus(str(tmp_path / "c"), tmp_path / "out", ONE, progress=False)
+        label_corpus(Corpus(str(tmp_path / "c")), tmp_path / "out", ONE, progress=False)
     with pytest.raises(ValueError, match=r"b.jsonl was added, was removed or was changed"):
         labelled_shards(tmp_path / "out")
     same_size(tmp_path / "c" / "b.jsonl", b'"x"', b'"b"')
@@ -289,10 +293,10 @@ def test_a_corpus_is_known_by_its_content(tmp_path, texts):
 def test_labels_of_before_are_known_by_name_and_size(tmp_path, texts):
     "They noted no content; a run store that has some goes on"
     source = jsonl(tmp_path / "c.jsonl", texts)
-    label_corpus(str(source), tmp_path / "out", ONE, progress=False)
+    label_corpus(Corpus(str(source)), tmp_path / "out", ONE, progress=False)
     old = json.loads((tmp_path / "out" / "labels.json").read_text())
     (tmp_path / "out" / "labels.json").write_text(json.dumps(old | dict(files=[f[:2] for f in old["files"]])))
-    label_corpus(str(source), tmp_path / "out", ONE, progress=False)
+    label_corpus(Corpus(str(source)), tmp_path / "out", ONE, progress=False)
     assert len(list(labelled_shards(tmp_path / "out"))) == 1
     jsonl(source, texts[:-1])
     with pytest.raises(ValueError, match="c.jsonl was added, was removed or was changed"):
@@ -311,8 +315,11 @@ class Hub:
             return [dict(text=t) for t in self.rows[revision or self.sha]]
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        now = lambda _, name, revision=None: SimpleNamespace(sha=revision or self.sha)
-        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", now)
+
+        def dataset_info(_, name, revision=None):
+            return SimpleNamespace(sha=revision or self.sha)
+
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
 
     def change(self):
         self.sha, self.rows["two"] = "two", ["x", "y", "z"]
@@ -326,18 +333,24 @@ def test_a_data_set_on_the_hub_stays_the_one_that_was_labelled(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        label_corpus("hub:some/set", tmp_path / "out", stops, save_every=2, progress=False)
+        label_corpus(Corpus("hub:some/set", save_every=2), tmp_path / "out", stops, progress=False)
     hub.change()
     # goes on with what it began
-    label_corpus("hub:some/set", tmp_path / "out", ONE, save_every=2, progress=False)
-    noted = lambda: json.loads((tmp_path / "out" / "labels.json").read_text())
+    label_corpus(Corpus("hub:some/set", save_every=2), tmp_path / "out", ONE, progress=False)
+
+    def noted():
+        return json.loads((tmp_path / "out" / "labels.json").read_text())
+
     assert noted()["revision"] == "hub:some/set@one" and set(hub.asked) == {"one"}
+
     # for `curate`
-    texts = lambda folder: [t.text for s in labelled_shards(tmp_path / folder) for t in read_shard(s)]
+    def texts(folder):
+        return [t.text for s in labelled_shards(tmp_path / folder) for t in read_shard(s)]
+
     assert texts("out") == ["a", "b", "c"] and hub.asked[-1] == "one"
-    label_corpus("hub:some/set", tmp_path / "new", ONE, save_every=2, progress=False)
+    label_corpus(Corpus("hub:some/set", save_every=2), tmp_path / "new", ONE, progress=False)
     assert texts("new") == ["x", "y", "z"] and hub.asked[-1] == "two"
-    label_corpus("hub:some/set@one", tmp_path / "older", ONE, save_every=2, progress=False)  # by name
+    label_corpus(Corpus("hub:some/set@one", save_every=2), tmp_path / "older", ONE, progress=False)  # by name
     assert texts("older") == ["a", "b", "c"] and hub.asked[-1] == "one"
     without = {k: v for k, v in noted().items() if k != "revision"}
     (tmp_path / "out" / "labels.json").write_text(json.dumps(without))
@@ -356,7 +369,7 @@ def test_a_hub_that_does_not_answer_is_named(tmp_path, monkeypatch):
         ValueError,
         match="hub:some/set: the Hub does not say which revision it has .ConnectionError: no route",
     ):
-        label_corpus("hub:some/set", tmp_path / "out", ONE, progress=False)
+        label_corpus(Corpus("hub:some/set"), tmp_path / "out", ONE, progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -369,7 +382,7 @@ def test_a_folder_with_the_name_of_a_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "some" / "set").mkdir(parents=True)
     jsonl(tmp_path / "some" / "set" / "train.jsonl", ["abc", "def"])
-    label_corpus("hub:some/set", tmp_path / "out", ONE, progress=False)
+    label_corpus(Corpus("hub:some/set"), tmp_path / "out", ONE, progress=False)
     assert [t.text for s in labelled_shards(tmp_path / "out") for t in read_shard(s)] == ["abc", "def"]
     same_size(tmp_path / "some" / "set" / "train.jsonl", b"abc", b"xyz")
     with pytest.raises(ValueError, match="the folder some/set has changed since it was labelled"):
@@ -408,7 +421,7 @@ def test_killed_and_started_again_it_ends_with_the_same_labels(tmp_path):
         capture_output=True,
     )
     assert all(p.stat().st_mtime_ns == t for p, t in done.items())  # not made again
-    label_corpus(str(source), tmp_path / "whole", ONE, save_every=500, progress=False)
+    label_corpus(Corpus(str(source), save_every=500), tmp_path / "whole", ONE, progress=False)
     assert read_labels(tmp_path / "out").equals(read_labels(tmp_path / "whole")) and len(
         read_labels(tmp_path / "out")
     ) == len(texts)
@@ -416,10 +429,9 @@ def test_killed_and_started_again_it_ends_with_the_same_labels(tmp_path):
 
 def test_statistics_are_those_of_the_table(tmp_path, texts):
     label_corpus(
-        str(parquet(tmp_path / "c.parquet", [*texts, None, "x" * 9_000])),
+        Corpus(str(parquet(tmp_path / "c.parquet", [*texts, None, "x" * 9000])), save_every=50),
         tmp_path / "out",
         ONE,
-        save_every=50,
         progress=False,
     )
     labels, stats = read_labels(tmp_path / "out"), read_statistics(tmp_path / "out")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from stars.text.labellers import LLMRows
+    from stars.text.shards import Corpus
 
 # %% ../../nbs/cli/94_corpora.ipynb #c007
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def vllm_rows(
     asking: AskingOptions,
 ) -> "LLMRows":
     "A checkpoint that vLLM runs on this machine's GPUs, as a reader of shards"
-    from stars.text.labellers import LLMRows, model_context, offline_replies
+    from stars.text.labellers import LLMRows
+    from stars.text.streaming import model_context, offline_replies
 
     if asking.dry_run:
         raise ValueError(f"--dry-run says what a hosted model would cost; {name} runs here")
@@ -172,7 +174,7 @@ class RowOptions:
 RowArgs = tyro.conf.OmitArgPrefixes[RowOptions]
 
 # %% ../../nbs/cli/94_corpora.ipynb #c019
-def rows_wanted(rows: RowOptions) -> dict:  # arguments of `label_corpus` and `plan_shards`
+def rows_wanted(rows: RowOptions) -> dict:  # fields of `Corpus`
     "The rows that the options name; two bounds of their number are one"
     check_numbers(0, start=rows.start)
     check_numbers(1, end=rows.end, max_examples=rows.max_examples)
@@ -191,28 +193,27 @@ def rows_between_writes(labeller: str, batch: bool) -> int:
 
 # %% ../../nbs/cli/94_corpora.ipynb #c023
 def label_with_model(
-    source: str,  # the corpus
+    corpus: "Corpus",
     out: Path,  # folder for the labels
     labeller: str,  # vllm:FOLDER or service:name
-    rows: dict,  # from `rows_wanted`
-    save_every: int,
     serving: ServingOptions,
     asking: AskingOptions,
 ) -> dict | None:  # the report; None: it was a dry run
     "Label a corpus with a language model"
     from stars.text.labellers import Labelling, label_instructions
-    from stars.text.pretraining import label_corpus, plan_shards
+    from stars.text.pretraining import label_corpus
+    from stars.text.shards import plan_shards
 
     questions = partial(
         Labelling, serving.format, max_tokens=asking.max_tokens, temperature=asking.temperature
     )
-    shards = partial(plan_shards, source, every=save_every, **rows)
+    shards = partial(plan_shards, corpus)
     with open_reader(labeller, questions, shards, serving, asking) as reader:
         if reader is None:
             return None
         instructions = label_instructions(serving.format)
         decides = dict(labeller=labeller) | reply_settings(labeller, serving, asking, instructions)
-        return label_corpus(source, out, reader, decides, save_every=save_every, **rows)
+        return label_corpus(corpus, out, reader, decides)
 
 # %% ../../nbs/cli/94_corpora.ipynb #c024
 def label(
@@ -240,19 +241,20 @@ def label(
         workers: processes of the rules (default: one per core)
     """
     from stars.text import pretraining
+    from stars.text.shards import Corpus, passed_over_line
 
     check_reader(labeller, "--labeller", "rules", serving, asking)
     check_path(out, "OUT")
     check_numbers(1, save_every=save_every, workers=workers)
-    wanted = rows_wanted(rows)
     save_every = save_every or rows_between_writes(labeller, asking.batch)
-    if passed_over := pretraining.passed_over_line(source):
+    corpus = Corpus(source, save_every=save_every, **rows_wanted(rows))
+    if passed_over := passed_over_line(source):
         print(f"stars: {passed_over}", file=sys.stderr)  # before hours of work, or money
     if labeller == "rules":
         by_rules = pretraining.rule_labeller(workers)
-        report = pretraining.label_corpus(source, out, by_rules, save_every=save_every, **wanted)
+        report = pretraining.label_corpus(corpus, out, by_rules)
     else:
-        report = label_with_model(source, out, labeller, wanted, save_every, serving, asking)
+        report = label_with_model(corpus, out, labeller, serving, asking)
     if report is None:
         return
     print_report(report, out, passed_over)

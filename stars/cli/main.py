@@ -112,7 +112,7 @@ def draw_problems(out: Path, space: Space, problems: ProblemOptions, files: File
 # %% ../../nbs/cli/95_main.ipynb #c013
 def take_problems(out: Path, space: Space | None, problems: ProblemOptions, files: FileOptions):
     "Write the problems of a file, a folder, or a data set on the Hub"
-    from stars.text.pretraining import passed_over_line
+    from stars.text.shards import passed_over_line
 
     found, report = read_problems(problems.source, problems.hub_split, space)
     print(report)

@@ -74,9 +74,10 @@ from ..rl.sft import sft
 from ..task.countdown import Problem, make_prompt, score, split_of
 from ..task.datasets import from_parquet, to_parquet
 from ..task.problems import Space, sample_problems
-from ..text.corpus import documents
+from ..text.corpus import Shares, World, documents
 from ..text.curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
 from ..text.pretraining import RULES_LABELLER, label_corpus, rule_labeller
+from ..text.shards import Corpus
 from ..util.files import file_digest, replacing, write_json
 from ..util.workers import cores, follow_parent
 
@@ -289,15 +290,9 @@ def corpus_stage(job: Job) -> Path:
         top=cfg.world.top,
         n_numbers=cfg.world.n_numbers,
     )
-    made = documents(
-        cfg.corpus.docs,
-        cfg.corpus.seed,
-        cfg.corpus.worked,
-        cfg.corpus.noise,
-        cfg.corpus.puzzles,
-        dict(zip(HABIT_NAMES, cfg.corpus.rates)),
-        **world,
-    )
+    rates = dict(zip(HABIT_NAMES, cfg.corpus.rates))
+    shares = Shares(cfg.corpus.worked, cfg.corpus.noise, cfg.corpus.puzzles, rates)
+    made = documents(cfg.corpus.docs, cfg.corpus.seed, shares, World(**world))
 
     def run(out: Path):
         with replacing(out / "corpus.parquet") as tmp:
@@ -313,9 +308,11 @@ def corpus_stage(job: Job) -> Path:
 def label_stage(job: Job) -> Path:
     "Its labels by the rules, and statistics.parquet"
     corpus = corpus_stage(job)
-    run = lambda out: label_corpus(
-        str(corpus / "corpus.parquet"), out, rule_labeller(1), save_every=LABEL_ROWS, progress=job.progress
-    )
+    texts = Corpus(str(corpus / "corpus.parquet"), save_every=LABEL_ROWS)
+
+    def run(out: Path):
+        label_corpus(texts, out, rule_labeller(1), progress=job.progress)
+
     return stage(job.store / "shared", "label", RULES_LABELLER, dict(corpus=corpus.name), run, **job.how)
 
 
