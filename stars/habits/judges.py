@@ -23,7 +23,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
-from .behaviors import HABIT_NAMES, HABITS, count_behaviors
+from .behaviors import HABIT_NAMES, HABITS, count_behaviors, meaning_of
 from .phrases import Rule
 from .summaries import CHECKPOINT_KEYS, summarize
 from ..llm.ask import ask, inert, names_once
@@ -463,7 +463,7 @@ def instructions(
 ) -> str:  # the system part of a request
     "All that a judge reads before it sees a completion"
     question = QUESTIONS[_choose("task", task, TASKS), _choose("habit", habit, HABIT_NAMES)]
-    meaning = next(h.meaning for h in HABITS if h.name == habit)
+    meaning = meaning_of(habit)
     counts, ignores = (
         "\n".join(f"- {item}" for item in items) for items in (question.counts, question.ignores)
     )

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..habits.behaviors import HABIT_NAMES, HABITS
+from ..habits.behaviors import HABIT_NAMES, meaning_of
 from ..habits.judges import FORMATS, QUESTIONS
 from ..llm.ask import ask, inert, names_once
 from ..llm.ledger import Ledger, Model, Reply, Request, recorded_keys
@@ -69,7 +69,7 @@ def habit_instructions(
 ) -> str:
     "What counts as an act of one habit, as the judges are told"
     question = QUESTIONS["math", name]
-    meaning = next(h.meaning for h in HABITS if h.name == name)
+    meaning = meaning_of(name)
     parts = [
         f"{name}: how many acts of it the text shows. "
         f"In an act of {name} the writer {meaning}. It is one of these:",
