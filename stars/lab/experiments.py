@@ -69,7 +69,7 @@ from ..models.micro import attention, check_spells, micro_model, micro_tokenizer
 from ..models.parallel import Team, on_workers, prepare, start_ray
 from ..rl.evals import complete, failures, write_completions
 from ..rl.ppo import ppo
-from ..rl.rollouts import Elsewhere, Engine, LlamaEngine
+from ..rl.rollouts import Engine, LlamaEngine, RemoteEngine
 from ..rl.sft import sft
 from ..task.countdown import Problem, make_prompt, score, split_of
 from ..task.datasets import from_parquet, to_parquet
@@ -578,7 +578,7 @@ def make_engine(
             torch.bfloat16 if cfg.ppo.bf16 else None,
         )
     if not team.first:
-        return Elsewhere()
+        return RemoteEngine()
     from stars.rl.engines import RayEngine, VLLMEngine
 
     context = max(map(len, token_ids(tokenizer, prompts))) + cfg.ppo.max_tokens

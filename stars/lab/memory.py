@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from ..models.checkpoints import SOFTMAX
 from ..models.micro import n_params
-from ..rl.rollouts import AT_ONCE, WIDE
+from ..rl.rollouts import COLUMN_STEP, PREFILL_TOKENS
 
 # %% ../../nbs/lab/77_memory.ipynb #c006
 @dataclass(frozen=True)
@@ -244,14 +244,14 @@ def sampling_bytes(
     "The engine in this process at work, its weights aside"
     rows, columns = min(most, 1 << (responses - 1).bit_length() if cuda else responses), prompt + max_tokens
     if cuda:
-        columns = -(-columns // WIDE) * WIDE
+        columns = -(-columns // COLUMN_STEP) * COLUMN_STEP
     cache, logits = cache_bytes(shape, rows, columns, size), (12 + size) * rows * shape.vocab
     token = size * (
         2 * shape.hidden + shape.head_dim * (2 * shape.heads + 3 * shape.kv_heads) + 4 * shape.ffn
     )  # a block's tensors
     drawing, moving = rows * (token + 3 * shape.heads * columns * size), cache // (2 * shape.layers)
     read, pairs = (
-        min(rows, max(1, AT_ONCE // prompt)) * prompt,
+        min(rows, max(1, PREFILL_TOKENS // prompt)) * prompt,
         12 * shape.heads * cuda * (shape.kv_heads < shape.heads),
     )  # tokens of prompts at once; a GPU has no fast kernel for grouped heads and a mask
     reading = read * (token + prompt * (6 + size + pairs))

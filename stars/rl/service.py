@@ -25,7 +25,7 @@ from stars.models.checkpoints import (
     with_begin,
 )
 from ..models.micro import check_spells
-from .rollouts import AT_ONCE, Engine, LlamaEngine, texts_of
+from .rollouts import PREFILL_TOKENS, Engine, LlamaEngine, texts_of
 
 # %% ../../nbs/rl/55_service.ipynb #c019
 class EngineService:
@@ -72,7 +72,7 @@ class EngineService:
         ):
             group = sorted(group, key=lambda i: -len(ids[i]))
             while group:
-                n = max(1, AT_ONCE // (len(ids[group[0]]) + max_tokens))
+                n = max(1, PREFILL_TOKENS // (len(ids[group[0]]) + max_tokens))
                 piece, group = group[:n], group[n:]
                 seeds = [int(keys[i][:15], 16) for i in piece]
                 done = self.engine.generate([ids[i] for i in piece], max_tokens, temperature, seeds)
