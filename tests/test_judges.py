@@ -1128,11 +1128,23 @@ def test_intervals_follow_the_seed():
     assert agreement(a, b).equals(r) and not agreement(a, b, seed=1).rho_lo.equals(r.rho_lo)
 
 
-def test_many_tables_at_once_equal_one_by_one():
+def test_many_draws_at_once_equal_one_by_one():
     rng = np.random.default_rng(0)
-    w, a, b = rng.integers(0, 9, (50, 8)), rng.integers(0, 4, 8), rng.integers(0, 4, 8)
-    for f in (rank_correlation, presence_kappa):
-        np.testing.assert_allclose(f(w, a, b), [f(row[None], a, b)[0] for row in w])
+    a, b = rng.integers(0, 4, (2, 50, 8))
+    for measure in (rank_correlation, presence_kappa):
+        np.testing.assert_allclose(measure(a, b), [measure(x, y) for x, y in zip(a, b)])
+
+
+def test_intervals_are_the_middle_95_percent():
+    "Of draws made here; a rater who is constant in 8 % of them leaves the ends of the interval unknown"
+    x, y = (v[0] for v in draw(np.random.default_rng(3), (1, 90)))
+    rng = np.random.default_rng(4)
+    slow = [slow_kappa(x[i], y[i]) for i in rng.integers(90, size=(20_000, 90))]
+    r = agree(x, y, n_boot=20_000)
+    below, above = np.mean(np.array(slow) < r.kappa_lo), np.mean(np.array(slow) > r.kappa_hi)
+    assert 0.015 < below < 0.03 and 0.015 < above < 0.03  # 2.5 % on each side, less ties
+    rare = agree([1, 2, 0, 0, 0], [2, 1, 0, 0, 0], n_boot=4000)
+    assert "ρ: a rater is constant in 8% of draws" in rare.note and np.isnan([rare.rho_lo, rare.rho_hi]).all()
 
 
 def test_unfit_ratings_are_refused():
