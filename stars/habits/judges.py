@@ -455,7 +455,7 @@ def _shown(example: Example) -> str:
         problem = f"numbers: {', '.join(map(str, example.numbers))}; target: {example.target}\n"
     return f"{problem}text: {example.text}\ncount: {example.count} ({example.why})"
 
-# %% ../../nbs/habits/36_judges.ipynb #n068
+# %% ../../nbs/habits/36_judges.ipynb #n010
 def instructions(
     habit: str,  # one of `HABIT_NAMES`
     task: str = "countdown",  # one of `TASKS`
@@ -463,7 +463,7 @@ def instructions(
 ) -> str:  # the system part of a request
     "All that a judge reads before it sees a completion"
     question = QUESTIONS[_choose("task", task, TASKS), _choose("habit", habit, HABIT_NAMES)]
-    meaning = meaning_of(habit)
+    meaning = next(h.meaning for h in HABITS if h.name == habit)
     counts, ignores = (
         "\n".join(f"- {item}" for item in items) for items in (question.counts, question.ignores)
     )
@@ -506,7 +506,7 @@ class Judging:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a reply needs at least 1")
 
-# %% ../../nbs/habits/36_judges.ipynb #n069
+# %% ../../nbs/habits/36_judges.ipynb #n014
 def _resolved(judging: Judging | None, model: Model, prices: str | Path | None) -> Judging:
     'Settings with a format in place of "auto"'
     judging = judging or Judging()
@@ -736,7 +736,7 @@ def judge_requests(
     rows = draw_sample(completions, judging.n, judging.seed).to_dict("records")
     return [judge_request(row, habit, judging) for row in rows for habit in HABIT_NAMES]
 
-# %% ../../nbs/habits/36_judges.ipynb #n070
+# %% ../../nbs/habits/36_judges.ipynb #n041
 def _ask_again(
     model: Model,
     requests: list[Request],  # of the first round
@@ -754,7 +754,7 @@ def _ask_again(
     paid = [request for request, reply in zip(requests, replies) if reply is not None]
     return ask(model, paid + more, ledger, **ask_options)[len(paid) :]
 
-# %% ../../nbs/habits/36_judges.ipynb #n071
+# %% ../../nbs/habits/36_judges.ipynb #n043
 def judge(
     completions: pd.DataFrame,  # of one or many checkpoints
     model: Model | str,  # the judge
@@ -786,7 +786,7 @@ def judge(
         reply=[reply.text if reply else "" for reply in replies],
     )
 
-# %% ../../nbs/habits/36_judges.ipynb #n072
+# %% ../../nbs/habits/36_judges.ipynb #n044
 def _problems_of(completions: pd.DataFrame) -> list[tuple]:
     "Numbers and target of each completion, (None, None) where they are not known"
     if not {"numbers", "target"} <= set(completions):
