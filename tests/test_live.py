@@ -1,5 +1,6 @@
-"Watching runs: growing files, renamed folders, resumed logs, the terminal, and pictures in executed notebooks"
+"Watching runs: growing files, renamed folders, resumed logs, the terminal, pictures in notebooks"
 
+import io
 import json
 import os
 import pty
@@ -87,13 +88,14 @@ def store(tmp_path):
 def shown(path, width=200):
     it = watching.Watch(path)
     it.look()
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))
-    console.print(watching.table(it, width))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(watching.run_table(it, width))
     return console.export_text()
 
 
 def test_neither_torch_nor_ray_is_loaded():
-    code = "import sys, stars.show.live; print(sorted({'torch', 'ray', 'transformers', 'vllm'} & set(sys.modules)))"
+    heavy = "{'torch', 'ray', 'transformers', 'vllm'}"
+    code = f"import sys, stars.show.live; print(sorted({heavy} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
@@ -180,13 +182,13 @@ def test_what_a_store_holds(store):
     assert watching.spark(range(8)) == "▁▂▃▄▅▆▇█" and "▁▂" in text
     assert (
         "▁" not in shown(store, 100)
-        and all(len(l) <= 100 for l in shown(store, 100).splitlines())
+        and all(len(line) <= 100 for line in shown(store, 100).splitlines())
         and "…" not in shown(store, 100)
     )
 
 
 def test_several_settings_under_way_in_one_folder_have_a_line_each(store):
-    "As the shares of a dose: nothing is hidden behind what was written last, and the watch does not end early"
+    "As the shares of a dose: nothing hides behind what was written last, and the watch does not end early"
     here = store / "plain/base/seed0"
     shutil.copytree(here / "ppo-00000000bb.partial", here / "ppo-00000000ee.partial")
     it = watching.Watch(here)
@@ -207,7 +209,7 @@ def test_quiet_is_not_dead(store):
 
 
 def test_a_folder_is_renamed_while_it_is_read(store, monkeypatch):
-    "Between listing the folders and reading them: nothing is lost, and the next look sees that it is complete"
+    "Between listing the folders and reading them: nothing is lost, and the next look sees it complete"
     it, path = watching.Watch(store), store / "plain/base/seed0/ppo-00000000bb.partial"
     before = len(it.look()[0].column("kl")[0])
     found = list(watching.folders(store))
@@ -259,7 +261,7 @@ def panels(fig):
 def test_one_run_shows_its_four_habits(store):
     fig = live.curves(watching.Watch(store / "plain/base/seed0").look())
     ax = panels(fig)["habits per completion"]
-    assert {l.get_color() for l in ax.lines} == set(COLORS.values())
+    assert {line.get_color() for line in ax.lines} == set(COLORS.values())
     assert {t.get_text() for t in ax.texts} == {f"{h.name} {j}" for j, h in enumerate(HABITS)}
     assert (
         fig.texts[0].get_text() == "plain/base/0: ppo 30/40; accuracy 0.29"
@@ -270,12 +272,12 @@ def test_one_run_shows_its_four_habits(store):
 def test_several_runs_have_the_colours_of_their_conditions(store):
     fig = live.curves(watching.Watch(store).look())
     ax = panels(fig)["training accuracy"]
-    assert {l.get_color() for l in ax.lines} == {CONDITIONS["base"][1]}
-    assert {l.get_color() for l in panels(fig)["loss (nats per token)"].lines} == {
+    assert {line.get_color() for line in ax.lines} == {CONDITIONS["base"][1]}
+    assert {line.get_color() for line in panels(fig)["loss (nats per token)"].lines} == {
         CONDITIONS["only_backtracking"][1]
     }
     assert live.png(fig)[:4] == b"\x89PNG"
-    mean = max(ax.lines, key=lambda l: l.get_linewidth() if len(l.get_xdata()) > 1 else 0)
+    mean = max(ax.lines, key=lambda line: line.get_linewidth() if len(line.get_xdata()) > 1 else 0)
     assert list(mean.get_xdata()) == list(range(1, 31))  # as far as both seeds have come
 
 
@@ -319,8 +321,20 @@ def test_nothing_to_watch(tmp_path, store):
 
 
 def in_terminal(path, during, *more):
-    "Run `watch` on a pseudo-terminal, do something once it has begun to show; (exit status, everything shown). Where the tests run in the background, SIGINT is ignored and would be in the child"
-    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from stars.show import watching; watching.LASTS = .2; watching.watch({str(path)!r}, every=.1); print('the end')"
+    """Run `watch` on a pseudo-terminal, do something once it has begun to show; (exit status, all shown)
+
+    Where the tests run in the background, SIGINT is ignored, and would be in the child.
+    """
+    code = "; ".join(
+        (
+            "import signal",
+            "signal.signal(signal.SIGINT, signal.default_int_handler)",
+            "from stars.show import watching",
+            "watching.LASTS = .2",
+            f"watching.watch({str(path)!r}, every=.1)",
+            "print('the end')",
+        )
+    )
     main, other = pty.openpty()
     p = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -375,8 +389,12 @@ def test_ctrl_c_in_a_terminal(store):
     )
 
 
-def executed(path, *sources, during={}):
-    "Execute cells in a kernel, with something going on beside some of them; the notebook, and what was sent to replace an output"
+def executed(path, *sources, during=None):
+    """Execute cells in a kernel, with something going on beside some of them
+
+    Returns the notebook, and what was sent to replace an output.
+    """
+    during = during or {}
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
     replaced = []
 
@@ -389,7 +407,7 @@ def executed(path, *sources, during={}):
 
     client = Client(nb, timeout=600, resources=dict(metadata=dict(path=str(path))))
     with client.setup_kernel(
-        env=os.environ | dict(PYTHONPATH=str(Path(live.__file__).parents[1]))
+        env=os.environ | dict(PYTHONPATH=str(Path(live.__file__).parents[2]))
     ):  # as the tests see it
         for i, cell in enumerate(nb.cells):
             if i in during:
@@ -451,7 +469,7 @@ def test_follow_ends_with_the_run_or_an_interrupt(store):
             with (path / "metrics.jsonl").open("a") as f:
                 f.write(json.dumps(ppo_row(i)) + "\n")
             if i in (10, 20):
-                until(lambda: any(f"ppo {i}/40" in r["alt"] for r in replaced))
+                until(lambda step=f"ppo {i}/40": any(step in r["alt"] for r in replaced))
         finish(path)
 
     def interrupt(client, replaced):

@@ -1,4 +1,4 @@
-"Plots: intervals against independent formulas, titles that follow the data, labels that do not collide, files that do not change"
+"Plots: intervals against independent formulas, titles that follow the data, labels apart, files that repeat"
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ from stars.show.plots import (
     interval,
     interval_note,
     save_figure,
-    spread,
+    spread_labels,
     summary_table,
 )
 
@@ -153,7 +153,8 @@ def test_a_mean_over_whichever_seeds_are_there_is_refused():
     r = table(dict(base=0.4), seeds=(0, 1, 2), jitter=0.02)
     with pytest.raises(
         ValueError,
-        match="the seeds of base on plain have different steps .seed 0: 3 checkpoints to step 20, seed 1: 3 checkpoints to step 20, seed 2: 2 checkpoints to step 10",
+        match="the seeds of base on plain have different steps .seed 0: 3 checkpoints to step 20, "
+        "seed 1: 3 checkpoints to step 20, seed 2: 2 checkpoints to step 10",
     ):
         controls(r[(r.seed < 2) | (r.step < 20)])
     with pytest.raises(
@@ -208,7 +209,9 @@ def test_a_judge_vouches_for_what_it_read():
 
 # ---- titles
 
-title = lambda fig: figure_text(fig, "title")
+
+def title(fig):
+    return figure_text(fig, "title")
 
 
 def test_controls_title_follows_the_data():
@@ -216,8 +219,8 @@ def test_controls_title_follows_the_data():
         controls(table(dict(base=0.3, empty_cot=0.32, incorrect_only=0.58, backtracking_verification=0.61)))
     )
     assert (
-        there
-        == "Primed with backtracking + verification: .10 → .61, above base (.30) and empty CoT (.32); level with incorrect only (.58)"
+        there == "Primed with backtracking + verification: .10 → .61, "
+        "above base (.30) and empty CoT (.32); level with incorrect only (.58)"
     )
     assert (
         title(controls(table(dict(base=0.3, backtracking_verification=0.31))))
@@ -249,8 +252,8 @@ def test_priming_title_follows_the_data():
     )
     some = title(priming(table(base | dict(zip(MIXES, (0.5, 0.3, 0.3, 0.1, 0.1)), negative_control=0.5))))
     assert (
-        some
-        == "Of 5 mixes, 1 ends above, 2 end level with and 2 end below base (.30); 0 of 5 above negative control (.50); highest all strategies, .10 → .50"
+        some == "Of 5 mixes, 1 ends above, 2 end level with and 2 end below base (.30); "
+        "0 of 5 above negative control (.50); highest all strategies, .10 → .50"
     )
 
 
@@ -326,7 +329,7 @@ def test_degenerate_tables_draw(plot):
 def test_spread_leaves_no_overlap(labels):
     y, size = map(np.array, zip(*labels))
     for lo, hi in ((-np.inf, np.inf), (-50, 300)):
-        p = spread(y, size, lo, hi)
+        p = spread_labels(y, size, lo, hi)
         for i, j in combinations(range(len(y)), 2):
             assert abs(p[i] - p[j]) >= (size[i] + size[j]) / 2 - 1e-9
         assert (p - size / 2 >= lo - 1e-9).all() and (p + size / 2 <= hi + 1e-9).all()
@@ -334,8 +337,8 @@ def test_spread_leaves_no_overlap(labels):
 
 
 def test_spread_moves_only_what_it_must():
-    assert np.allclose(spread([1, 5, 9], [2, 2, 2]), [1, 5, 9])
-    assert np.allclose(spread([5, 5], [2, 2]), [4, 6])
+    assert np.allclose(spread_labels([1, 5, 9], [2, 2, 2]), [1, 5, 9])
+    assert np.allclose(spread_labels([5, 5], [2, 2]), [4, 6])
 
 
 @pytest.mark.parametrize(
@@ -397,9 +400,10 @@ def _lab(rgb):
     ).items(),
 )
 def test_colours_stay_apart_for_every_eye(kind, matrix):
-    linear = lambda c: np.where(
-        (v := np.array(to_rgb(c))) <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4
-    )
+    def linear(colour):
+        v = np.array(to_rgb(colour))
+        return np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+
     seen = {c: _lab(np.array(matrix) @ linear(colour)) for c, (_, colour) in CONDITIONS.items()}
     for together in (CONTROLS, ("base", "negative_control", *MIXES), ("base", "curated", "negated")):
         for a, b in combinations(together, 2):
@@ -411,7 +415,7 @@ def test_a_condition_keeps_its_colour():
     for plot in FIGURES:
         for ax in plot(r).axes:
             assert {CONDITIONS[c][1] for c in ("base", "backtracking_verification")} <= {
-                l.get_color() for l in ax.lines
+                line.get_color() for line in ax.lines
             }
 
 
@@ -541,12 +545,12 @@ def test_curated_figure_compares_with_negated_and_sums_the_habits():
         said.startswith("Curated pretraining: ")
         and "above base" in said
         and "negated pretraining" in said
-        and max(l.get_ydata().max() for l in fig.axes[1].lines) == 4.0
+        and max(line.get_ydata().max() for line in fig.axes[1].lines) == 4.0
     )
 
 
 def test_two_sources_stand_beside_each_other():
-    "Each axis says whose steps it counts, colours and accuracy scale are shared, and lengths have a scale per source"
+    "Each axis says whose steps it counts; colours and accuracy scale are shared, the scale of lengths is not"
     last = dict(base=0.3, backtracking_verification=0.6)
     both = pd.concat(
         [
@@ -563,7 +567,7 @@ def test_two_sources_stand_beside_each_other():
     ]
     acc, below = fig.axes[::2], fig.axes[1::2]
     assert acc[0].get_ylim() == acc[1].get_ylim() and below[1].get_ylim()[1] > 10 * below[0].get_ylim()[1]
-    assert {l.get_color() for l in acc[0].lines} == {l.get_color() for l in acc[1].lines}
+    assert {line.get_color() for line in acc[0].lines} == {line.get_color() for line in acc[1].lines}
     said = figure_text(fig, "caption")
     assert (
         "Preset cpu · model plain · seeds 0, 1, 2 · shaded: 95 % t interval over 3 seeds of 300" in said
@@ -572,7 +576,9 @@ def test_two_sources_stand_beside_each_other():
 
 
 def test_gap_compares_families_within_a_source():
-    one = lambda m, b, **k: table(dict(base=b), models=(m,), **k)
+    def one(model, last, **more):
+        return table(dict(base=last), models=(model,), **more)
+
     fig = gap(
         pd.concat(
             [
@@ -596,7 +602,8 @@ def test_incorrect_title_follows_the_data():
     rest = dict(base=0.3, backtracking_verification=0.6)
     assert (
         title(incorrect(table(rest | dict(incorrect_only=0.59))))
-        == "Primed with wrong answers only: .10 → .59, above base (.30); level with backtracking + verification (.60)"
+        == "Primed with wrong answers only: .10 → .59, "
+        "above base (.30); level with backtracking + verification (.60)"
     )
     assert "level with base (.30); " not in title(
         incorrect(table(rest | dict(incorrect_only=0.59)))
@@ -636,7 +643,8 @@ def dosed(**last):
 def test_dose_names_the_share_from_which_bases_end_higher():
     assert (
         title(dose(dosed(**{"0": 0.2, ".02": 0.2, ".1": 0.4, ".3": 0.5})))
-        == "From 10 % of documents with habits on, a base ends above one without after PPO (0 %: .20, 30 %: .50)"
+        == "From 10 % of documents with habits on, "
+        "a base ends above one without after PPO (0 %: .20, 30 %: .50)"
     )
     assert title(dose(dosed(**{"0": 0.2, ".02": 0.4, ".1": 0.2, ".3": 0.5}))).startswith(
         "From 30 %"

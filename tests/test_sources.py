@@ -1,4 +1,4 @@
-"Where figures take their numbers from: published files as printed, their defects told, studies, claims and verdicts"
+"Where figures take their numbers from: published files, their defects, studies, claims and verdicts"
 
 import hashlib
 import io
@@ -378,8 +378,12 @@ def test_claims_cover_the_arguments_of_the_paper_once():
 
 
 def test_more_seeds_or_problems_narrow_the_interval_and_luck_does_not():
-    wide = lambda e: e["hi"] - e["lo"]
-    pair_of = lambda a, b, n=400: effect(pd.concat([cell(a, family="rich", n=n), cell(b, n=n)]), CLAIMS[0])
+    def wide(e):
+        return e["hi"] - e["lo"]
+
+    def pair_of(a, b, n=400):
+        return effect(pd.concat([cell(a, family="rich", n=n), cell(b, n=n)]), CLAIMS[0])
+
     few, many = (
         pair_of([0.5, 0.6, 0.55], [0.3, 0.35, 0.2]),
         pair_of([0.5, 0.6, 0.55] * 4, [0.3, 0.35, 0.2] * 4),

@@ -1,4 +1,4 @@
-"Viewer: hostile texts stay texts, numbers agree with pandas, filters and widgets do what they say, every wrong input is named"
+"Viewer: hostile texts stay texts, numbers agree with pandas, filters and widgets work, wrong input is named"
 
 import os
 import re
@@ -24,16 +24,16 @@ from stars.show import viewer as vw
 from stars.show.viewer import (
     SHOWN,
     card,
+    checkpoint_table,
     highlight,
     inspect,
     legend,
     read_completions,
+    score_text,
     segments,
     select,
     summary,
-    table,
     trace,
-    verdict,
     viewer,
 )
 
@@ -127,11 +127,11 @@ def test_segments_are_the_text_with_the_habits_of_every_character(text, marks):
 @settings(max_examples=150, deadline=None)
 def test_html_shows_the_text_and_nothing_else(text, marks):
     page = Page(highlight(text, marks))
-    assert page.text == (vw._visible(text) or "(empty)")
+    assert page.text == (vw.visible(text) or "(empty)")
     assert (
         set(page.tags) <= {"div", "mark", "br", "em"}
         and page.open == 0
-        and page.tags.count("br") == vw._visible(text).count("\n")
+        and page.tags.count("br") == vw.visible(text).count("\n")
     )
 
 
@@ -198,7 +198,7 @@ def test_spans_are_found_where_none_are_given():
 def test_empty_and_unclosed_texts():
     assert "(empty)" in highlight("") and "(empty)" in terminal(trace(pd.Series(dict(generated="")), 60))
     row = pd.Series(dict(generated="3 * 4 <answer> 3 * 4", numbers=[3, 4], target=12))
-    assert verdict(row) == "0: the answer tag is not closed" and "<answer> 3 * 4" in Page(card(row)).text
+    assert score_text(row) == "0: the answer tag is not closed" and "<answer> 3 * 4" in Page(card(row)).text
 
 
 def test_terminal_commands_and_broken_unicode_are_shown_not_obeyed():
@@ -263,7 +263,7 @@ def test_missing_counts_and_scores_are_added(df):
             dict(generated=["<answer>3+4</answer>"] * 3, numbers=[[3, 4], None, [3, 4]], target=[7, 7, None])
         )
     )  # not every problem is known
-    assert "score" not in some and [verdict(r) for _, r in some.iterrows()] == [
+    assert "score" not in some and [score_text(r) for _, r in some.iterrows()] == [
         "1: correct",
         "not scored",
         "not scored",
@@ -419,14 +419,15 @@ def test_filters_by_columns_that_are_not_there():
 
 def test_verdict(df):
     assert (
-        verdict(df[df.score == 1].iloc[0]) == "1: correct"
-        and verdict(df[df.score == 0].iloc[0]) == "0: no answer tag"
+        score_text(df[df.score == 1].iloc[0]) == "1: correct"
+        and score_text(df[df.score == 0].iloc[0]) == "0: no answer tag"
     )
     row = df[df.score == 0.1].iloc[0]
-    assert verdict(row) == "0.1: wrong value: 17 instead of 27"
+    assert score_text(row) == "0.1: wrong value: 17 instead of 27"
     row["score"] = 1.0
-    assert verdict(row).endswith("instead of 27 (stored score: 1)")
-    assert verdict(row.drop("target")) == "score 1" and verdict(row.drop(["target", "score"])) == "not scored"
+    assert score_text(row).endswith("instead of 27 (stored score: 1)")
+    assert score_text(row.drop("target")) == "score 1"
+    assert score_text(row.drop(["target", "score"])) == "not scored"
 
 
 def test_counts_that_differ_from_the_marks_say_so(df):
@@ -565,9 +566,11 @@ def test_summary_agrees_with_pandas(df):
 
 def test_small_and_large_shares_are_not_rounded_away():
     df = pd.DataFrame(dict(generated=["a"] * 1000, score=[1.0] * 997 + [0.0] * 3))
-    out = terminal(table(df), 120)
+    out = terminal(checkpoint_table(df), 120)
     assert ">99 (" in out and "<1 " in out
-    assert "100 (" in terminal(table(df[:997]), 120) and "<1" not in terminal(table(df[:997]), 120)
+    assert "100 (" in terminal(checkpoint_table(df[:997]), 120) and "<1" not in terminal(
+        checkpoint_table(df[:997]), 120
+    )
 
 
 def test_terminal_width_and_colour(df):
@@ -580,7 +583,7 @@ def test_terminal_width_and_colour(df):
             or width == 40
         )
     assert re.search(
-        r"\nbase +0 ", terminal(table(df), 60)
+        r"\nbase +0 ", terminal(checkpoint_table(df), 60)
     )  # a table that is too wide still says what its rows are
     row = df[(df.verification > 0)].iloc[0]
     colour = terminal(trace(row), force_terminal=True, color_system="truecolor")
@@ -595,7 +598,10 @@ def test_overlaps_in_the_terminal(monkeypatch):
     row = pd.Series(dict(generated="abcdef"))
     assert "[verification: ab][verification+backtracking: cdef]" in terminal(trace(row, names=True))
     colour = terminal(trace(row), force_terminal=True, color_system="truecolor")
-    code = lambda h: "48;2;{};{};{}m".format(*bytes.fromhex(COLORS[h][1:]))
+
+    def code(habit):
+        return "48;2;{};{};{}m".format(*bytes.fromhex(COLORS[habit][1:]))
+
     assert re.search(rf"\x1b\[4;[^m]*{re.escape(code('verification'))}cd", colour) and re.search(
         rf"\x1b\[4;[^m]*{re.escape(code('backtracking'))}ef", colour
     )
@@ -616,7 +622,8 @@ def test_the_draw_is_seeded(df):
 
 # ---- the command, as a user runs it
 
-MAIN = "import sys; from stars.cli.main import main\nfor line in sys.stdin: main(['inspect', *line.split()])"  # one process: importing torch takes longer than all the rest
+# One process for all commands: importing torch takes longer than all the rest.
+MAIN = "import sys; from stars.cli.main import main\nfor line in sys.stdin: main(['inspect', *line.split()])"
 
 
 @pytest.fixture(scope="module")
@@ -624,7 +631,13 @@ def ran(df, tmp_path_factory):
     "Two good commands and a bad one"
     path = tmp_path_factory.mktemp("c") / "c.parquet"
     df.to_parquet(path)
-    commands = f"{path} --condition dots --score no-answer --habit verification --n 3\n{path} --n 0\n{path} --condition magic\n{path} --n 0\n"
+    options = (
+        "--condition dots --score no-answer --habit verification --n 3",
+        "--n 0",
+        "--condition magic",
+        "--n 0",
+    )
+    commands = "".join(f"{path} {o}\n" for o in options)
     return subprocess.run(
         [sys.executable, "-c", MAIN],
         input=commands,
