@@ -98,6 +98,12 @@ def names_of(node):
     ]
 
 
+def full_name(node):
+    "A name as it is called; a method that `@patch` adds, behind its class"
+    decorators = [ast.unparse(d).partition("(")[0] for d in node.decorator_list]
+    return f"{ast.unparse(node.args.args[0].annotation)}.{node.name}" if "patch" in decorators else node.name
+
+
 def symbols(module, page, text):
     "What an exported cell defines, in order"
     lines = text.split("\n")
@@ -111,7 +117,7 @@ def symbols(module, page, text):
             yield Symbol(
                 module,
                 page,
-                n.name,
+                full_name(n),
                 stub,
                 first_line(ast.get_docstring(n) or trailing(lines, n) or trailing(lines, n.body[-1])),
                 kind,
@@ -185,7 +191,7 @@ def linked(text, module, known):
     def link(m):
         name = m[1]
         found = [s for s in known if name in (s.name, s.id, f"{s.module}.{s.name}")]
-        here = [s for s in found if s.module == module]
+        here = [s for s in known if s.module == module and (s in found or name == s.name.partition(".")[2])]
         far = [
             s
             for s in found

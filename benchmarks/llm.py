@@ -21,8 +21,9 @@ os.environ.update(OPENAI_API_KEY="test-key", ANTHROPIC_API_KEY="test-key")
 from llm_server import Faults, LLMServer
 
 from stars.llm.ask import ask
-from stars.llm.ledger import Ledger, Model, Reply, Request
-from stars.llm.services import connect
+from stars.llm.clients import connect
+from stars.llm.ledger import Ledger
+from stars.llm.requests import Model, Reply, Request
 
 CLIENT = """
 import signal, sys, warnings

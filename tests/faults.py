@@ -200,7 +200,7 @@ def ask(root: Path, batch: bool):
     requests = [llm.Request(f"question {i}", "Say it backwards.") for i in range(4)]
     how = dict(concurrency=1, poll=0.01, progress=False, service=Shop(root.parent, backwards))
     with llm.Ledger(root / "ledger.db") as book:
-        llm.ask("openai:m", requests, book, batch, **how)
+        llm.ask("openai:m", requests, book, batch=batch, **how)
         book.export(root / "study.parquet")
 
 

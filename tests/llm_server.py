@@ -1,9 +1,13 @@
-"""A loopback server that speaks the wire formats of Anthropic Messages and OpenAI chat completions, with faults on demand.
+"""A loopback server for Anthropic Messages and OpenAI chat completions, with faults on demand.
 
-`with LLMServer() as s:` gives `s.url` (for `anthropic.Anthropic(base_url=…)`) and `s.openai_url` (for `openai.OpenAI(base_url=…)`).
-As a process of its own, `python tests/llm_server.py --faults faults.json --log log.jsonl` prints its port, and tells its books at `GET /_stats`.
-A reply is billed, that is counted in `served`, once it has been worked out, whether or not the client ever reads it.
-Simplified: text only, one choice, no streaming, four characters a token, one account, nothing kept across restarts."""
+`with LLMServer() as s:` gives `s.url` (for `anthropic.Anthropic(base_url=…)`) and `s.openai_url`
+(for `openai.OpenAI(base_url=…)`).
+As a process of its own, `python tests/llm_server.py --faults faults.json --log log.jsonl` prints its port,
+and tells its books at `GET /_stats`.
+A reply is billed, that is counted in `served`, once it has been worked out, whether or not the client ever
+reads it.
+Simplified: text only, one choice, no streaming, four characters a token, one account, nothing kept across
+restarts."""
 
 import argparse
 import hashlib
@@ -15,16 +19,18 @@ import socket
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 
 @dataclass
 class Faults:
-    "What goes wrong, and how often. Probabilities are per request (any endpoint) or, where named so, per item of a batch"
+    "What goes wrong, and how often. Probabilities are per request or, where named so, per item of a batch"
 
     p_429: float = 0.0  # rate limit, with a `retry-after` header (half of them with `retry-after-ms` too)
     p_500: float = 0.0  # internal error
@@ -216,7 +222,9 @@ def dumps(x):
 
 
 def fingerprint(model, system, prompt, **sampling):
-    "Names a question: the same one has the same name, sent alone or in a batch. Sampling: temperature, max_tokens, schema, …; None counts as absent"
+    """Names a question: the same one has the same name, sent alone or in a batch.
+
+    Sampling: temperature, max_tokens, schema, …; None counts as absent."""
     given = {k: v for k, v in sampling.items() if v is not None}
     return digest(json.dumps([model, system, prompt, given], sort_keys=True))
 
@@ -312,7 +320,10 @@ class Reply:
 
 @dataclass
 class Batch:
-    "A batch of either service; items are (custom_id, body), outcomes (custom_id, fingerprint, kind, what), results the lines of Anthropic's results"
+    """A batch of either service.
+
+    Items are (custom_id, body), outcomes (custom_id, fingerprint, kind, what), results the lines of
+    Anthropic's results."""
 
     id: str
     api: str
@@ -371,7 +382,7 @@ class LLMServer:
         self.script, self.log, self.log_file = (
             list(self.faults.script),
             [],
-            log and open(log, "a", buffering=1),
+            log and open(log, "a", buffering=1),  # noqa: SIM115 (closed with the server)
         )
         self.received, self.violations, self.uncounted = 0, 0, False  # violations: refused for rpm or tpm
         self.status_counts = Counter()  # numbers, or the fault's name where no good reply got through
@@ -410,10 +421,8 @@ class LLMServer:
         self.http.shutdown()
         self.http.server_close()
         for c in list(self.http.open):
-            try:
+            with suppress(OSError):
                 c.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
         if self.log_file:
             self.log_file.close()
 
@@ -477,7 +486,8 @@ class LLMServer:
             old or t is None or (t == 1 and not anthropic),
             f"`temperature` is not supported by {model}"
             if anthropic
-            else f"Unsupported value: 'temperature' does not support {t} with this model. Only the default (1) value is supported.",
+            else f"Unsupported value: 'temperature' does not support {t} with this model. "
+            "Only the default (1) value is supported.",
             "unsupported_value",
             "temperature",
         )
@@ -574,7 +584,7 @@ class LLMServer:
         )
 
     def complete(self, q, batch=False):
-        "Works out one reply, bills it, and gives it in the service's format; `usage` in an answer replaces the service's"
+        "Works out one reply, bills it, and gives it in the service's format; an answer may bring its `usage`"
         a = self.answer(q)
         a = dict(text=a) if isinstance(a, str) else dict(a)
         reply = self.formatted(q, a, batch)
@@ -730,7 +740,7 @@ class LLMServer:
                 b.error_file = self.store(b"".join(bad), b.id + "_error.jsonl", "batch_output")["id"]
 
     def outcome(self, api, custom_id, body):
-        "(custom_id, fingerprint, kind, what) of an item: faults strike a fingerprint's first try only, except what is invalid"
+        "What became of an item: (custom_id, fingerprint, kind, what); faults strike its first try only"
         f, fp = self.faults, None
         try:
             q = self.question(api, body)
@@ -992,7 +1002,8 @@ class LLMServer:
             self.failures += 1
             wrong(
                 "token_limit_exceeded",
-                "Enqueued token limit reached. Please try again once some in_progress batches have been completed.",
+                "Enqueued token limit reached. "
+                "Please try again once some in_progress batches have been completed.",
             )
         return self.submit(
             "openai", items, input_file=id, endpoint=endpoint, metadata=body.get("metadata"), errors=errors
@@ -1327,7 +1338,7 @@ def main():
     p.add_argument("--models", help="comma-separated; without: any")
     p.add_argument("--no_temperature", default="", help="comma-separated")
     a = p.parse_args()
-    faults = Faults(**json.load(open(a.faults))) if a.faults else Faults()
+    faults = Faults(**json.loads(Path(a.faults).read_text())) if a.faults else Faults()
     parent = os.getppid()
     with LLMServer(
         faults=faults,

@@ -46,7 +46,8 @@ from stars.habits.judges import (
 )
 from stars.habits.summaries import CHECKPOINT_KEYS, summarize
 from stars.llm.ask import OverBudget
-from stars.llm.ledger import Ledger, Model, Reply
+from stars.llm.ledger import Ledger
+from stars.llm.requests import Model, Reply
 from stars.llm.services import Refused
 from stars.show.plots import interval
 from stars.show.sources import read_published

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stars.habits.priming import METHODS
-from stars.llm.ledger import Reply, Request
+from stars.llm.requests import Reply, Request
 from stars.text.labellers import (
     Answer,
     Asked,

@@ -25,11 +25,12 @@ import pytest
 from llm_server import ApiError, Faults, LLMServer
 from llm_server import Reply as LLMReply
 
-from stars.llm import ask as llm
-from stars.llm import services
+from stars.llm import batches, sending, services
 from stars.llm.ask import GivenUp, OverBudget, ask, estimate, give_up
-from stars.llm.ledger import OFFICIAL, Ledger, Model, Reply, Request, losses, request_key, uncounted
-from stars.llm.services import Busy, Lost, Rejected, Unusable, _checked, cost_ceiling, price_of, read_prices
+from stars.llm.ledger import Ledger
+from stars.llm.prices import cost_ceiling, price_of, read_prices
+from stars.llm.requests import OFFICIAL, Model, Reply, Request, request_key
+from stars.llm.services import Busy, Lost, Rejected, Unusable, checked
 from stars.rl.rollouts import Rollout
 from stars.rl.service import EngineService, local_service
 
@@ -122,7 +123,10 @@ def test_every_reply_arrives_once_whatever_the_server_does(service, batch, book)
 @MODES
 def test_tokens_and_cost_are_the_services_own(service, batch, book):
     name = dict(anthropic="claude-haiku-4-5", openai="gpt-4o-mini")[service]
-    answer = lambda q: dict(text="four", input_tokens=1_000, output_tokens=20, cached=600)
+
+    def answer(q):
+        return dict(text="four", input_tokens=1_000, output_tokens=20, cached=600)
+
     with serve(answer=answer) as s:
         m = model_at(s, service, name)
         r = Request("2 + 2?", "Be brief.", max_tokens=50)
@@ -240,7 +244,7 @@ def test_a_dead_service_is_given_up(service, book):
         m = model_at(s, service)
     with pytest.raises(ConnectionError, match="in a row failed"):
         quick(m, questions(300), book, retries=0)
-    assert len(book.errors(book.note(m, questions(300)))) <= llm.GIVE_UP + 16  # those that are in the air
+    assert len(book.errors(book.note(m, questions(300)))) <= sending.GIVE_UP + 16  # those that are in the air
 
 
 # budgets, limits
@@ -291,7 +295,7 @@ def test_limits_are_kept(service, book):
 
 def test_retry_after_is_honoured(book, monkeypatch):
     slept = []
-    monkeypatch.setattr(llm, "sleep_using_event", lambda stop: slept.append)
+    monkeypatch.setattr(sending, "sleep_using_event", lambda stop: slept.append)
     with serve(Faults(script=["429"], retry_after=1234.5)) as s:
         assert right(quick(model_at(s, "openai"), questions(1), book), questions(1))
     assert slept == [1234.5]
@@ -307,7 +311,8 @@ service, url, path, n, batch = sys.argv[1:]
 todo = [Request(f"question {i}", "Say it backwards.", max_tokens=50) for i in range(int(n))]
 warnings.simplefilter("ignore")
 print("ready", flush=True)
-with Ledger(path) as book: ask(Model(service, "m", url), todo, book, batch=batch == "True", poll=.05, progress=False, concurrency=8)
+options = dict(batch=batch == "True", poll=.05, progress=False, concurrency=8)
+with Ledger(path) as book: ask(Model(service, "m", url), todo, book, **options)
 """
 
 
@@ -596,7 +601,10 @@ def test_a_recording_edited_by_hand_is_refused_in_one_line(tmp_path, book, chang
         book.record(Model.parse("openai:m"), q, Reply(q.prompt[::-1], cost=0.1))
     df = pd.read_parquet(book.export(tmp_path / "study.parquet"))
     change(df).to_parquet(tmp_path / "study.parquet", index=False)
-    line = rf"^[^\n]*study.parquet: [^\n]*{says}[^\n]*; it was changed by hand, [^\n]* or export it again \(stars ledger LEDGER --to FILE\)$"
+    line = (
+        rf"^[^\n]*study.parquet: [^\n]*{says}[^\n]*; it was changed by hand, [^\n]* "
+        r"or export it again \(stars ledger LEDGER --to FILE\)$"
+    )
     with pytest.raises(ValueError, match=line):
         Ledger(tmp_path / "study.parquet")
     with Ledger(tmp_path / "other.db") as other:
@@ -649,7 +657,7 @@ def test_what_failed_is_taken_over_once(tmp_path, book):
         )  # lost, and perhaps paid for
         for _ in range(2):
             other.load(book.export(tmp_path / "study.parquet"))
-        assert other.noted() == (1, 2) and losses(other) == (1, 0.5)
+        assert other.noted() == (1, 2) and other.losses() == (1, 0.5)
 
 
 def test_a_reply_lands_in_one_moment(book, monkeypatch):
@@ -658,19 +666,20 @@ def test_a_reply_lands_in_one_moment(book, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
-    write = Ledger._settle
+    write = Ledger._save_once
 
     def written(self, *args):
         write(self, *args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Ledger, "_settle", written)
-    monkeypatch.setattr(llm, "land", killed)
+    monkeypatch.setattr(Ledger, "_save_once", written)
+    monkeypatch.setattr(Ledger, "drop_charge", killed)
+    monkeypatch.setattr(Ledger, "confirm_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         quick("openai:gpt-4o-mini", questions(1), book, service=Scripted(), concurrency=1)
-    assert len(book.replies(book.note(Model.parse("openai:gpt-4o-mini"), questions(1)))) == 1 and losses(
-        book
-    ) == (0, 0)
+    assert len(
+        book.replies(book.note(Model.parse("openai:gpt-4o-mini"), questions(1)))
+    ) == 1 and book.losses() == (0, 0)
 
 
 # a disk that fails
@@ -692,7 +701,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
 
 def test_a_reply_outlasts_a_moments_failure_of_the_disk(book, monkeypatch):
     "It is paid for: writing it is tried again before it is given up"
-    write, fails, asked = Ledger._settle, iter([True, False, True, True, False]), []
+    write, fails, asked = Ledger._save_once, iter([True, False, True, True, False]), []
 
     def failing(self, *args):
         if next(fails, False):
@@ -704,7 +713,7 @@ def test_a_reply_outlasts_a_moments_failure_of_the_disk(book, monkeypatch):
             asked.append(key)
             return super().answer(request, key)
 
-    monkeypatch.setattr(Ledger, "_settle", failing)
+    monkeypatch.setattr(Ledger, "_save_once", failing)
     assert (
         right(quick("openai:m", questions(4), book, service=Counted(), concurrency=1), questions(4))
         and len(asked) == 4
@@ -862,7 +871,7 @@ def test_a_busy_service_is_handed_the_same_batch_again(service, status, book, mo
         m = model_at(s, service, "own")
         # nobody listens for a moment
         if status == "refused":
-            never, paid = httpx2.ConnectError("refused"), services._Client.paid
+            never, paid = httpx2.ConnectError("refused"), services.Client.paid
 
             def away(self, call):
                 if not left[0]:
@@ -874,13 +883,13 @@ def test_a_busy_service_is_handed_the_same_batch_again(service, status, book, mo
 
                 return paid(self, fails)
 
-            monkeypatch.setattr(services._Client, "paid", away)
+            monkeypatch.setattr(services.Client, "paid", away)
         else:
             monkeypatch.setattr(LLMServer, "submission", busy)
         with pytest.warns(UserWarning, match="handing in 300 requests again"):
             assert right(quick(m, questions(300), book, batch=True, prices=table), questions(300))
         assert (
-            [len(b.items) for b in s.batches.values()] == [300] and left == [0] and losses(book) == (0, 0.0)
+            [len(b.items) for b in s.batches.values()] == [300] and left == [0] and book.losses() == (0, 0.0)
         )
 
 
@@ -914,7 +923,7 @@ def test_looks_that_fail_now_and_then_end_no_run(book):
 
 
 def test_busy_while_batches_are_under_way_is_waited_out(book, monkeypatch):
-    monkeypatch.setattr(llm, "BATCH_REQUESTS", 30)
+    monkeypatch.setattr(batches, "BATCH_REQUESTS", 30)
     state = dict(tries=0)
 
     def full(n):
@@ -1101,8 +1110,8 @@ def test_rate_limits_are_no_such_limits(book):
 )
 def test_impossible_replies_are_not_booked(bad):
     with pytest.raises(ValueError):
-        _checked(Reply(**dict(text="x") | bad))
-    assert _checked(Reply("half a \ud83d pair")).text.isascii()
+        checked(Reply(**dict(text="x") | bad))
+    assert checked(Reply("half a \ud83d pair")).text.isascii()
 
 
 def test_lost_replies_count_against_the_budget(book, tmp_path):
@@ -1154,17 +1163,17 @@ def test_a_lost_reply_is_asked_for_once_and_booked_at_its_ceiling(service, fault
         keys = book.note(m, todo)
         # nothing was asked twice
         assert sum(s.served.values()) == len(s.served) == 40 and replies.count(None) == 10
-        count, most = losses(book)
+        count, most = book.losses()
         assert count == 10
         ceiling = cost_ceiling(read_prices(table)[0][str(m)], todo[0], "concurrent")
-        assert most == pytest.approx(book.lost(keys)) == pytest.approx(10 * ceiling, rel=0.01)
+        assert most == pytest.approx(book.lost_cost(keys)) == pytest.approx(10 * ceiling, rel=0.01)
         # the ledger knows of every dollar
         assert truth(s) <= book.cost(keys) + most
         assert right(quick(m, todo, book, prices=table, max_cost=max_cost), todo)
         assert sum(s.served.values()) == 50
         # and so does a recording
         with Ledger(book.export(table.with_name("study.parquet"))) as replay:
-            assert losses(replay)[1] == pytest.approx(most)
+            assert replay.losses()[1] == pytest.approx(most)
 
 
 @BOTH
@@ -1188,8 +1197,8 @@ def test_what_never_left_is_not_lost(service, book, table, monkeypatch):
             if not back:
                 back.append(serve(port=s.port))
 
-    monkeypatch.setattr(llm, "sleep_using_event", lambda stop: comes_back)  # it was away for a moment
-    assert right(quick(m, questions(8), book, prices=table), questions(8)) and losses(book) == (0, 0.0)
+    monkeypatch.setattr(sending, "sleep_using_event", lambda stop: comes_back)  # it was away for a moment
+    assert right(quick(m, questions(8), book, prices=table), questions(8)) and book.losses() == (0, 0.0)
     back[0].close()
 
 
@@ -1202,8 +1211,8 @@ def test_lines_of_a_batch_that_are_lost_are_booked(service, blind, book, table):
         replies = quick(m, questions(40), book, batch=True, prices=table, blind_retries=blind)
         lost = sum(s.spoiled.values())
         assert sum(s.served.values()) == (40 + lost if blind else 40)
-        assert replies.count(None) == (0 if blind else lost) and losses(book)[0] == lost > 0
-        assert truth(s) / 2 <= book.cost(book.note(m, questions(40))) + losses(book)[1]
+        assert replies.count(None) == (0 if blind else lost) and book.losses()[0] == lost > 0
+        assert truth(s) / 2 <= book.cost(book.note(m, questions(40))) + book.losses()[1]
 
 
 KILLED = CLIENT.replace('"m", url', '"own", url').replace("batch=batch ==", "prices=batch, batch=False and")
@@ -1225,13 +1234,13 @@ def test_what_a_killed_process_had_in_the_air_is_booked(service, tmp_path, table
         time.sleep(0.5)
         with Ledger(tmp_path / "ledger.db") as book:
             keys = book.note(m, questions(60))
-            answered, (lost, most) = len(book.answered(keys)), losses(book)
+            answered, (lost, most) = len(book.answered(keys)), book.losses()
             assert 0 < lost <= 8 and answered + lost >= sum(s.served.values())
             assert truth(s) <= book.cost(keys) + most
             # a kill makes no budget larger
             with pytest.raises(OverBudget):
                 quick(m, questions(60), book, prices=table, max_cost=book.cost(keys) + most)
-            assert losses(book) == (lost, most)
+            assert book.losses() == (lost, most)
 
 
 # the limit
@@ -1347,7 +1356,7 @@ def test_good_replies_without_counts_are_kept(service, batch, book, table):
         free = quick(model_at(s, service), questions(10), book, batch=batch)  # no price is known
         assert right(free, questions(10)) and set(s.served.values()) == {1}
         assert all(r.cost is None and None in (r.input_tokens, r.output_tokens) for r in free)
-        assert uncounted(book) == 10
+        assert book.uncounted() == 10
     for cost in (None, 1.0):
         with serve(answer=lambda q: dict(text=q["prompt"][::-1], usage=odd[q["prompt"]])) as s:
             m = model_at(s, service, "own")
@@ -1356,7 +1365,7 @@ def test_good_replies_without_counts_are_kept(service, batch, book, table):
             ceilings = [cost_ceiling(price, q, mode) for q in questions(10)]
             assert right(kept, questions(10)) and [r.cost for r in kept] == pytest.approx(ceilings)
             assert set(s.served.values()) == {1}
-    assert losses(book) == (0, 0.0) and [t[3] >= 0 for t in book.totals()]
+    assert book.losses() == (0, 0.0) and [t[3] >= 0 for t in book.totals()]
     recorded = book.export(table.with_name("study.parquet"))
     with Ledger(recorded) as replay:
         assert quick(m, questions(10), replay) == kept
@@ -1628,7 +1637,7 @@ def test_what_is_given_up_is_cancelled_and_what_was_done_is_kept(service, book, 
         assert done == GivenUp(done.kept, 200 - done.kept, True)
         keys = book.note(m, questions(200))
         assert len(book.answered(keys)) == done.kept and 0 < truth(s) / 2 == pytest.approx(book.cost(keys))
-        assert losses(book) == (0, 0.0) and not book.under_way()
+        assert book.losses() == (0, 0.0) and not book.under_way()
         assert right(quick(m, questions(200), book, prices=table), questions(200))
         assert set(s.served.values()) == {1}
         with pytest.raises(ValueError, match="is not under way"):
@@ -1648,7 +1657,7 @@ def test_what_cannot_be_cancelled_is_booked(service, how, book, table):
         done = give_up(book, id, cancel=how == "unknown there", prices=table)
         ceiling = sum(cost_ceiling(read_prices(table)[0][str(m)], q, "batch") for q in todo)
         assert (done.kept, done.free, done.cancelled) == (0, 20, False)
-        assert done.lost == pytest.approx(ceiling) == pytest.approx(losses(book)[1])
+        assert done.lost == pytest.approx(ceiling) == pytest.approx(book.losses()[1])
         assert kept or not s.batches[id].cancelled
         assert right(quick(m, todo, book, prices=table), todo)
 

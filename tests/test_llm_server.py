@@ -14,7 +14,7 @@ import pytest
 
 anthropic, openai = pytest.importorskip("anthropic"), pytest.importorskip("openai")
 sys.path.insert(0, os.path.dirname(__file__))
-from llm_server import Faults, LLMServer, fingerprint
+from llm_server import Faults, LLMServer, fingerprint  # noqa: E402
 
 SCHEMA = dict(
     type="object",
@@ -107,7 +107,10 @@ def openai_batch(s, c, rows):
         openai_submit(c, rows).id,
         lambda b: b.status in ("completed", "failed", "expired", "cancelled"),
     )
-    read = lambda id: [json.loads(l) for l in c.files.content(id).content.splitlines()] if id else []
+
+    def read(id):
+        return [json.loads(line) for line in c.files.content(id).content.splitlines()] if id else []
+
     return b, {r["custom_id"]: r for r in read(b.output_file_id) + read(b.error_file_id)}
 
 
@@ -181,16 +184,16 @@ def test_structured():
         )
 
     with LLMServer() as s:
-        A, O = both(s)
+        claude, gpt = both(s)
         assert (
-            json.loads(text(ask_claude(A, SCHEMA)))
-            == json.loads(text(ask_gpt(O, SCHEMA)))
+            json.loads(text(ask_claude(claude, SCHEMA)))
+            == json.loads(text(ask_gpt(gpt, SCHEMA)))
             == dict(n=1, w=["text"])
         )
         with pytest.raises(anthropic.BadRequestError, match="additionalProperties"):
-            ask_claude(A, dict(SCHEMA, additionalProperties=True))
+            ask_claude(claude, dict(SCHEMA, additionalProperties=True))
         with pytest.raises(openai.BadRequestError, match="required"):
-            ask_gpt(O, dict(SCHEMA, required=["n"]))
+            ask_gpt(gpt, dict(SCHEMA, required=["n"]))
 
 
 @each
@@ -428,30 +431,31 @@ def test_openai_batches():
         assert c.batches.cancel(b.id).status == "cancelling"
         b = ended(c.batches.retrieve, b.id, lambda b: b.status == "cancelled")
         assert {
-            json.loads(l)["error"]["code"] for l in c.files.content(b.error_file_id).content.splitlines()
+            json.loads(line)["error"]["code"]
+            for line in c.files.content(b.error_file_id).content.splitlines()
         } == {"batch_cancelled"}
 
 
 def test_lists():
     with LLMServer() as s:
-        A, O = both(s)
+        claude, gpt = both(s)
         a, o = (
-            [A.messages.batches.create(requests=items(1)).id for _ in range(5)][::-1],
-            [openai_submit(O, lines(1)).id for _ in range(5)][::-1],
+            [claude.messages.batches.create(requests=items(1)).id for _ in range(5)][::-1],
+            [openai_submit(gpt, lines(1)).id for _ in range(5)][::-1],
         )
-        assert [b.id for b in A.messages.batches.list(limit=2)] == a and [
-            b.id for b in O.batches.list(limit=2)
+        assert [b.id for b in claude.messages.batches.list(limit=2)] == a and [
+            b.id for b in gpt.batches.list(limit=2)
         ] == o  # the SDKs turn the pages
-        page = A.messages.batches.list(limit=2, after_id=a[0])
+        page = claude.messages.batches.list(limit=2, after_id=a[0])
         assert ([b.id for b in page.data], page.has_more, page.first_id, page.last_id) == (
             a[1:3],
             True,
             a[1],
             a[2],
         )
-        page = A.messages.batches.list(limit=2, before_id=a[2])
+        page = claude.messages.batches.list(limit=2, before_id=a[2])
         assert [b.id for b in page.data] == a[:2] and not page.has_more
-        page = O.batches.list(limit=2, after=o[2])
+        page = gpt.batches.list(limit=2, after=o[2])
         assert [b.id for b in page.data] == o[3:] and not page.has_more
 
 
@@ -525,20 +529,20 @@ def test_batch_faults(client, batch, rows):
 
 
 def test_own_mistakes():
-    "An answer that raises is a 500 in the client's eyes and a note in `errors`; odd bodies do not stop the server"
+    "An answer that raises is a 500 for the client and a note in `errors`; odd bodies do not stop the server"
 
     def answer(q):
         raise KeyError(q["prompt"])
 
     with LLMServer(answer) as s:
-        A, O = both(s)
+        claude, gpt = both(s)
         with pytest.raises(anthropic.InternalServerError):
-            tell(A)
+            tell(claude)
         with pytest.raises(openai.InternalServerError):
-            tell(O, response_format=[1])
+            tell(gpt, response_format=[1])
         _, got = anthropic_batch(
             s,
-            A,
+            claude,
             items(1)
             + [dict(custom_id="odd", params=dict(model=[], max_tokens=1, messages=[1], output_config=3))],
         )
@@ -579,11 +583,16 @@ def test_process(tmp_path):
     try:
         url = f"http://127.0.0.1:{int(p.stdout.readline())}"
         body = json.dumps(dict(model="m", max_tokens=5, messages=user("hi")))
-        script = f"import urllib.request as u; u.urlopen(u.Request({url!r}+'/v1/messages', {body.encode()!r}, {{'x-api-key':'test-key', 'anthropic-version':'x'}}))"
+        headers = {"x-api-key": "test-key", "anthropic-version": "x"}
+        request = f"{url + '/v1/messages'!r}, {body.encode()!r}, {headers!r}"
+        script = f"import urllib.request as u; u.urlopen(u.Request({request}))"
         killed = [
             subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) for _ in range(2)
         ]  # the first meets the 429
-        stats = lambda: json.load(urllib.request.urlopen(url + "/_stats"))
+
+        def stats():
+            return json.load(urllib.request.urlopen(url + "/_stats"))
+
         while not stats()["served"] and any(k.poll() is None for k in killed):
             time.sleep(0.01)
         for k in killed:
@@ -593,7 +602,6 @@ def test_process(tmp_path):
         assert text(tell(c, max_tokens=5)) == "echo: hi" and list(stats()["served"].values()) == [2]
     finally:
         p.kill()
-    assert (
-        p.communicate()[1] == ""
-        and [json.loads(l)["status"] for l in open(tmp_path / "log.jsonl") if "messages" in l].count(429) == 1
-    )
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    statuses = [json.loads(line)["status"] for line in log if "messages" in line]
+    assert p.communicate()[1] == "" and statuses.count(429) == 1

@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from stars.habits.summaries import summarize
-from stars.llm.ledger import Request
+from stars.llm.requests import Request
 from stars.models.checkpoints import (
     BOS,
     Critic,

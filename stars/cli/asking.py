@@ -31,7 +31,7 @@ from stars.cli.options import (
 )
 from ..habits.priming import MIXES, write_rows
 from ..lab.notebooks import did_you_mean
-from ..llm.ledger import SERVICES
+from ..llm.requests import SERVICES
 from ..task.countdown import Problem, split_of
 from ..task.datasets import from_parquet
 from ..task.problems import sample_problems, whole
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from stars.llm.ask import GivenUp
-    from stars.llm.ledger import Ledger, Model, Request
+    from stars.llm.ledger import Ledger
+    from stars.llm.requests import Model, Request
 
 # %% ../../nbs/cli/93_asking.ipynb #c006
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def open_model(
     asking: AskingOptions,
 ) -> tuple["Model", dict]:  # the model, and arguments of `ask`
     "Find a model by its name; raises ValueError for one that cannot be asked"
-    from stars.llm.ledger import Model
+    from stars.llm.requests import Model
 
     check_asking(asking)
     extra = json_object(asking.extra, "--extra")
@@ -169,9 +170,8 @@ class Spent:
 # %% ../../nbs/cli/93_asking.ipynb #c018
 def spent(ledger: "Ledger") -> Spent:
     "What all replies of a ledger have cost"
-    from stars.llm.ledger import losses
 
-    return Spent(sum(cost or 0.0 for *_, cost in ledger.totals()), losses(ledger)[1])
+    return Spent(sum(cost or 0.0 for *_, cost in ledger.totals()), ledger.losses()[1])
 
 # %% ../../nbs/cli/93_asking.ipynb #c021
 @dataclass(frozen=True)
@@ -435,17 +435,16 @@ def print_batches(ledger: "Ledger"):
 # %% ../../nbs/cli/93_asking.ipynb #c050
 def print_costs(ledger: "Ledger"):
     "Say what each model has answered, and what it has cost"
-    from stars.llm.ledger import addresses, losses, uncounted
 
-    other_addresses = {model: f" at {' and '.join(urls)}" for model, urls in addresses(ledger).items()}
+    other_addresses = {model: f" at {' and '.join(urls)}" for model, urls in ledger.addresses().items()}
     for model, mode, replies, tokens_in, tokens_out, cost in ledger.totals():
         print(
             f"{model}{other_addresses.get(model, '')}, {mode}: {replies:,} replies, "
             f"{tokens_in:,} tokens in, {tokens_out:,} out" + ("" if cost is None else f", ${cost:,.4f}")
         )
-    if n := uncounted(ledger):
+    if n := ledger.uncounted():
         print(f"the tokens of {n:,} replies were not counted by their service")
-    lost, dollars = losses(ledger)
+    lost, dollars = ledger.losses()
     if lost:
         print(f"lost: {lost:,} replies that may have been paid for, at most ${dollars:,.4f}")
 

@@ -25,7 +25,7 @@ from .asking import AskingArgs, AskingOptions, check_asking, json_object, open_m
 from .options import check_numbers, check_path
 from ..habits.priming import METHODS
 from ..lab.notebooks import did_you_mean
-from ..llm.ledger import SERVICES, Model
+from ..llm.requests import SERVICES, Model
 from ..util.files import digest
 
 if TYPE_CHECKING:

@@ -26,9 +26,10 @@ import pandas as pd
 from .behaviors import HABIT_NAMES, HABITS, count_behaviors, meaning_of
 from .phrases import Rule
 from .summaries import CHECKPOINT_KEYS, summarize
-from ..llm.ask import ask, inert, names_once
-from ..llm.ledger import Ledger, Model, Reply, Request
-from ..llm.services import price_of
+from ..llm.ask import ask
+from ..llm.ledger import Ledger
+from ..llm.prices import price_of
+from ..llm.requests import Model, Reply, Request, inert, names_once
 from ..util.files import check_settings, write_bytes
 
 # %% ../../nbs/habits/36_judges.ipynb #n001

@@ -31,7 +31,7 @@ from ..models.micro import attention
 from ..models.parallel import drop_states
 from ..rl.sft import SFTConfig
 from ..task.problems import whole
-from ..util.files import digest, flush, held, room_for, write_json
+from ..util.files import digest, disk_errors, flush, one_writer, write_json
 
 # %% ../../nbs/lab/73_stages.ipynb #c008
 def environment() -> dict:
@@ -119,13 +119,13 @@ def stage(
     if not build:
         raise NotBuilt(final)
     where.mkdir(parents=True, exist_ok=True)
-    with held(final, inf if wait else 0.0):
+    with one_writer(final, inf if wait else 0.0):
         if final.exists():
             return final
         partial_.mkdir(exist_ok=True)
         write_json(partial_ / "config.json", config)
         start, made_by = time.time(), environment()
-        with room_for(final):
+        with disk_errors(final):
             run(partial_)
         write_json(
             partial_ / "manifest.json",
@@ -139,7 +139,7 @@ def stage(
                 **made_by,
             ),
         )
-        with room_for(final):
+        with disk_errors(final):
             flush(partial_)
             partial_.rename(final)
             flush(where, inside=False)

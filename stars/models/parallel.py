@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 
 from .arithmetic import share_cores
 from .checkpoints import without_dropout
-from ..util.files import digest, file_digest, flush, held
+from ..util.files import digest, file_digest, flush, one_writer
 
 # %% ../../nbs/models/44_parallel.ipynb #c006
 def prepare(
@@ -213,7 +213,7 @@ class Team:
         with ExitStack() as stack:
             with self.as_one():
                 if self.first:
-                    stack.enter_context(held(folder, 60.0 if self.size > 1 else 0.0))
+                    stack.enter_context(one_writer(folder, 60.0 if self.size > 1 else 0.0))
             yield
 
 # %% ../../nbs/models/44_parallel.ipynb #c012

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..llm.ledger import Model, Reply, Request
+from ..llm.requests import Model, Reply, Request
 from stars.models.checkpoints import (
     BASES,
     base_path,
