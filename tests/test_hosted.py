@@ -22,7 +22,7 @@ from stars.habits.teacher import teacher_prompt
 from stars.lab.configs import preset
 from stars.lab.experiments import prime_stage
 from stars.lab.stages import Job
-from stars.llm.ledger import Ledger, losses
+from stars.llm.ledger import Ledger
 from stars.task.countdown import Problem, make_prompt, score, split_of
 from stars.task.problems import sample_problems
 from stars.text.corpus import documents, embedded_rewrite
@@ -205,7 +205,7 @@ def test_what_was_paid_includes_what_was_lost(capsys):
         with pytest.warns(UserWarning, match="3 of 30 requests"):
             run(*command)
         with Ledger("runs/ledger.db") as book:
-            (n, lost), [(*_, cost)] = losses(book), book.totals()
+            (n, lost), [(*_, cost)] = book.losses(), book.totals()
         assert n == 3
         said = capsys.readouterr().out
         assert f"paid now ${cost + lost:.4f} at most, ${lost:.4f} of it for replies that were lost" in said

@@ -18,7 +18,8 @@ from stars.habits import teacher as T
 from stars.habits.behaviors import HABIT_NAMES, count_behaviors
 from stars.habits.priming import MIXES, PRIMING_SCHEMA, dots, empty_cot, read_rows, write_rows
 from stars.llm.ask import OverBudget
-from stars.llm.ledger import Ledger, Model, Reply, losses
+from stars.llm.ledger import Ledger
+from stars.llm.requests import Model, Reply
 from stars.llm.services import Lost, Refused
 from stars.models.checkpoints import load_model, load_tokenizer
 from stars.rl.evals import failures
@@ -718,7 +719,7 @@ def test_lost_replies_are_not_asked_for_again_behind_ones_back(tmp_path):
     assert len(rows) == 30 and max(map(service.sent.count, service.sent)) == 1 and len(service.sent) > 30
 
     def spent(book):
-        return losses(book)[1] + sum(cost for *_, cost in book.totals())
+        return book.losses()[1] + sum(cost for *_, cost in book.totals())
 
     with Ledger(tmp_path / "a.db") as book:
         most = 0.95 * spent(book)
