@@ -422,11 +422,10 @@ def test_held_out_problems_never_prime():
 
 
 def test_what_decides_sampled_failures_decides_the_stage():
-    stage = lambda **kw: prime_stage(
-        replace(
-            job("incorrect_only", priming=dict(failures="sampled"), sft=dict(epochs=8), **kw), build=False
-        )
-    )
+    def stage(**kw):
+        sampled = job("incorrect_only", priming=dict(failures="sampled"), sft=dict(epochs=8), **kw)
+        return prime_stage(replace(sampled, build=False))
+
     names = []
     for kw in (dict(), {"ppo.temperature": 0.7}, {"ppo.max_tokens": 55}):
         prime_stage(job("incorrect_only", priming=dict(failures="sampled"), sft=dict(epochs=8), **kw))
@@ -485,7 +484,7 @@ def test_a_hosted_teachers_rows_train_a_model_that_reads_english(tmp_path):
 
 
 def reads(q):
-    "A hosted labeller that asks the rules, and a rewriter that knows the synthetic corpus; some replies are unusable"
+    "A hosted labeller that asks the rules, and a rewriter that knows the corpus; some replies are unusable"
     text = re.search(r"<text>\n(.*)\n</text>", q["prompt"], re.S)[1]
     if random.Random(text).random() < 0.05:
         return "I would rather not."
