@@ -30,7 +30,7 @@ from ..task.countdown import chat_prompt
 from .corpus import embedded_rewrite
 from .pretraining import label_files, labels_file, map_shards
 from .shards import Corpus, Shard, Text, changed_file, corpus_files, plan_shards, read_shard
-from ..util.files import check_settings, held, write_json, write_table
+from ..util.files import check_settings, one_writer, write_json, write_table
 
 # %% ../../nbs/text/67_curation.ipynb #x006
 def labelled_corpus(
@@ -163,7 +163,7 @@ def rewrite_corpus(
     made_of = hashlib.sha256((Path(labels) / "labels.json").read_bytes()).hexdigest()[:10]
     settings = dict(labels=made_of, **decides)
     out.mkdir(parents=True, exist_ok=True)
-    with held(out):
+    with one_writer(out):
         check_settings(out / "rewrites.json", settings, "rewritten texts")
         write_json(out / "rewrites.json", settings)
         done = {int(f.stem.split("-")[1]) for f in out.glob(f"{method}-*.parquet")}
@@ -417,7 +417,7 @@ def curate(
     "Write out/METHOD/train.parquet and test.parquet"
     out = Path(out)
     sets, report = training_sets(out / "rewrites", tokenizer, template, rewriter, how)
-    with held(out):
+    with one_writer(out):
         (out / "report.json").unlink(missing_ok=True)
         for method, (train, test) in sets.items():
             write_rows(train, out / method / "train.parquet")

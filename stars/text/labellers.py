@@ -24,8 +24,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..habits.behaviors import HABIT_NAMES, meaning_of
 from ..habits.judges import FORMATS, QUESTIONS
-from ..llm.ask import ask, inert, names_once
-from ..llm.ledger import Ledger, Model, Reply, Request, recorded_keys
+from ..llm.ask import ask
+from ..llm.ledger import Ledger
+from ..llm.requests import Model, Reply, Request, inert, names_once
 from .pretraining import DOMAINS, LABELS, NO_LABELS
 from .shards import Shard, Text, read_shard
 
@@ -411,7 +412,7 @@ def hosted_replies(
     for shard in shards:
         asked = requests_of(shard)
         requests = [a.request for a in asked if a.request]
-        keys = recorded_keys(ledger, model, requests)
+        keys = ledger.recorded_keys(model, requests)
         left, before = None, 0.0
         if budget is not None:  # `ask` counts by itself what keys of this shard have cost before
             before = paid(counted & set(keys))

@@ -42,7 +42,7 @@ from stars.text.shards import (
     plan_shards,
     read_shard,
 )
-from ..util.files import check_settings, held, replacing, write_json, write_table
+from ..util.files import check_settings, one_writer, replacing, write_json, write_table
 from ..util.workers import cores, processes
 
 # %% ../../nbs/text/62_pretraining.ipynb #x006
@@ -506,7 +506,7 @@ def label_corpus(
         check_files(out, before["files"], settings["files"])
         settings["files"] = before["files"]
     out.mkdir(parents=True, exist_ok=True)
-    with held(out):
+    with one_writer(out):
         check_settings(out / "labels.json", settings, "labels")
         write_json(out / "labels.json", settings)
         label_shards(plan, out, labeller or rule_labeller(), progress)

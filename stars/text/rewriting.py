@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from ..habits.behaviors import HABIT_NAMES
 from ..habits.judges import FORMATS
 from ..habits.priming import METHODS
-from ..llm.ask import declines, flow, names_once
-from ..llm.ledger import Reply, Request
+from ..llm.requests import Reply, Request, declines, flow, names_once
 from .labellers import Asked, TextTask, as_data
 from .shards import Text
 

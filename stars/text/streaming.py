@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from ..llm.ledger import Reply, Request
+from ..llm.requests import Reply, Request
 from ..models.parallel import start_ray
 from ..rl.engines import EngineDied, check_vllm
 from .labellers import Answer, Asked, chat_ids, chat_tokenizer
