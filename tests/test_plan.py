@@ -1,7 +1,6 @@
-"What a plan counts, against models, autograd, optimisers and the sampler; what a refusal proposes, against the count (20 s)"
+"What a plan counts, against models, autograd, optimisers and the sampler; what a refusal names (20 s)"
 
 import gc
-import re
 import weakref
 
 import pytest
@@ -12,7 +11,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stars.cli.main import main
 from stars.lab.configs import PRESETS, changed, preset, with_settings
-from stars.lab.memory import Shape, block_bytes, cache_bytes, cast_bytes, sampling_bytes, shape_of
+from stars.lab.memory import (
+    Training,
+    block_bytes,
+    cache_bytes,
+    cast_bytes,
+    sampling_bytes,
+    shape_from_config,
+    shape_of,
+)
 from stars.lab.plan import (
     GIB,
     RESERVE_FIXED,
@@ -23,8 +30,8 @@ from stars.lab.plan import (
     plan,
     plan_table,
     problems,
-    remedy,
     show_plan,
+    smaller,
 )
 from stars.models.checkpoints import Critic, base_path, token_logprobs
 from stars.models.micro import micro_model, micro_tokenizer, n_params
@@ -49,7 +56,7 @@ def small(hidden=128, layers=3, heads=4, kv_heads=2, ffn=320, vocab=500, kind="s
         max_position_embeddings=512,
         tie_word_embeddings=tied,
     )
-    return Shape.of(c), LlamaForCausalLM._from_config(c, attn_implementation=kind).train()
+    return shape_from_config(c), LlamaForCausalLM._from_config(c, attn_implementation=kind).train()
 
 
 def saved(model, ids, bf16, entropy):
@@ -73,11 +80,10 @@ def saved(model, ids, bf16, entropy):
 
 
 def counted(shape, n, length, bf16, kind, entropy, remat=False, rank=0, half=False):
-    held = (2 if half else 4) * shape.hidden if remat else block_bytes(shape, bf16, kind, length, rank, half)
+    how = Training(bf16, half, remat, rank, kind, length)
+    held = (2 if half else 4) * shape.hidden if remat else block_bytes(shape, how)
     top = (8 if half else 10 if bf16 else 12) * shape.hidden + (8 if entropy else 4) * shape.vocab
-    return n * (shape.layers * held + top) + cast_bytes(
-        shape, bf16 and not half, 0 if remat else shape.layers
-    )
+    return n * (shape.layers * held + top) + cast_bytes(shape, how.casts, 0 if remat else shape.layers)
 
 
 # parameters
@@ -112,7 +118,7 @@ def test_micro_base_is_the_one_this_configuration_builds(changes):
         c.base.ffn,
         c.base.max_length,
     )
-    assert micro_shape(c) == Shape.of(m.config) and plan(c, "plain").shape.parameters == n_params(m)
+    assert micro_shape(c) == shape_from_config(m.config) and plan(c, "plain").shape.parameters == n_params(m)
 
 
 def test_a_folder_is_read_without_its_weights(tmp_path):
@@ -139,7 +145,7 @@ def test_other_architectures_and_names_are_refused():
     from transformers import T5Config
 
     with pytest.raises(ValueError, match="dense decoders"):
-        Shape.of(T5Config())
+        shape_from_config(T5Config())
     with pytest.raises(ValueError, match="hub id"):
         shape_of("qwen")
 
@@ -239,7 +245,11 @@ def test_the_sampler_at_work(dims, rows, prompt, new, bf16):
 
 
 def test_a_gpu_has_a_power_of_two_of_rows_up_to_engine_rows_and_columns_of_whole_steps():
-    shape, cache = small()[0], lambda rows: cache_bytes(small()[0], rows, 128, 2) + 16 * rows * 60
+    shape = small()[0]
+
+    def cache(rows):
+        return cache_bytes(shape, rows, 128, 2) + 16 * rows * 60
+
     assert [sampling_bytes(shape, n, 40, 60, 2, most=96)["cache"] for n in (30, 70, 1000)] == [
         cache(32),
         cache(96),
@@ -277,7 +287,10 @@ def test_weights_gradients_and_moments_of_a_real_step():
     opt = torch.optim.AdamW(m.parameters())
     token_logprobs(m, torch.randint(500, (2, 9))).sum().backward()
     opt.step()
-    size = lambda ts: sum(t.numel() * t.element_size() for t in ts)
+
+    def size(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     moments = size(st[k] for st in opt.state.values() for k in ("exp_avg", "exp_avg_sq"))
     p = phases(plan(CPU, "plain"))["sft"].parts
     n = micro_shape(CPU).parameters / shape.parameters
@@ -418,31 +431,53 @@ def test_a_state_holds_what_is_trained(tmp_path):
 # refusal
 
 
-def proposal(text):  # the settings and GPUs a message proposes
-    gpus = re.search(r"--gpus (\d+)", text)
-    return int(gpus[1]) if gpus else None, dict(x.split("=") for x in text.split("--set ")[1].split())
-
-
 @pytest.mark.parametrize(
     "model,gpus,memory",
     [(QWEN, 1, 80), (QWEN, 4, 80), (QWEN, 2, 80), (LLAMA, 4, 80), (LLAMA, 1, 80), (QWEN, 8, 40)],
 )
-def test_what_is_proposed_fits(model, gpus, memory):
-    with pytest.raises(ValueError, match="This fits") as e:
-        check(plan(PAPER, model, gpus, memory))
+def test_a_refusal_names_phases_and_settings(model, gpus, memory):
+    p = plan(PAPER, model, gpus, memory)
+    with pytest.raises(ValueError, match="These settings make it smaller: ppo.micro_tokens") as e:
+        check(p)
     text = str(e.value)
-    assert "\n" not in text and "need" in text
-    more, changes = proposal(text)
-    check(plan(with_settings(PAPER, changes), model, more or gpus, memory))
-    for k in changes:  # and no change is there for nothing
-        if k in ("run.workers", "run.shard"):
-            continue
-        others = {name: v for name, v in changes.items() if name != k}
-        try:
-            without = with_settings(PAPER, others)
-        except ValueError:
-            continue  # the others cannot do without it
-        assert problems(plan(without, model, more or gpus, memory))
+    assert "\n" not in text and "ppo update needs" in text and ("GPUs and there" in text) == (gpus < 4)
+
+
+SMALLER = {  # the beginning of what is named → the same as settings
+    "ppo.micro_tokens": {"ppo.micro_tokens": 4_096},
+    "sft.micro_tokens": {"sft.micro_tokens": 4_096},
+    "run.remat=true": {"run.remat": True},
+    "run.engine_rows": {"run.engine_rows": 16},
+    "run.shard=true": {"run.shard": True},
+    "more run.workers": {"run.workers": 8, "run.shard": True},
+    "ppo.bf16=true": {"ppo.bf16": True},
+    "run.engine_memory": {"run.engine_memory": 0.1},
+    "lora.rank=16": {"lora.rank": 16},
+}
+
+
+def excess(p):
+    "Bytes that phases lack"
+    return sum(max(0, x.total - x.room) for x in p.phases)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(run=dict(workers=1, shard=False)),
+        dict(run=dict(workers=2, shard=False, remat=False)),
+        dict(run=dict(workers=1, shard=False, remat=False), ppo=dict(bf16=False)),
+        dict(run=dict(workers=1, shard=False, engine="vllm", engines=1)),
+    ],
+)
+def test_each_setting_that_is_named_helps(changes):
+    c = changed(PAPER, **changes)
+    before = plan(c, QWEN, 8, 40)
+    named = smaller(before)
+    assert named
+    for setting in named:
+        [values] = [v for name, v in SMALLER.items() if setting.startswith(name)]
+        assert excess(plan(with_settings(c, values), QWEN, 8, 40)) < excess(before), setting
 
 
 def test_the_paper_fits_on_four_and_not_on_one():
@@ -457,15 +492,17 @@ def test_the_small_presets_fit_on_small_gpus_or_say_how():
     check(plan(PRESETS["gpu"], "plain", 1, 16))
     c = PRESETS["smollm2"]
     check(plan(c, "smollm2", 1, 80))
-    check(plan(with_settings(c, remedy(plan(c, "smollm2", 1, 24))), "smollm2", 1, 24))
+    assert "run.remat=true" in smaller(plan(c, "smollm2", 1, 24))
+    check(plan(changed(c, run=dict(remat=True)), "smollm2", 1, 24))
 
 
-def test_the_cheapest_change_is_proposed():
-    assert remedy(plan(PAPER, QWEN, 4, 80)) == {"ppo.micro_tokens": 32_768}
+def test_the_cheapest_setting_is_named_first():
+    assert smaller(plan(PAPER, QWEN, 4, 80))[0] == "ppo.micro_tokens (now 65536)"
+    check(plan(changed(PAPER, ppo=dict(micro_tokens=32_768)), QWEN, 4, 80))
 
 
 def test_a_hopeless_plan_says_so():
-    with pytest.raises(ValueError, match="No setting tried"):
+    with pytest.raises(ValueError, match="A smaller model or GPUs with more memory"):
         check(plan(CPU, "plain", memory=0.5))
 
 
@@ -503,6 +540,5 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch
         monkeypatch.setattr(f"torch.cuda.{name}", lambda *a, value=value: value)
     with pytest.raises(SystemExit) as e:
         main(["ppo", "--preset", "smollm2"])
-    assert (
-        e.value.code == 2 and "This fits: --set" in capsys.readouterr().err and not list(tmp_path.iterdir())
-    )
+    assert e.value.code == 2 and not list(tmp_path.iterdir())
+    assert "These settings make it smaller: " in capsys.readouterr().err

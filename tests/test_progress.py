@@ -103,7 +103,7 @@ def test_updates_of_sft_are_measured_by_the_time_between_looks(job):
     it.look()
     chain = it.chains[one]
     assert pr.pace(chain, "sft", pr.paces([chain])) == (0.5, False) and str(chain) == "plain/dots/0 sft 8/20"
-    assert pr.left(chain, ["sft"], pr.paces([chain])) == (6.0, False)
+    assert pr.chain_left(chain, ["sft"], pr.paces([chain])) == (6.0, False)
 
 
 def test_what_an_earlier_session_did_is_not_speed(job):
@@ -238,7 +238,7 @@ def test_rows_of_continued_pretraining_are_known_once_they_lie_there(job):
     end(folder, 1.0)
     it = pr.Progress([one])
     batch, epochs = CFG.cpt.batch_size, CFG.cpt.epochs
-    assert it.chains[one].total("sft") == -(-70 // batch) * epochs != guess > 0
+    assert it.chains[one].steps("sft") == -(-70 // batch) * epochs != guess > 0
 
 
 def test_bases_are_trained_once_and_first(job):
@@ -259,7 +259,7 @@ def test_bases_are_trained_once_and_first(job):
         it.look()
     assert str(it.chains[jobs[0]]) == f"plain base 3/{n}"
     known = pr.paces(list(it.chains.values()))
-    each = [pr.left(c, ["ppo", "eval"], known)[0] for c in it.chains.values()]
+    each = [pr.chain_left(c, ["ppo", "eval"], known)[0] for c in it.chains.values()]
     assert it.left() == (pytest.approx(10.0 * (n - 3) + sum(each)), True)
 
 
