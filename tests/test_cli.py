@@ -208,7 +208,7 @@ def shapes(*_):
 )
 def test_a_bug_says_that_it_is_one(monkeypatch, capsys, tmp_path, slip, said):
     (tmp_path / "x.parquet").write_bytes((DATA / "completions.parquet").read_bytes())
-    monkeypatch.setattr(viewer, "_read", slip)  # deep in a real command
+    monkeypatch.setattr(viewer, "read_parquet", slip)  # deep in a real command
     code, out, err = run(capsys, "inspect", str(tmp_path / "x.parquet"))
     assert code == 70 and not out and err.startswith(f"stars: {said}") and "Traceback" not in err
     where, bug = (
