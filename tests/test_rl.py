@@ -40,7 +40,7 @@ from stars.rl import ppo as P
 from stars.rl.evals import complete
 from stars.rl.loops import read_log
 from stars.rl.rollouts import LlamaEngine, Rollout, probe, seeds_of, texts_of
-from stars.rl.service import EngineService, local_service
+from stars.rl.service import EngineService, local_service, request_text
 from stars.rl.sft import Example, SFTConfig, batches, encode, sft, sft_loss
 from stars.task.countdown import Problem
 
@@ -990,7 +990,11 @@ def test_a_prompt_begins_with_the_tokenizers_token_where_it_is_asked_for():
 def test_a_checkpoint_that_is_asked_begins_as_its_tokenizer_does(tmp_path):
     "A text, a chat whose template writes the token, and one whose template does not"
     tok = beginning(True)
-    begins = lambda bos="auto": EngineService(Says(tok, "3"), tok, bos=bos)._prompt(Request("3 + 4"))
+
+    def begins(bos="auto"):
+        service = EngineService(Says(tok, "3"), tok, bos=bos)
+        return request_text(Request("3 + 4"), tok, service.begin)
+
     assert begins() == "<s>3 + 4\n" and begins("none") == "3 + 4\n"
     tok.chat_template = "{{ bos_token }}{{ messages[0].content }} :"
     assert begins() == begins("none") == "<s>3 + 4 :"
