@@ -1,4 +1,5 @@
-"What a long run meets: no memory, numbers that are none, a full disk, another process, damaged files, kill -9, any fault of a disk. What the user reads, and how it goes on"
+"""What a long run meets: no memory, numbers that are none, a full disk, another process, damaged files,
+kill -9, any fault of a disk. What the user reads, and how it goes on"""
 
 import errno
 import json
@@ -50,15 +51,15 @@ def refused(capsys, *args, set_=(), code=2):
     capsys.readouterr()
     with pytest.raises(SystemExit) as e:
         stars(*args, set_=set_)
-    said = [l for l in capsys.readouterr().err.splitlines() if l.startswith("stars: ")]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stars: ")]
     assert e.value.code == code and len(said) == 1, said
     return said[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def rewards():
-    """Rewards that tell any two responses apart. Those of the verifier are all 0 here: the critic's gradient would
-    begin as rounding, and runs that cut their batches differently could not be compared"""
+    """Rewards that tell any two responses apart. Those of the verifier are all 0 here: the critic's
+    gradient would begin as rounding, and runs that cut their batches differently could not be compared"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(P, "reward_of", lambda text, problem, format_score: fingerprint(text, problem))
         yield
@@ -143,7 +144,8 @@ def too_much(*args, **kwargs):
             (S, "sft_loss"),
             3,
             "sft",
-            "out of memory while training on micro-batches of 2048 tokens: lower micro_tokens (of a preset: sft.micro_tokens",
+            "out of memory while training on micro-batches of 2048 tokens: lower micro_tokens (of a "
+            "preset: sft.micro_tokens",
             "sft.micro_tokens=512",
         ),
     ],
@@ -288,7 +290,10 @@ def test_two_processes_on_one_run(whole, begun, capsys):
     begun("ppo")
     name = folder("ppo", whole).name
     lock = Path("runs/smoke/plain/empty_cot/seed0").resolve() / f".{name}.lock"
-    code = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n print('held', flush=True); sys.stdin.read()"
+    code = (
+        "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n print('held', flush=True); "
+        "sys.stdin.read()"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -334,7 +339,8 @@ def flip(path):
 @pytest.mark.parametrize("damage", [cut, flip, lambda p: p.unlink()], ids=["cut", "flipped", "missing"])
 @pytest.mark.parametrize("n", [1, 2], ids=["the newest", "both"])
 def test_damaged_states(tiny, tmp_path, damage, n):
-    "A warning names each; the run goes on from the one before, or from the beginning, and ends as it would have"
+    """A warning names each; the run goes on from the one before, or from the beginning, and ends as it
+    would have"""
     out = tmp_path / "damaged"
     cut_short("ppo", out, 2)
     bad = parallel.saved_states(out)[:n]
@@ -539,7 +545,8 @@ def test_no_room_for_a_file(tmp_path):
             room(2_000),
             pytest.raises(
                 OSError,
-                match=r"^[^\n]*/x could not be written \([^\n]*File too large[^\n]*\). Make room: the same command goes on$",
+                match=r"^[^\n]*/x could not be written \([^\n]*File too large[^\n]*\). "
+                r"Make room: the same command goes on$",
             ),
         ):
             write(tmp_path / "x")
@@ -687,8 +694,10 @@ def apart(root):
 def silent(root):
     with faults.suppress(OSError): write(root/"x.json", 1)
 def forgetful(root):
-    if not (root/"x.json").exists(): write(root/"x.json", faults.Shop(root.parent, str).reply("key", "prompt", "batch").text)
-faults.COMMANDS = {f.__name__: faults.Command(f, whole={"": "about.json"}) for f in (in_place, unflushed, leaves, stuck, apart, silent, forgetful)}
+    if (root/"x.json").exists(): return
+    write(root/"x.json", faults.Shop(root.parent, str).reply("key", "prompt", "batch").text)
+FAULTY = (in_place, unflushed, leaves, stuck, apart, silent, forgetful)
+faults.COMMANDS = {f.__name__: faults.Command(f, whole={"": "about.json"}) for f in FAULTY}
 """
 
 
