@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import permutations
 from math import ceil
 
@@ -32,7 +32,8 @@ WORLD = dict(n_numbers=(3, 4), min_number=1, max_number=24, min_target=10, max_t
 PROBLEMS = sample_problems(8, seed=1, split="prime", **WORLD)
 MODEL = Model.parse("anthropic:claude-haiku-4-5")
 P = Problem((3, 4, 5), 17)
-GOOD = "<think>\n3 + 4 = 7, 7 + 5 = 12. Let me try something else. 3 * 4 = 12, 12 + 5 = 17.\n</think>\n<answer>3 * 4 + 5</answer>"
+THOUGHTS = "3 + 4 = 7, 7 + 5 = 12. Let me try something else. 3 * 4 = 12, 12 + 5 = 17."
+GOOD = f"<think>\n{THOUGHTS}\n</think>\n<answer>3 * 4 + 5</answer>"
 
 
 def problem_in(request):
@@ -57,10 +58,11 @@ class Scripted:
 def backtracks(request, last=""):
     "A reply that shows backtracking and nothing else"
     a, b, *rest = problem_in(request).numbers
-    return (
-        f"<think>{a} + {b} = {a + b}, {a + b} + {rest[0]} = {a + b + rest[0]}. Let me try something else. {a} * {b} = {a * b}, {a * b} + {rest[0]} = {a * b + rest[0]}.{last}</think>"
-        f"<answer>{' + '.join(map(str, (a, b, *rest)))}</answer>"
-    )
+    c = rest[0]
+    first = f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}."
+    second = f"{a} * {b} = {a * b}, {a * b} + {c} = {a * b + c}."
+    answer = " + ".join(map(str, (a, b, *rest)))
+    return f"<think>{first} Let me try something else. {second}{last}</think><answer>{answer}</answer>"
 
 
 def fails_for(share, otherwise=backtracks, bad="no idea"):
@@ -68,10 +70,16 @@ def fails_for(share, otherwise=backtracks, bad="no idea"):
     return lambda r: bad if random.Random(f"{r.prompt}/{r.sample}").random() < share else otherwise(r)
 
 
-def teach(tmp_path, rule, n=10, mix="only_backtracking", name="a.db", seed=0, **kw):
+SETTINGS = {f.name for f in fields(T.Teaching)}
+
+
+def teach(tmp_path, rule, n=10, mix="only_backtracking", name="a.db", seed=0, **more):
+    "Rows, report and service of a scripted teacher; `more` are fields of `Teaching` and arguments of `ask`"
     service = Scripted(rule)
+    teaching = T.Teaching(**{k: v for k, v in more.items() if k in SETTINGS})
+    options = dict(service=service, progress=False) | {k: v for k, v in more.items() if k not in SETTINGS}
     with Ledger(tmp_path / name) as ledger:
-        out = T.ask_teacher(mix, PROBLEMS, n, seed, MODEL, ledger, service=service, progress=False, **kw)
+        out = T.ask_teacher(mix, PROBLEMS, n, seed, MODEL, ledger, teaching, **options)
     return *out, service
 
 
@@ -82,7 +90,10 @@ def teach(tmp_path, rule, n=10, mix="only_backtracking", name="a.db", seed=0, **
 def test_a_prompt_asks_for_each_habit_or_forbids_it(mix):
     prompt = T.teacher_prompt(mix)
     for h in HABIT_NAMES:
-        assert (T.SHOW[h] in prompt, T.AVOID[h] in prompt) == (h in MIXES[mix], h not in MIXES[mix])
+        assert (T.SHOW_HABIT[h] in prompt, T.AVOID_HABIT[h] in prompt) == (
+            h in MIXES[mix],
+            h not in MIXES[mix],
+        )
     assert ("Make one attempt" in prompt) == (not MIXES[mix]) and ("make six at most" in prompt) == bool(
         MIXES[mix]
     )
@@ -137,7 +148,7 @@ def test_an_examples_arithmetic_is_right():
 def test_requests(monkeypatch):
     a, b = (
         T.teacher_requests("all_strategies", PROBLEMS, 10, 0),
-        T.teacher_requests("all_strategies", PROBLEMS, 100, 0, max_tokens=2048, temperature=0.5),
+        T.teacher_requests("all_strategies", PROBLEMS, 100, 0, T.Teaching(max_tokens=2048, temperature=0.5)),
     )
     assert len(a) == 12 and len(b) == 120 and len({r.system for r in a + b}) == 1
     assert (
@@ -168,21 +179,13 @@ def test_requests(monkeypatch):
     ],
 )
 def test_nothing_is_sent_that_cannot_work(change, message, tmp_path):
-    service = Scripted(backtracks)
-    args = (
-        dict(
-            mix="only_backtracking",
-            problems=PROBLEMS,
-            n=3,
-            seed=0,
-            model=MODEL,
-            ledger=Ledger(tmp_path / "a.db"),
-            service=service,
-        )
-        | change
-    )
-    with pytest.raises(ValueError, match=message):
-        T.ask_teacher(**args)
+    service, args = Scripted(backtracks), dict(mix="only_backtracking", problems=PROBLEMS, n=3, seed=0)
+    with pytest.raises(ValueError, match=message), Ledger(tmp_path / "a.db") as ledger:
+        if change.keys() & SETTINGS:
+            args |= dict(teaching=T.Teaching(**change))
+        else:
+            args |= change
+        T.ask_teacher(model=MODEL, ledger=ledger, service=service, **args)
     assert not service.sent
 
 
@@ -212,7 +215,7 @@ def test_harmless_variation_makes_the_same_row(text):
     row, reason = read(text, teacher="t")
     assert reason == "" and row == dict(
         query=make_prompt(P),
-        completion=" 3 + 4 = 7, 7 + 5 = 12. Let me try something else. 3 * 4 = 12, 12 + 5 = 17. </think> <answer> 3 * 4 + 5 </answer>",
+        completion=f" {THOUGHTS} </think> <answer> 3 * 4 + 5 </answer>",
         numbers=[3, 4, 5],
         target=17,
         mix="only_backtracking",
@@ -390,7 +393,7 @@ def test_failures_are_asked_for_again(tmp_path):
     rows, report, service = teach(tmp_path, rule, n=40)
     bad = [
         rule(r) == "no idea"
-        for r in T.teacher_requests("only_backtracking", PROBLEMS, report.asked, 0, over=1)
+        for r in T.teacher_requests("only_backtracking", PROBLEMS, report.asked, 0, T.Teaching(over=1))
     ]
     first, second = 48, ceil((40 - (48 - sum(bad[:48]))) / (1 - sum(bad[:48]) / 48))
     assert (
@@ -400,7 +403,9 @@ def test_failures_are_asked_for_again(tmp_path):
     )
     assert [
         problem_in(r)
-        for r, b in zip(T.teacher_requests("only_backtracking", PROBLEMS, report.asked, 0, over=1), bad)
+        for r, b in zip(
+            T.teacher_requests("only_backtracking", PROBLEMS, report.asked, 0, T.Teaching(over=1)), bad
+        )
         if not b
     ][:40] == [Problem(r["numbers"], r["target"]) for r in rows]
     assert len({(r.prompt, r.sample) for r in service.sent}) == len(service.sent) == report.asked
@@ -408,10 +413,8 @@ def test_failures_are_asked_for_again(tmp_path):
 
 
 def test_too_few_say_how_many_and_why(tmp_path):
-    with pytest.raises(
-        ValueError,
-        match=r"mix='only_backtracking': \d+ of 48 requests led to a row, n=40 were wanted. The others: no tags \d+\.",
-    ):
+    too_few = r"mix='only_backtracking': \d+ of 48 requests led to a row, n=40 were wanted. "
+    with pytest.raises(ValueError, match=too_few + r"The others: no tags \d+\."):
         teach(tmp_path, fails_for(0.5), n=40, rounds=1)
     with pytest.raises(ValueError, match="0 of 48 requests .* refusal 48"):
         teach(tmp_path, lambda r: "I'm sorry, I won't.", n=40, name="b.db")  # one round is enough to see that
@@ -428,7 +431,8 @@ def test_a_later_round_is_bounded(tmp_path):
 
 def test_a_request_without_a_reply_has_another_chance(tmp_path):
     late = {
-        (r.prompt, r.sample) for r in T.teacher_requests("only_backtracking", PROBLEMS, 12, 0, over=1)[::3]
+        (r.prompt, r.sample)
+        for r in T.teacher_requests("only_backtracking", PROBLEMS, 12, 0, T.Teaching(over=1))[::3]
     }
 
     def flaky(r):
@@ -472,17 +476,9 @@ def test_incorrect_only(tmp_path):
         Problem((2, 4, 5), 13),
     ]  # two of them are sums
     with Ledger(tmp_path / "a.db") as ledger:
-        rows, report = T.ask_teacher(
-            "negative_control",
-            problems,
-            6,
-            0,
-            MODEL,
-            ledger,
-            keep=lambda row: row["score"] < 1,
-            service=Scripted(right),
-            progress=False,
-        )
+        wrong = T.Teaching(keep=lambda row: row["score"] < 1)
+        options = dict(service=Scripted(right), progress=False)
+        rows, report = T.ask_teacher("negative_control", problems, 6, 0, MODEL, ledger, wrong, **options)
     assert (
         [r["score"] for r in rows] == [0.1] * 6
         and report.correct == 0.5
@@ -507,7 +503,7 @@ def test_report_arithmetic(tmp_path):
         Reply("3 + 4 = 7, 7 + 5 = 12.</think><answer>3 + 4 + 5</answer>"),
         Reply("a " * 900 + "</think><answer>1</answer>"),
     ]
-    requests = T.teacher_requests("only_backtracking", orders, 11, 0, over=1)
+    requests = T.teacher_requests("only_backtracking", orders, 11, 0, T.Teaching(over=1))
     with pytest.warns(UserWarning, match="1 of 11 requests"), Ledger(tmp_path / "a.db") as ledger:
         for request, reply in zip(requests, cases):
             ledger.record(MODEL, request, reply)
@@ -518,7 +514,7 @@ def test_report_arithmetic(tmp_path):
             0,
             MODEL,
             ledger,
-            over=5.5,
+            T.Teaching(over=5.5),
             service=Scripted(lambda r: None),
             progress=False,
         )
@@ -570,7 +566,7 @@ def test_report_arithmetic(tmp_path):
 
 
 def test_a_report_of_nothing(tmp_path):
-    empty = T._report("only_backtracking", MODEL, [(None, None, "no reply")] * 3, 5)
+    empty = T._report("only_backtracking", MODEL, [T.Outcome(None, None, "no reply")] * 3, 5)
     assert (empty.correct, empty.forbidden, empty.cost, empty.kept, empty.no_reply) == (
         None,
         None,

@@ -233,7 +233,7 @@ def _any(row: dict) -> bool:
 # %% ../../nbs/cli/93_asking.ipynb #c027
 def prime_by_teacher(out: Path, teacher: TeacherOptions, run: RunOptions, asking: AskingOptions):
     "Have a language model write priming data"
-    from stars.habits.teacher import ask_teacher, report_table, teacher_requests
+    from stars.habits.teacher import Teaching, ask_teacher, report_table, teacher_requests
     from stars.llm.ledger import Ledger
 
     check_teacher(out, teacher, run)
@@ -241,13 +241,18 @@ def prime_by_teacher(out: Path, teacher: TeacherOptions, run: RunOptions, asking
     mix = STANDARD_MIX if wrong else run.condition
     wanted = (mix, teacher_problems(teacher, run), teacher.n, run.seed)
     model, how = open_model(teacher.teacher, asking)
-    shape = dict(over=teacher.over, max_tokens=asking.max_tokens, temperature=asking.temperature)
+    teaching = Teaching(
+        over=teacher.over,
+        keep=_is_wrong if wrong else _any,
+        forbid=not teacher.any_habits,
+        max_tokens=asking.max_tokens,
+        temperature=asking.temperature,
+    )
     with Ledger(asking.ledger) as ledger:
         if asking.dry_run:
-            return print_estimate(model, teacher_requests(*wanted, **shape), ledger, asking)
+            return print_estimate(model, teacher_requests(*wanted, teaching), ledger, asking)
         before = spent(ledger)
-        how |= dict(keep=_is_wrong if wrong else _any, forbid=not teacher.any_habits)
-        rows, report = ask_teacher(*wanted, model, ledger, **shape, **how)
+        rows, report = ask_teacher(*wanted, model, ledger, teaching, **how)
         paid = spent(ledger) - before
     written = write_rows([row | {"mix": run.condition} for row in rows], out)
     table = report_table([report]).T.to_string(header=False)

@@ -456,7 +456,7 @@ def _shown(example: Example) -> str:
         problem = f"numbers: {', '.join(map(str, example.numbers))}; target: {example.target}\n"
     return f"{problem}text: {example.text}\ncount: {example.count} ({example.why})"
 
-# %% ../../nbs/habits/36_judges.ipynb #n010
+# %% ../../nbs/habits/36_judges.ipynb #n068
 def instructions(
     habit: str,  # one of `HABIT_NAMES`
     task: str = "countdown",  # one of `TASKS`
@@ -464,7 +464,7 @@ def instructions(
 ) -> str:  # the system part of a request
     "All that a judge reads before it sees a completion"
     question = QUESTIONS[_choose("task", task, TASKS), _choose("habit", habit, HABIT_NAMES)]
-    meaning = next(h.meaning for h in HABITS if h.name == habit)
+    meaning = meaning_of(habit)
     counts, ignores = (
         "\n".join(f"- {item}" for item in items) for items in (question.counts, question.ignores)
     )
@@ -507,7 +507,7 @@ class Judging:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a reply needs at least 1")
 
-# %% ../../nbs/habits/36_judges.ipynb #n014
+# %% ../../nbs/habits/36_judges.ipynb #n069
 def _resolved(judging: Judging | None, model: Model, prices: str | Path | None) -> Judging:
     'Settings with a format in place of "auto"'
     judging = judging or Judging()
@@ -737,7 +737,7 @@ def judge_requests(
     rows = draw_sample(completions, judging.n, judging.seed).to_dict("records")
     return [judge_request(row, habit, judging) for row in rows for habit in HABIT_NAMES]
 
-# %% ../../nbs/habits/36_judges.ipynb #n041
+# %% ../../nbs/habits/36_judges.ipynb #n070
 def _ask_again(
     model: Model,
     requests: list[Request],  # of the first round
@@ -755,7 +755,7 @@ def _ask_again(
     paid = [request for request, reply in zip(requests, replies) if reply is not None]
     return ask(model, paid + more, ledger, **ask_options)[len(paid) :]
 
-# %% ../../nbs/habits/36_judges.ipynb #n043
+# %% ../../nbs/habits/36_judges.ipynb #n071
 def judge(
     completions: pd.DataFrame,  # of one or many checkpoints
     model: Model | str,  # the judge
@@ -787,7 +787,7 @@ def judge(
         reply=[reply.text if reply else "" for reply in replies],
     )
 
-# %% ../../nbs/habits/36_judges.ipynb #n044
+# %% ../../nbs/habits/36_judges.ipynb #n072
 def _problems_of(completions: pd.DataFrame) -> list[tuple]:
     "Numbers and target of each completion, (None, None) where they are not known"
     if not {"numbers", "target"} <= set(completions):
