@@ -18,8 +18,9 @@ import pandas as pd
 
 from .behaviors import HABIT_NAMES, count_behaviors
 from .priming import MIXES, Trace, is_search, reorder, thoughts_of
-from ..llm.ask import ask, declines, flow
-from ..llm.ledger import Ledger, Model, Reply, Request, lost_keys
+from ..llm.ask import ask
+from ..llm.ledger import Ledger
+from ..llm.requests import Model, Reply, Request, declines, flow
 from ..task.countdown import Problem, make_prompt, parse_answer, score
 
 # %% ../../nbs/habits/35_teacher.ipynb #n045
@@ -499,7 +500,7 @@ def _ask_all(
 ) -> list[Reply | None]:
     "Replies to requests; what was lost in the round before is not asked again, but its cost counts"
     keys = ledger.note(model, requests[: len(before)])
-    lost = lost_keys(ledger, [key for key, reply in zip(keys, before) if reply is None])
+    lost = ledger.lost_keys([key for key, reply in zip(keys, before) if reply is None])
     skipped = {i for i, key in enumerate(keys) if key in lost}
     if max_cost is not None:
         max_cost = max(0.0, max_cost - ledger.lost(lost))
