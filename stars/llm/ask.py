@@ -47,7 +47,7 @@ def _budget_price(model: Model, options: AskOptions) -> Price | None:
         )
     return None if changing else price
 
-# %% ../../nbs/llm/29_ask.ipynb #a009
+# %% ../../nbs/llm/29_ask.ipynb #a010
 def _check_requests(model: Model, requests: list[Request], price: Price | None, options: AskOptions):
     "Raise ValueError for what would be refused, or could not be priced"
     if options.batch and model.service == "local":
@@ -60,7 +60,7 @@ def _check_requests(model: Model, requests: list[Request], price: Price | None, 
         for request in requests:
             cost_ceiling(price, request, "concurrent")  # raises where the table does not know
 
-# %% ../../nbs/llm/29_ask.ipynb #a012
+# %% ../../nbs/llm/29_ask.ipynb #a013
 def _check_replay(model: Model, keys: set[str], unanswered: set[str], ledger: Ledger):
     "Raise LookupError where a recording knows nothing of some requests"
     unknown = unanswered - ledger.errors(unanswered).keys()
@@ -73,7 +73,7 @@ def _check_replay(model: Model, keys: set[str], unanswered: set[str], ledger: Le
         f"it was recorded with other settings, or not to the end, and holds replies of {known}"
     )
 
-# %% ../../nbs/llm/29_ask.ipynb #a014
+# %% ../../nbs/llm/29_ask.ipynb #a015
 def _warn(model: Model, requests: list[Request], keys: list[str], ledger: Ledger, replies: dict):
     "Say which replies are old, and which are missing"
     old = sum(key != request_key(model, r) for key, r in zip(keys, requests)) if model.base_url else 0
@@ -93,7 +93,7 @@ def _warn(model: Model, requests: list[Request], keys: list[str], ledger: Ledger
         )
         warnings.warn(text, stacklevel=3)
 
-# %% ../../nbs/llm/29_ask.ipynb #a016
+# %% ../../nbs/llm/29_ask.ipynb #a017
 def _send_all(run: Run):
     "Ask what is open, in the way that the options say"
     if run.model.service == "local":
@@ -103,7 +103,7 @@ def _send_all(run: Run):
     else:
         ask_concurrently(run)
 
-# %% ../../nbs/llm/29_ask.ipynb #a018
+# %% ../../nbs/llm/29_ask.ipynb #a019
 @delegates(AskOptions)
 def ask(
     model: Model | str,  # who is asked
@@ -134,7 +134,7 @@ def ask(
     _warn(model, requests, keys, ledger, replies)
     return [replies.get(key) for key in keys]
 
-# %% ../../nbs/llm/29_ask.ipynb #a028
+# %% ../../nbs/llm/29_ask.ipynb #a029
 @dataclass(frozen=True)
 class GivenUp:
     "What became of a batch that was given up"
@@ -144,7 +144,7 @@ class GivenUp:
     cancelled: bool  # False: it may run on and be billed
     lost: float = 0.0  # dollars at most that are booked for it, where it may run on
 
-# %% ../../nbs/llm/29_ask.ipynb #a030
+# %% ../../nbs/llm/29_ask.ipynb #a031
 def _connect_to_cancel(model: Model) -> Service:
     "The service of a model, or what to do without it"
     try:
@@ -155,7 +155,7 @@ def _connect_to_cancel(model: Model) -> Service:
             "it may run on and be billed"
         ) from None
 
-# %% ../../nbs/llm/29_ask.ipynb #a031
+# %% ../../nbs/llm/29_ask.ipynb #a033
 def _cancelled(run: Run, id: str, patience: float) -> bool:  # False: not yet
     "Have a batch stopped, and wait for the end of it"
     until = time.monotonic() + patience
@@ -165,7 +165,7 @@ def _cancelled(run: Run, id: str, patience: float) -> bool:  # False: not yet
         time.sleep(min(2.0, patience / 10))
     return over
 
-# %% ../../nbs/llm/29_ask.ipynb #a033
+# %% ../../nbs/llm/29_ask.ipynb #a035
 def _forget(run: Run, id: str, keys: list[str]) -> GivenUp:
     "Close a batch here, and book what it may cost"
     most = {key: run.ceiling(run.todo[key], "batch") for key in keys}
@@ -174,7 +174,7 @@ def _forget(run: Run, id: str, keys: list[str]) -> GivenUp:
         run.ledger.fail(key, LOST + "its batch was given up here and may have run on", most[key])
     return GivenUp(kept=0, free=n, cancelled=False, lost=sum(most.values()))
 
-# %% ../../nbs/llm/29_ask.ipynb #a034
+# %% ../../nbs/llm/29_ask.ipynb #a037
 def give_up(
     ledger: Ledger,  # where the batch is noted
     id: str,  # the service's name of it

@@ -185,7 +185,7 @@ class Progress:
     losses: Counter = field(default_factory=Counter)  # by key
     first_looks: dict[str, float] = field(default_factory=dict)  # for `_find`
 
-# %% ../../nbs/llm/28_batches.ipynb #b030
+# %% ../../nbs/llm/28_batches.ipynb #b031
 @patch
 def count(self: Progress, run: Run, keys: list[str], failed: dict[str, Failure]):
     "Take note of what failed in a batch"
@@ -200,7 +200,7 @@ def count(self: Progress, run: Run, keys: list[str], failed: dict[str, Failure])
             for_good = failure.permanent or self.losses[key] > run.options.blind_retries
             self.failures[key] += run.options.tries if for_good else 1
 
-# %% ../../nbs/llm/28_batches.ipynb #b032
+# %% ../../nbs/llm/28_batches.ipynb #b033
 def _look(run: Run, progress: Progress) -> set[str]:  # keys that are still under way
     "Collect the batches that have ended"
     under_way = set()
@@ -221,7 +221,7 @@ def _look(run: Run, progress: Progress) -> set[str]:  # keys that are still unde
             progress.count(run, keys, failed)
     return under_way
 
-# %% ../../nbs/llm/28_batches.ipynb #b034
+# %% ../../nbs/llm/28_batches.ipynb #b035
 def _hand_in(run: Run, progress: Progress, open_keys: list[str], under_way: set[str]) -> float:
     "Submit what is open, adding it to what is under way; returns the seconds until the next look"
     one_at_a_time = progress.size < BATCH_REQUESTS
@@ -244,7 +244,7 @@ def _hand_in(run: Run, progress: Progress, open_keys: list[str], under_way: set[
             run.ledger.release(mine)
     return run.options.poll
 
-# %% ../../nbs/llm/28_batches.ipynb #b036
+# %% ../../nbs/llm/28_batches.ipynb #b037
 def ask_in_batches(run: Run):
     "Hand in what is open, and wait for it"
     progress = Progress(size=BATCH_REQUESTS)

@@ -115,19 +115,19 @@ def submit(self: Anthropic, requests: dict[str, Request], name: str) -> str:
     items = [dict(custom_id=key, params=self._body(r)) for key, r in requests.items()]
     return self.paid(lambda: id_of(self.once.messages.batches.create(requests=items)))
 
-# %% ../../nbs/llm/26_clients.ipynb #c018
+# %% ../../nbs/llm/26_clients.ipynb #c019
 @patch
 def ended(self: Anthropic, id: str) -> bool:
     "Is a batch over?"
     return self.free(lambda: self.batches.retrieve(id).processing_status) == "ended"
 
-# %% ../../nbs/llm/26_clients.ipynb #c019
+# %% ../../nbs/llm/26_clients.ipynb #c021
 @patch
 def cancel(self: Anthropic, id: str):
     "Have a batch stopped"
     self.free(lambda: self.batches.cancel(id))
 
-# %% ../../nbs/llm/26_clients.ipynb #c021
+# %% ../../nbs/llm/26_clients.ipynb #c023
 _PERMANENT = ("invalid_request_error", "not_found_error", "permission_error", "request_too_large")
 
 
@@ -141,7 +141,7 @@ def _result(self: Anthropic, result) -> Reply | Failure:
     error = result.error.error
     return Failure(short_message(f"{error.type}: {error.message}"), error.type in _PERMANENT)
 
-# %% ../../nbs/llm/26_clients.ipynb #c022
+# %% ../../nbs/llm/26_clients.ipynb #c025
 @patch
 def results(self: Anthropic, id: str) -> Iterator[tuple[str, Reply | Failure]]:
     "By key, what became of a batch's requests"
@@ -157,7 +157,7 @@ def results(self: Anthropic, id: str) -> Iterator[tuple[str, Reply | Failure]]:
     for line in self.lines(lambda: self.batches.with_raw_response.results(id).http_response, size):
         yield outcome(line["custom_id"], partial(read, line))
 
-# %% ../../nbs/llm/26_clients.ipynb #c024
+# %% ../../nbs/llm/26_clients.ipynb #c027
 @patch
 def find(self: Anthropic, batch: Batch, keys: Sequence[str], known: set[str]) -> str | bool:
     "The id of a batch whose id was lost; True if it may yet turn up"
@@ -177,7 +177,7 @@ def find(self: Anthropic, batch: Batch, keys: Sequence[str], known: set[str]) ->
             return candidate.id
     return may_turn_up
 
-# %% ../../nbs/llm/26_clients.ipynb #c026
+# %% ../../nbs/llm/26_clients.ipynb #c029
 class OpenAI(Client):
     "Chat completions; Files and Batches"
 
@@ -191,7 +191,7 @@ class OpenAI(Client):
         super().__init__(sdk, sdk.OpenAI(api_key=key, base_url=url, max_retries=8, timeout=timeout), model)
         self.limit = "max_tokens" if model.base_url else "max_completion_tokens"
 
-# %% ../../nbs/llm/26_clients.ipynb #c027
+# %% ../../nbs/llm/26_clients.ipynb #c031
 @patch
 def _body(self: OpenAI, request: Request) -> dict:
     "A request as the API wants it"
@@ -206,7 +206,7 @@ def _body(self: OpenAI, request: Request) -> dict:
         body["response_format"] = dict(type="json_schema", json_schema=schema)
     return body
 
-# %% ../../nbs/llm/26_clients.ipynb #c029
+# %% ../../nbs/llm/26_clients.ipynb #c033
 @patch
 def _reply(self: OpenAI, completion, mode: str) -> Reply:
     "A completion as a reply"
@@ -226,7 +226,7 @@ def _reply(self: OpenAI, completion, mode: str) -> Reply:
     )
     return checked(Reply(text, finish, **tokens, id=completion.id or "", mode=mode))
 
-# %% ../../nbs/llm/26_clients.ipynb #c031
+# %% ../../nbs/llm/26_clients.ipynb #c035
 @patch
 def _renamed(self: OpenAI, error: str, sent: str) -> bool:
     "Does a refusal ask for the newer name of the limit? From now on it is used"
@@ -235,7 +235,7 @@ def _renamed(self: OpenAI, error: str, sent: str) -> bool:
     self.limit = "max_completion_tokens"
     return sent != self.limit
 
-# %% ../../nbs/llm/26_clients.ipynb #c032
+# %% ../../nbs/llm/26_clients.ipynb #c037
 @patch
 def answer(self: OpenAI, request: Request, key: str) -> Reply:
     "Ask now, once; a second time if the limit has to be called by its newer name"
@@ -250,7 +250,7 @@ def answer(self: OpenAI, request: Request, key: str) -> Reply:
             raise
     return self.answer(request, key)
 
-# %% ../../nbs/llm/26_clients.ipynb #c034
+# %% ../../nbs/llm/26_clients.ipynb #c039
 @patch
 def _upload(self: OpenAI, requests: dict[str, Request], name: str) -> str:
     "Upload the requests of a batch; returns the id of the file"
@@ -265,7 +265,7 @@ def _upload(self: OpenAI, requests: dict[str, Request], name: str) -> str:
     except Gone as e:
         raise Unusable(f"{self.model} takes no batches; ask without (--no-batch): {e}") from None
 
-# %% ../../nbs/llm/26_clients.ipynb #c035
+# %% ../../nbs/llm/26_clients.ipynb #c041
 @patch
 def submit(self: OpenAI, requests: dict[str, Request], name: str) -> str:
     "Hand in a batch; returns its id"
@@ -277,7 +277,7 @@ def submit(self: OpenAI, requests: dict[str, Request], name: str) -> str:
     )
     return self.paid(lambda: id_of(self.once.batches.create(**order)))
 
-# %% ../../nbs/llm/26_clients.ipynb #c036
+# %% ../../nbs/llm/26_clients.ipynb #c043
 @patch
 def find(self: OpenAI, batch: Batch, keys: Sequence[str], known: set[str]) -> str | bool:
     "The id of a batch whose id was lost; False if it is not there"
@@ -289,20 +289,20 @@ def find(self: OpenAI, batch: Batch, keys: Sequence[str], known: set[str]) -> st
     ours = (b.id for b in self.free(newest) if (b.metadata or {}).get("stars") == batch.name)
     return next(ours, False)
 
-# %% ../../nbs/llm/26_clients.ipynb #c037
+# %% ../../nbs/llm/26_clients.ipynb #c045
 @patch
 def ended(self: OpenAI, id: str) -> bool:
     "Is a batch over?"
     status = self.free(lambda: self.client.batches.retrieve(id).status)
     return status in ("completed", "failed", "expired", "cancelled")
 
-# %% ../../nbs/llm/26_clients.ipynb #c038
+# %% ../../nbs/llm/26_clients.ipynb #c047
 @patch
 def cancel(self: OpenAI, id: str):
     "Have a batch stopped"
     self.free(lambda: self.client.batches.cancel(id))
 
-# %% ../../nbs/llm/26_clients.ipynb #c040
+# %% ../../nbs/llm/26_clients.ipynb #c049
 @patch
 def _result(self: OpenAI, line: dict) -> Reply | Failure:
     "A line of a batch's results"
@@ -316,7 +316,7 @@ def _result(self: OpenAI, line: dict) -> Reply | Failure:
     sent = "max_tokens" if self.model.base_url else self.limit  # as far as is known
     return Failure(text, status in (400, 404, 413, 422) and not self._renamed(text, sent))
 
-# %% ../../nbs/llm/26_clients.ipynb #c042
+# %% ../../nbs/llm/26_clients.ipynb #c051
 def _rejected(id: str, batch) -> Rejected:
     "Why a batch was not accepted"
     errors = (batch.errors and batch.errors.data) or []
@@ -324,7 +324,7 @@ def _rejected(id: str, batch) -> Rejected:
     crowded = {e.code for e in errors} == {"token_limit_exceeded"}
     return Rejected(f"{id} was not accepted: {text}", permanent=not crowded)
 
-# %% ../../nbs/llm/26_clients.ipynb #c044
+# %% ../../nbs/llm/26_clients.ipynb #c053
 @patch
 def results(self: OpenAI, id: str) -> Iterator[tuple[str, Reply | Failure]]:
     "By key, what became of a batch's requests"
@@ -340,7 +340,7 @@ def results(self: OpenAI, id: str) -> Iterator[tuple[str, Reply | Failure]]:
         for line in lines(file, expected):
             yield outcome(line["custom_id"], partial(self._result, line))
 
-# %% ../../nbs/llm/26_clients.ipynb #c046
+# %% ../../nbs/llm/26_clients.ipynb #c055
 def connect(
     model: Model,  # who is asked
 ) -> Service:

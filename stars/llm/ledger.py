@@ -127,7 +127,7 @@ def _pieces(items: Iterable, n: int) -> Iterator[list]:
     while piece := list(islice(items, n)):
         yield piece
 
-# %% ../../nbs/llm/23_ledger.ipynb #e021
+# %% ../../nbs/llm/23_ledger.ipynb #e022
 @patch
 def _rows_of(
     self: Ledger,
@@ -138,7 +138,7 @@ def _rows_of(
     for piece in _pieces(keys, 500):
         yield from self._rows(f"{query} ({','.join('?' * len(piece))})", *piece)
 
-# %% ../../nbs/llm/23_ledger.ipynb #e023
+# %% ../../nbs/llm/23_ledger.ipynb #e024
 @patch
 @contextmanager
 def _transaction(
@@ -157,7 +157,7 @@ def _transaction(
                 self._db.execute("ROLLBACK")
             raise
 
-# %% ../../nbs/llm/23_ledger.ipynb #e025
+# %% ../../nbs/llm/23_ledger.ipynb #e026
 @patch
 def _save_once(
     self: Ledger,
@@ -174,7 +174,7 @@ def _save_once(
             execute(f"INSERT OR IGNORE INTO replies(key, {columns}, at) VALUES ({marks})", values)
             execute("DELETE FROM claims WHERE key = ?", (key,))
 
-# %% ../../nbs/llm/23_ledger.ipynb #e027
+# %% ../../nbs/llm/23_ledger.ipynb #e028
 @patch
 def save(
     self: Ledger,
@@ -191,27 +191,27 @@ def save(
                 raise
         time.sleep(0.2)
 
-# %% ../../nbs/llm/23_ledger.ipynb #e029
+# %% ../../nbs/llm/23_ledger.ipynb #e030
 @patch
 def replies(self: Ledger, keys: Iterable[str]) -> dict[str, Reply]:
     "What is known, by key"
     query = f"SELECT key, {', '.join(REPLY_COLUMNS)} FROM replies WHERE key IN"
     return {key: Reply(*values) for key, *values in self._rows_of(keys, query)}
 
-# %% ../../nbs/llm/23_ledger.ipynb #e030
+# %% ../../nbs/llm/23_ledger.ipynb #e032
 @patch
 def answered(self: Ledger, keys: Iterable[str]) -> set[str]:
     "Those of the keys that have a reply"
     return {key for (key,) in self._rows_of(keys, "SELECT key FROM replies WHERE key IN")}
 
-# %% ../../nbs/llm/23_ledger.ipynb #e034
+# %% ../../nbs/llm/23_ledger.ipynb #e036
 @patch
 def cost(self: Ledger, keys: Iterable[str]) -> float:
     "Dollars paid for the replies to some keys, as far as prices are known"
     query = "SELECT cost FROM replies WHERE cost > 0 AND key IN"
     return sum(dollars for (dollars,) in self._rows_of(keys, query))
 
-# %% ../../nbs/llm/23_ledger.ipynb #e037
+# %% ../../nbs/llm/23_ledger.ipynb #e039
 @patch
 def fail(
     self: Ledger,
@@ -223,18 +223,18 @@ def fail(
     with self._transaction(durable=cost > 0) as execute:
         execute("INSERT INTO errors VALUES (?, ?, ?, ?)", (key, error, cost, time.time()))
 
-# %% ../../nbs/llm/23_ledger.ipynb #e038
+# %% ../../nbs/llm/23_ledger.ipynb #e041
 @patch
 def errors(self: Ledger, keys: Iterable[str]) -> dict[str, str]:
     "The last error of each key that had one"
     rows = self._rows_of(keys, "SELECT rowid, key, error FROM errors WHERE key IN")
     return {key: error for _, key, error in sorted(rows)}
 
-# %% ../../nbs/llm/23_ledger.ipynb #e041
+# %% ../../nbs/llm/23_ledger.ipynb #e044
 LOST = "lost: "  # how an error begins after which a reply may have been made and paid for
 IN_THE_AIR = LOST + "the process ended while the request was in the air"
 
-# %% ../../nbs/llm/23_ledger.ipynb #e042
+# %% ../../nbs/llm/23_ledger.ipynb #e046
 @patch
 def add_charge(
     self: Ledger,
@@ -246,14 +246,14 @@ def add_charge(
         row = key, IN_THE_AIR, cost, time.time()
         return execute("INSERT INTO errors VALUES (?, ?, ?, ?)", row).lastrowid
 
-# %% ../../nbs/llm/23_ledger.ipynb #e044
+# %% ../../nbs/llm/23_ledger.ipynb #e048
 @patch
 def drop_charge(self: Ledger, charge: int):
     "Take a charge back: nothing was done"
     with self._transaction() as execute:
         execute("DELETE FROM errors WHERE rowid = ?", (charge,))
 
-# %% ../../nbs/llm/23_ledger.ipynb #e045
+# %% ../../nbs/llm/23_ledger.ipynb #e050
 @patch
 def confirm_loss(
     self: Ledger,
@@ -264,21 +264,21 @@ def confirm_loss(
     with self._transaction() as execute:
         execute("UPDATE errors SET error = ? WHERE rowid = ?", (LOST + reason, charge))
 
-# %% ../../nbs/llm/23_ledger.ipynb #e047
+# %% ../../nbs/llm/23_ledger.ipynb #e052
 @patch
 def lost_cost(self: Ledger, keys: Iterable[str]) -> float:
     "Dollars at most that replies to some keys cost which never arrived"
     query = "SELECT cost FROM errors WHERE cost > 0 AND key IN"
     return sum(dollars for (dollars,) in self._rows_of(keys, query))
 
-# %% ../../nbs/llm/23_ledger.ipynb #e048
+# %% ../../nbs/llm/23_ledger.ipynb #e054
 @patch
 def lost_keys(self: Ledger, keys: Iterable[str]) -> set[str]:
     "Those of the keys whose reply was lost at some time"
     query = f"SELECT DISTINCT key FROM errors WHERE error LIKE '{LOST}%' AND key IN"
     return {key for (key,) in self._rows_of(keys, query)}
 
-# %% ../../nbs/llm/23_ledger.ipynb #e049
+# %% ../../nbs/llm/23_ledger.ipynb #e056
 @patch
 def losses(self: Ledger) -> tuple[int, float]:  # how many, and dollars at most
     "Replies that were lost and perhaps paid for, as far as prices are known"
@@ -286,12 +286,12 @@ def losses(self: Ledger) -> tuple[int, float]:  # how many, and dollars at most
     [counts] = self._rows(query)
     return counts
 
-# %% ../../nbs/llm/23_ledger.ipynb #e053
+# %% ../../nbs/llm/23_ledger.ipynb #e060
 @patch
 def _lock_file(self: Ledger, owner: str) -> Path:
     return self.path.with_name(f"{self.path.name}.{owner}.lock")
 
-# %% ../../nbs/llm/23_ledger.ipynb #e054
+# %% ../../nbs/llm/23_ledger.ipynb #e062
 @patch
 def _hold_lock(self: Ledger):
     "Show that this ledger is alive, from the first claim on"
@@ -301,7 +301,7 @@ def _hold_lock(self: Ledger):
             self._owner_lock = FileLock(self._lock_file(self.owner), thread_local=False)
             self._owner_lock.acquire()
 
-# %% ../../nbs/llm/23_ledger.ipynb #e056
+# %% ../../nbs/llm/23_ledger.ipynb #e064
 @patch
 def _is_alive(self: Ledger, owner: str) -> bool:
     "Does the owner of a claim still run?"
@@ -316,7 +316,7 @@ def _is_alive(self: Ledger, owner: str) -> bool:
     lock.release()
     return False
 
-# %% ../../nbs/llm/23_ledger.ipynb #e058
+# %% ../../nbs/llm/23_ledger.ipynb #e066
 _DONE = "SELECT 1 FROM replies WHERE key = ?"
 _IN_BATCH = "SELECT 1 FROM items JOIN under_way ON batch = name WHERE key = ?"
 
@@ -339,7 +339,7 @@ def claim(self: Ledger, keys: Sequence[str]) -> list[str]:  # those that are now
             mine.append(key)
     return mine
 
-# %% ../../nbs/llm/23_ledger.ipynb #e060
+# %% ../../nbs/llm/23_ledger.ipynb #e068
 @patch
 def release(self: Ledger, keys: Iterable[str]):
     "Give up claims"
@@ -347,7 +347,7 @@ def release(self: Ledger, keys: Iterable[str]):
         for key in keys:
             execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self.owner))
 
-# %% ../../nbs/llm/23_ledger.ipynb #e062
+# %% ../../nbs/llm/23_ledger.ipynb #e070
 @patch
 def close(self: Ledger):
     "Give up all claims"
@@ -360,7 +360,7 @@ def close(self: Ledger):
             self._is_alive(lock.name.split(".")[-2])
         self._db.close()
 
-# %% ../../nbs/llm/23_ledger.ipynb #e066
+# %% ../../nbs/llm/23_ledger.ipynb #e074
 @dataclass(frozen=True)
 class Batch:
     "Requests handed to a service together"
@@ -372,7 +372,7 @@ class Batch:
     state: str  # "submitting", "running", "done" or "lost"
     at: float  # time of submission, seconds since 1970
 
-# %% ../../nbs/llm/23_ledger.ipynb #e068
+# %% ../../nbs/llm/23_ledger.ipynb #e076
 @patch
 def open_batch(self: Ledger, model: Model, keys: Sequence[str]) -> Batch:
     "Note, before it happens, that claimed requests are submitted together"
@@ -385,7 +385,7 @@ def open_batch(self: Ledger, model: Model, keys: Sequence[str]) -> Batch:
             execute("DELETE FROM claims WHERE key = ?", (key,))
     return batch
 
-# %% ../../nbs/llm/23_ledger.ipynb #e070
+# %% ../../nbs/llm/23_ledger.ipynb #e078
 @patch
 def mark(
     self: Ledger,
@@ -398,13 +398,13 @@ def mark(
     with self._transaction(durable=True) as execute:
         return execute(query, (state, id, batch.name, batch.state)).rowcount > 0
 
-# %% ../../nbs/llm/23_ledger.ipynb #e072
+# %% ../../nbs/llm/23_ledger.ipynb #e080
 @patch
 def submitted(self: Ledger, batch: Batch):
     "The attempt to submit a batch is over, whatever came of it"
     self._submitting.discard(batch.name)
 
-# %% ../../nbs/llm/23_ledger.ipynb #e073
+# %% ../../nbs/llm/23_ledger.ipynb #e082
 @patch
 def abandoned(self: Ledger, batch: Batch) -> bool:
     "Has a batch no id, and nobody who is just submitting it?"
@@ -412,20 +412,20 @@ def abandoned(self: Ledger, batch: Batch) -> bool:
         return False
     return batch.owner == self.owner or not self._is_alive(batch.owner)
 
-# %% ../../nbs/llm/23_ledger.ipynb #e075
+# %% ../../nbs/llm/23_ledger.ipynb #e084
 @patch
 def keys_in(self: Ledger, batch: Batch) -> list[str]:
     "What a batch holds"
     return [key for (key,) in self._rows("SELECT key FROM items WHERE batch = ?", batch.name)]
 
-# %% ../../nbs/llm/23_ledger.ipynb #e076
+# %% ../../nbs/llm/23_ledger.ipynb #e086
 @patch
 def under_way(self: Ledger) -> list[tuple[Batch, int]]:  # oldest first, with the number of requests in each
     "All batches that are not closed"
     query = "SELECT under_way.*, count(*) FROM under_way JOIN items ON batch = name GROUP BY name ORDER BY at"
     return [(Batch(*values), n) for *values, n in self._rows(query)]
 
-# %% ../../nbs/llm/23_ledger.ipynb #e077
+# %% ../../nbs/llm/23_ledger.ipynb #e088
 @patch
 def open_batches(self: Ledger, model: Model, keys: Iterable[str]) -> dict[Batch, list[str]]:
     "Batches under way that hold some of the keys, each with all its keys"
@@ -434,13 +434,13 @@ def open_batches(self: Ledger, model: Model, keys: Iterable[str]) -> dict[Batch,
     wanted = set(keys)
     return {batch: held for batch, held in inside.items() if not wanted.isdisjoint(held)}
 
-# %% ../../nbs/llm/23_ledger.ipynb #e079
+# %% ../../nbs/llm/23_ledger.ipynb #e090
 @patch
 def batch_ids(self: Ledger) -> set[str]:
     "The services' names of all batches ever submitted"
     return {id for (id,) in self._rows("SELECT id FROM batches WHERE id IS NOT NULL")}
 
-# %% ../../nbs/llm/23_ledger.ipynb #e081
+# %% ../../nbs/llm/23_ledger.ipynb #e092
 @patch
 def forget(self: Ledger, id: str) -> int:  # requests it held, which can now be sent again
     "Give up a batch that no key at hand can reach"
@@ -453,7 +453,7 @@ def forget(self: Ledger, id: str) -> int:  # requests it held, which can now be 
         raise ValueError(f"batch={id!r} is not under way in {self.path}")
     return n
 
-# %% ../../nbs/llm/23_ledger.ipynb #e085
+# %% ../../nbs/llm/23_ledger.ipynb #e096
 @patch
 def _in_hand(self: Ledger, keys: Iterable[str]) -> set[str]:
     "Those of the keys that have a reply, failed when they were recorded, or lie in a batch under way"
@@ -462,7 +462,7 @@ def _in_hand(self: Ledger, keys: Iterable[str]) -> set[str]:
     found = {key for (key,) in self._rows_of(keys, in_batches)} | self.answered(keys)
     return found | self.errors(keys).keys() if self.replay else found
 
-# %% ../../nbs/llm/23_ledger.ipynb #e086
+# %% ../../nbs/llm/23_ledger.ipynb #e098
 @patch
 def addresses(self: Ledger) -> dict[str, list[str]]:  # by model, those that are not the official one
     "Where models were asked"
@@ -473,7 +473,7 @@ def addresses(self: Ledger) -> dict[str, list[str]]:  # by model, those that are
         found.setdefault(model, []).append(url)
     return found
 
-# %% ../../nbs/llm/23_ledger.ipynb #e088
+# %% ../../nbs/llm/23_ledger.ipynb #e100
 @patch
 def _keys_at(self: Ledger, model: Model, requests: Sequence[Request]) -> list[str]:
     "Keys for a server of one's own; replies from before addresses were noted count as its replies"
@@ -483,7 +483,7 @@ def _keys_at(self: Ledger, model: Model, requests: Sequence[Request]) -> list[st
     old = self._in_hand(key for (key,) in self._rows_of(without, query))
     return [before if before in old else key for key, before in zip(keys, without)]
 
-# %% ../../nbs/llm/23_ledger.ipynb #e090
+# %% ../../nbs/llm/23_ledger.ipynb #e102
 @patch
 def _keys_elsewhere(self: Ledger, model: Model, requests: Sequence[Request]) -> list[str] | None:
     "Keys for the one server of a recording that knows the requests; None: none does"
@@ -499,7 +499,7 @@ def _keys_elsewhere(self: Ledger, model: Model, requests: Sequence[Request]) -> 
         )
     return next(iter(found.values()), None)
 
-# %% ../../nbs/llm/23_ledger.ipynb #e091
+# %% ../../nbs/llm/23_ledger.ipynb #e104
 @patch
 def recorded_keys(
     self: Ledger,
@@ -514,7 +514,7 @@ def recorded_keys(
         return keys
     return self._keys_elsewhere(model, requests) or keys
 
-# %% ../../nbs/llm/23_ledger.ipynb #e093
+# %% ../../nbs/llm/23_ledger.ipynb #e106
 @patch
 def _note_rows(self: Ledger, rows: Iterable[tuple]):  # key, model, parameters, instructions, prompt
     "Write rows of requests"
@@ -526,7 +526,7 @@ def _note_rows(self: Ledger, rows: Iterable[tuple]):  # key, model, parameters, 
                 row = key, model, params, digest, prompt
                 execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", row)
 
-# %% ../../nbs/llm/23_ledger.ipynb #e095
+# %% ../../nbs/llm/23_ledger.ipynb #e108
 _PARAMS = ("max_tokens", "temperature", "schema", "sample")
 
 
@@ -535,7 +535,7 @@ def _params(model: Model, request: Request) -> str:
     settings = {name: getattr(request, name) for name in _PARAMS}
     return json.dumps(dict(base_url=model.base_url, extra=model.extra) | settings)
 
-# %% ../../nbs/llm/23_ledger.ipynb #e096
+# %% ../../nbs/llm/23_ledger.ipynb #e110
 @patch
 def note(self: Ledger, model: Model, requests: Sequence[Request]) -> list[str]:  # the keys
     "Remember what will be asked"
@@ -544,21 +544,21 @@ def note(self: Ledger, model: Model, requests: Sequence[Request]) -> list[str]: 
     self._note_rows(rows)
     return keys
 
-# %% ../../nbs/llm/23_ledger.ipynb #e098
+# %% ../../nbs/llm/23_ledger.ipynb #e112
 @patch
 def record(self: Ledger, model: Model, request: Request, reply: Reply):
     "Record a reply that came from elsewhere"
     [key] = self.note(model, [request])
     self.save([(key, reply)])
 
-# %% ../../nbs/llm/23_ledger.ipynb #e099
+# %% ../../nbs/llm/23_ledger.ipynb #e114
 @patch
 def get(self: Ledger, model: Model, request: Request) -> Reply | None:
     "The reply to one request, if there is one"
     [key] = self.recorded_keys(model, [request])
     return self.replies([key]).get(key)
 
-# %% ../../nbs/llm/23_ledger.ipynb #e102
+# %% ../../nbs/llm/23_ledger.ipynb #e117
 @patch
 def noted_requests(self: Ledger, keys: Iterable[str]) -> dict[str, Request]:  # by key
     "Requests as they were noted"
@@ -572,7 +572,7 @@ def noted_requests(self: Ledger, keys: Iterable[str]) -> dict[str, Request]:  # 
         found[key] = Request(prompt, system, **{name: params[name] for name in _PARAMS})
     return found
 
-# %% ../../nbs/llm/23_ledger.ipynb #e103
+# %% ../../nbs/llm/23_ledger.ipynb #e119
 @patch
 def noted_model(self: Ledger, key: str) -> Model:  # of an old ledger without addresses: the official one
     "Who was asked"
@@ -580,7 +580,7 @@ def noted_model(self: Ledger, key: str) -> Model:  # of an old ledger without ad
     params = json.loads(params)
     return Model.parse(name, params.get("base_url") or "", params["extra"])
 
-# %% ../../nbs/llm/23_ledger.ipynb #e106
+# %% ../../nbs/llm/23_ledger.ipynb #e122
 @patch
 def mean_tokens(self: Ledger, model: Model, system: str) -> tuple[float, float] | None:  # in and out
     "Mean tokens of what is recorded for a model under the same instructions; None: nothing is"
@@ -591,7 +591,7 @@ def mean_tokens(self: Ledger, model: Model, system: str) -> tuple[float, float] 
     [means] = self._rows(query, str(model), system)
     return None if None in means else means
 
-# %% ../../nbs/llm/23_ledger.ipynb #e108
+# %% ../../nbs/llm/23_ledger.ipynb #e124
 @patch
 def totals(self: Ledger) -> list[tuple]:  # (model, mode, replies, tokens in, tokens out, dollars or None)
     "What was bought, by model and mode, as far as tokens were counted and prices are known"
@@ -600,14 +600,14 @@ def totals(self: Ledger) -> list[tuple]:  # (model, mode, replies, tokens in, to
         "sum(cost) FROM replies JOIN requests USING (key) GROUP BY model, mode ORDER BY model, mode"
     )
 
-# %% ../../nbs/llm/23_ledger.ipynb #e109
+# %% ../../nbs/llm/23_ledger.ipynb #e126
 @patch
 def noted(self: Ledger) -> tuple[int, int]:  # requests, errors
     "How much was ever asked, and how often in vain"
     [counts] = self._rows("SELECT (SELECT count(*) FROM requests), (SELECT count(*) FROM errors)")
     return counts
 
-# %% ../../nbs/llm/23_ledger.ipynb #e110
+# %% ../../nbs/llm/23_ledger.ipynb #e128
 @patch
 def uncounted(self: Ledger) -> int:
     "How many replies have no token counts, because the service did not say"
@@ -615,13 +615,13 @@ def uncounted(self: Ledger) -> int:
     [[n]] = self._rows(query)
     return n
 
-# %% ../../nbs/llm/23_ledger.ipynb #e111
+# %% ../../nbs/llm/23_ledger.ipynb #e130
 @patch
 def __repr__(self: Ledger) -> str:
     [[n]] = self._rows("SELECT count(*) FROM replies")
     return f"Ledger({self.path.name!r}: {n:,} replies)"
 
-# %% ../../nbs/llm/23_ledger.ipynb #e114
+# %% ../../nbs/llm/23_ledger.ipynb #e133
 _RECORDED = f"""
 WITH outcomes AS (
   SELECT * FROM replies
@@ -633,7 +633,7 @@ SELECT key, model, params, systems.text, prompt, {", ".join(f"outcomes.{name}" f
 FROM outcomes JOIN requests USING (key) JOIN systems ON system = systems.id ORDER BY requests.rowid
 """
 
-# %% ../../nbs/llm/23_ledger.ipynb #e115
+# %% ../../nbs/llm/23_ledger.ipynb #e135
 @patch
 def export(self: Ledger, path: str | Path) -> Path:
     "Write all replies, failures and losses, with their requests, to a file from which `Ledger(path)` replays"
@@ -643,13 +643,13 @@ def export(self: Ledger, path: str | Path) -> Path:
             out.write_table(pa.Table.from_arrays(columns, schema=COLUMNS))
     return Path(path)
 
-# %% ../../nbs/llm/23_ledger.ipynb #e117
+# %% ../../nbs/llm/23_ledger.ipynb #e137
 _ERROR_ONCE = (
     "INSERT INTO errors SELECT * FROM (SELECT ? AS k, ? AS e, ? AS c, ? AS t) "
     "WHERE NOT EXISTS (SELECT 1 FROM errors WHERE key = k AND error = e AND at = t)"
 )
 
-# %% ../../nbs/llm/23_ledger.ipynb #e118
+# %% ../../nbs/llm/23_ledger.ipynb #e139
 @patch
 def load(self: Ledger, path: str | Path) -> int:  # rows
     "Take over an exported ledger; raises ValueError naming what was changed by hand"

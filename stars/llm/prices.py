@@ -46,13 +46,13 @@ def at(self: Price, tokens: int, mode: str = "concurrent") -> Price:
         return self.batched.at(tokens)
     return self.beyond.at(tokens, mode) if self.beyond and tokens > self.up_to else self
 
-# %% ../../nbs/llm/24_prices.ipynb #p009
+# %% ../../nbs/llm/24_prices.ipynb #p010
 @patch
 def holds(self: Price, tokens: int) -> bool:
     "Is it known what so many input tokens cost?"
     return tokens <= self.at(tokens).up_to
 
-# %% ../../nbs/llm/24_prices.ipynb #p011
+# %% ../../nbs/llm/24_prices.ipynb #p012
 @patch
 def cost(
     self: Price,
@@ -73,7 +73,7 @@ def cost(
     )
     return dollars / 1e6 * (self.batch if reply.mode == "batch" else 1.0)
 
-# %% ../../nbs/llm/24_prices.ipynb #p014
+# %% ../../nbs/llm/24_prices.ipynb #p015
 _MTOK = dict(
     input="input_mtok", output="output_mtok", cache_read="cache_read_mtok", cache_write="cache_write_mtok"
 )
@@ -89,7 +89,7 @@ def _price_from(start: int, prices) -> dict[str, float | None]:
         known[name] = None if steps[-1] is None else float(steps[-1])
     return known
 
-# %% ../../nbs/llm/24_prices.ipynb #p015
+# %% ../../nbs/llm/24_prices.ipynb #p017
 def _price(prices) -> Price:
     "A price from one of the library's, tier by tier"
     tiers = [tier for theirs in _MTOK.values() for tier in getattr(getattr(prices, theirs), "tiers", ())]
@@ -99,7 +99,7 @@ def _price(prices) -> Price:
         price = Price(**_price_from(start, prices), up_to=end, beyond=price)
     return price
 
-# %% ../../nbs/llm/24_prices.ipynb #p017
+# %% ../../nbs/llm/24_prices.ipynb #p019
 def _library() -> dict[str, Price]:  # by model
     "Prices of today that genai-prices knows"
     now, found = datetime.now(UTC), {}
@@ -114,7 +114,7 @@ def _library() -> dict[str, Price]:  # by model
             found[f"{provider.id}:{model.id}"] = replace(price, batched=batched, batch=share)
     return found
 
-# %% ../../nbs/llm/24_prices.ipynb #p019
+# %% ../../nbs/llm/24_prices.ipynb #p021
 def _table(path: str | Path) -> dict:
     "A price table, its models read"
 
@@ -132,12 +132,12 @@ def _table(path: str | Path) -> dict:
             "it needs date and models, each with input and output"
         ) from None
 
-# %% ../../nbs/llm/24_prices.ipynb #p021
+# %% ../../nbs/llm/24_prices.ipynb #p023
 def _undated(model: str) -> str:
     "A model's name without the date of a snapshot"
     return re.sub(r"-\d{4}-?\d{2}-?\d{2}$", "", model)
 
-# %% ../../nbs/llm/24_prices.ipynb #p022
+# %% ../../nbs/llm/24_prices.ipynb #p025
 def read_prices(
     path: str | Path | None = None,  # JSON: date, models {"service:name": fields of `Price`}
 ) -> tuple[dict[str, Price], str]:  # prices by model, and where, or of what day, they are from
@@ -152,14 +152,14 @@ def read_prices(
         prices[name] = replace(price, structured=structured, temperature=temperature)
     return prices, f"genai-prices {version('genai-prices')}"
 
-# %% ../../nbs/llm/24_prices.ipynb #p025
+# %% ../../nbs/llm/24_prices.ipynb #p028
 def _known_as(model: Model) -> str:
     "A model's name in genai-prices, which knows its snapshots, too"
     providers = import_module("genai_prices.data_snapshot").get_snapshot().providers
     [provider] = [p for p in providers if p.id == model.service]
     return getattr(provider.find_model(model.name), "id", "")
 
-# %% ../../nbs/llm/24_prices.ipynb #p027
+# %% ../../nbs/llm/24_prices.ipynb #p030
 def price_of(
     model: Model,  # who is asked
     path: str | Path | None = None,  # price table
@@ -173,7 +173,7 @@ def price_of(
         names.insert(1, f"{model.service}:{_known_as(model)}")
     return next((prices[name] for name in names if name in prices), None)
 
-# %% ../../nbs/llm/24_prices.ipynb #p030
+# %% ../../nbs/llm/24_prices.ipynb #p033
 _SAME_PRICE = {
     "top_p",
     "top_k",
@@ -200,21 +200,21 @@ _SAME_PRICE = {
 }
 _STANDARD = dict(service_tier=("default", "standard_only"), speed=("standard",), inference_geo=("global",))
 
-# %% ../../nbs/llm/24_prices.ipynb #p031
+# %% ../../nbs/llm/24_prices.ipynb #p035
 def _keeps_price(field: str, value) -> bool:
     "Is a field of a request body known to leave the price as it is?"
     if field == "output_config" and value:
         return set(value) <= {"effort"}  # a schema there is more to read
     return field in _SAME_PRICE or value is None or value in _STANDARD.get(field, ())
 
-# %% ../../nbs/llm/24_prices.ipynb #p032
+# %% ../../nbs/llm/24_prices.ipynb #p037
 def price_changing(
     model: Model,  # who is asked
 ) -> list[str]:  # names of fields
     "Fields of `Model.extra` that may change what a request costs"
     return sorted(field for field, value in model.extra.items() if not _keeps_price(field, value))
 
-# %% ../../nbs/llm/24_prices.ipynb #p035
+# %% ../../nbs/llm/24_prices.ipynb #p040
 def input_ceiling(
     request: Request,  # before it is sent
 ) -> int:  # tokens
@@ -222,7 +222,7 @@ def input_ceiling(
     texts = request.system, request.prompt, json.dumps(request.schema or "")
     return sum(len(text.encode()) for text in texts) + 32  # what a chat's format adds
 
-# %% ../../nbs/llm/24_prices.ipynb #p037
+# %% ../../nbs/llm/24_prices.ipynb #p042
 def cost_ceiling(
     price: Price,  # of the model
     request: Request,  # before it is sent
@@ -243,7 +243,7 @@ def cost_ceiling(
         costs.append(flat.cost(longest))
     return max(costs)
 
-# %% ../../nbs/llm/24_prices.ipynb #p040
+# %% ../../nbs/llm/24_prices.ipynb #p045
 @dataclass(frozen=True)
 class Estimate:
     "What a list of requests would cost"
@@ -258,11 +258,11 @@ class Estimate:
     likely: dict  # dollars with `likely_tokens`, by mode
     prices: str  # where, or of what day, the prices are from
 
-# %% ../../nbs/llm/24_prices.ipynb #p041
+# %% ../../nbs/llm/24_prices.ipynb #p047
 def _in_and_out(tokens: tuple[int, int]) -> str:
     return f"{tokens[0]:,} tokens in and {tokens[1]:,} out"
 
-# %% ../../nbs/llm/24_prices.ipynb #p042
+# %% ../../nbs/llm/24_prices.ipynb #p049
 @patch
 def dollars(self: Estimate, mode: str) -> str:
     "What it would cost in one mode, in words"
@@ -271,7 +271,7 @@ def dollars(self: Estimate, mode: str) -> str:
     likely = f", likely ${self.likely[mode]:,.4f}" if self.likely_tokens else ""
     return f"at most ${self.most[mode]:,.4f}{likely}"
 
-# %% ../../nbs/llm/24_prices.ipynb #p043
+# %% ../../nbs/llm/24_prices.ipynb #p051
 @patch
 def __str__(self: Estimate) -> str:
     inside = f", {self.under_way:,} in batches under way (--batch waits for them)" if self.under_way else ""
@@ -286,19 +286,19 @@ def __str__(self: Estimate) -> str:
         f"prices of    {self.prices}"
     )
 
-# %% ../../nbs/llm/24_prices.ipynb #p045
+# %% ../../nbs/llm/24_prices.ipynb #p053
 def _likely_tokens(ledger: Ledger, model: Model, requests: list[Request]) -> list[tuple[float, float]]:
     "Mean tokens in and out for each request, by recorded replies; [] where some have none"
     means = {system: ledger.mean_tokens(model, system) for system in {r.system for r in requests}}
     return [means[r.system] for r in requests] if all(means.values()) else []
 
-# %% ../../nbs/llm/24_prices.ipynb #p046
+# %% ../../nbs/llm/24_prices.ipynb #p055
 def _known_price(model: Model, requests: list[Request], path: str | Path | None) -> Price | None:
     "The price of a model, unless something may change it, or it is only known for shorter prompts"
     price = None if price_changing(model) else price_of(model, path)
     return price if price and all(price.holds(input_ceiling(r)) for r in requests) else None
 
-# %% ../../nbs/llm/24_prices.ipynb #p047
+# %% ../../nbs/llm/24_prices.ipynb #p057
 def estimate(
     model: Model,  # who would be asked
     requests: Sequence[Request],  # what

@@ -60,7 +60,7 @@ def _refuse_keys(**fields):
 SERVICES = ("anthropic", "openai", "local")
 OFFICIAL = dict(anthropic="https://api.anthropic.com", openai="https://api.openai.com/v1")
 
-# %% ../../nbs/llm/21_requests.ipynb #q016
+# %% ../../nbs/llm/21_requests.ipynb #q017
 def _address(url: str) -> str:
     "An address as servers read it; raises ValueError where it holds more, or less, than an address"
     parts = urlsplit(url)
@@ -76,7 +76,7 @@ def _address(url: str) -> str:
     port = "" if parts.port in (None, default_port) else f":{parts.port}"
     return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
 
-# %% ../../nbs/llm/21_requests.ipynb #q019
+# %% ../../nbs/llm/21_requests.ipynb #q020
 def _server(service: str, base_url: str | None) -> str | None:
     "The address of a model's server; None: the official one"
     if base_url is None:
@@ -84,7 +84,7 @@ def _server(service: str, base_url: str | None) -> str | None:
     address = _address(base_url) if base_url else ""
     return None if address in ("", OFFICIAL[service]) else address
 
-# %% ../../nbs/llm/21_requests.ipynb #q021
+# %% ../../nbs/llm/21_requests.ipynb #q022
 _RESERVED = {
     "model",
     "messages",
@@ -98,7 +98,7 @@ _RESERVED = {
     "api_key",
 }
 
-# %% ../../nbs/llm/21_requests.ipynb #q022
+# %% ../../nbs/llm/21_requests.ipynb #q024
 def _check_extra(extra: dict):
     "Raise ValueError for fields that requests set themselves"
     # a value could be a secret, so only names are shown
@@ -109,7 +109,7 @@ def _check_extra(extra: dict):
             "and keys belong in the environment"
         )
 
-# %% ../../nbs/llm/21_requests.ipynb #q023
+# %% ../../nbs/llm/21_requests.ipynb #q026
 @dataclass(frozen=True)
 class Model:
     "Who is asked"
@@ -144,7 +144,7 @@ class Model:
     def __str__(self) -> str:
         return f"{self.service}:{self.name}"
 
-# %% ../../nbs/llm/21_requests.ipynb #q026
+# %% ../../nbs/llm/21_requests.ipynb #q029
 @dataclass(frozen=True)
 class Request:
     "One question to a model"
@@ -165,7 +165,7 @@ class Request:
             object.__setattr__(self, "temperature", float(self.temperature))  # 0 and 0. are one question
         (self.prompt + self.system).encode()  # raises on a lone surrogate
 
-# %% ../../nbs/llm/21_requests.ipynb #q029
+# %% ../../nbs/llm/21_requests.ipynb #q032
 FINISHES = ("stop", "length", "refusal")  # how a reply ends; "length": cut at `max_tokens`
 
 
@@ -183,7 +183,7 @@ class Reply:
     id: str = ""  # the service's own name for it
     mode: str = "concurrent"  # "concurrent", "batch" or "local"
 
-# %% ../../nbs/llm/21_requests.ipynb #q031
+# %% ../../nbs/llm/21_requests.ipynb #q034
 def request_key(
     model: Model,  # who is asked
     request: Request,  # what
@@ -196,14 +196,14 @@ def request_key(
     text = json.dumps(identity, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
-# %% ../../nbs/llm/21_requests.ipynb #q035
+# %% ../../nbs/llm/21_requests.ipynb #q038
 def flow(
     text: str,  # typed in lines
 ) -> str:  # a line per paragraph
     "Instructions as they are sent, however they are typed in the source"
     return re.sub(r"(?<!\n)\n(?!\n)", " ", text.strip())
 
-# %% ../../nbs/llm/21_requests.ipynb #q038
+# %% ../../nbs/llm/21_requests.ipynb #q041
 def inert(
     text: str,  # anything
     *tags: str,  # between which it is shown
@@ -211,7 +211,7 @@ def inert(
     "A text that is shown as data"
     return re.sub(rf"<(?=[\s/]*+(?:{'|'.join(tags)}))", "&lt;", text, flags=re.I)
 
-# %% ../../nbs/llm/21_requests.ipynb #q041
+# %% ../../nbs/llm/21_requests.ipynb #q044
 _DECLINES = re.compile(
     r"\bi(?:'m| am) (?:sorry|unable|not able)\b"
     r"|\bi (?:can't|cannot|can not|won't|will not|must decline|have to decline)\b|\bas an ai\b"
@@ -224,7 +224,7 @@ def declines(
     "Does it begin with a refusal?"
     return bool(_DECLINES.search(text[:300].lower().replace("’", "'")))
 
-# %% ../../nbs/llm/21_requests.ipynb #q044
+# %% ../../nbs/llm/21_requests.ipynb #q047
 def names_once(
     pairs: list,  # of a JSON object
 ) -> dict:

@@ -61,7 +61,7 @@ class AskOptions:
 class OverBudget(RuntimeError):
     "What is left of the budget does not cover the next request"
 
-# %% ../../nbs/llm/27_sending.ipynb #n010
+# %% ../../nbs/llm/27_sending.ipynb #n011
 def too_little(
     most: float,  # dollars that may be spent
     spent: float,  # already
@@ -73,7 +73,7 @@ def too_little(
         "what has arrived is kept, and a larger max_cost goes on from here"
     )
 
-# %% ../../nbs/llm/27_sending.ipynb #n011
+# %% ../../nbs/llm/27_sending.ipynb #n013
 class Budget:
     "Dollars that may be spent, shared by threads"
 
@@ -87,7 +87,7 @@ class Budget:
         self.held = 0.0  # for requests in the air
         self._changed = threading.Condition()
 
-# %% ../../nbs/llm/27_sending.ipynb #n013
+# %% ../../nbs/llm/27_sending.ipynb #n015
 @patch
 def hold(
     self: Budget,
@@ -105,7 +105,7 @@ def hold(
         self.held += needed
     return needed
 
-# %% ../../nbs/llm/27_sending.ipynb #n014
+# %% ../../nbs/llm/27_sending.ipynb #n017
 @patch
 def settle(
     self: Budget,
@@ -118,7 +118,7 @@ def settle(
         self.spent += cost
         self._changed.notify_all()
 
-# %% ../../nbs/llm/27_sending.ipynb #n018
+# %% ../../nbs/llm/27_sending.ipynb #n021
 class Pace:
     "Requests and tokens per minute that are not exceeded"
 
@@ -146,7 +146,7 @@ class Pace:
                     while not self.stop.is_set() and not bucket.try_acquire(name, piece, blocking=False):
                         self.stop.wait(0.02)
 
-# %% ../../nbs/llm/27_sending.ipynb #n022
+# %% ../../nbs/llm/27_sending.ipynb #n025
 GIVE_UP = 20  # failures in a row after which a service is taken to be down
 
 
@@ -167,27 +167,27 @@ class Run:
     def __post_init__(self):
         self.shown = self.ledger.cost(self.todo)  # dollars, in the progress bar
 
-# %% ../../nbs/llm/27_sending.ipynb #n023
+# %% ../../nbs/llm/27_sending.ipynb #n027
 @patch
 def open_keys(self: Run) -> list[str]:
     "Keys of the requests that have no reply"
     known = self.ledger.answered(self.todo)
     return [key for key in self.todo if key not in known]
 
-# %% ../../nbs/llm/27_sending.ipynb #n025
+# %% ../../nbs/llm/27_sending.ipynb #n029
 @patch(as_prop=True)
 def spent(self: Run) -> float:
     "Dollars that these requests have cost so far, lost replies included"
     return self.ledger.cost(self.todo) + self.ledger.lost_cost(self.todo)
 
-# %% ../../nbs/llm/27_sending.ipynb #n026
+# %% ../../nbs/llm/27_sending.ipynb #n031
 @patch
 def ceiling(self: Run, request: Request, mode: str) -> float:  # dollars; 0 where no price is known
     "What a reply costs at most, lost or not"
     known = self.price and self.price.holds(input_ceiling(request))
     return cost_ceiling(self.price, request, mode) if known else 0.0
 
-# %% ../../nbs/llm/27_sending.ipynb #n028
+# %% ../../nbs/llm/27_sending.ipynb #n033
 @patch
 def bill(self: Run, request: Request, reply: Reply) -> float | None:  # dollars; None: no price is known
     "What a reply cost"
@@ -197,7 +197,7 @@ def bill(self: Run, request: Request, reply: Reply) -> float | None:  # dollars;
         return self.ceiling(request, reply.mode) or None
     return self.price.cost(reply) if self.price.holds(reply.input_tokens) else None
 
-# %% ../../nbs/llm/27_sending.ipynb #n030
+# %% ../../nbs/llm/27_sending.ipynb #n035
 @patch
 def keep(
     self: Run,
@@ -217,14 +217,14 @@ def keep(
         self.bar.update(len(billed))
     return cost
 
-# %% ../../nbs/llm/27_sending.ipynb #n032
+# %% ../../nbs/llm/27_sending.ipynb #n037
 @patch
 def worked(self: Run):
     "The service does as it is told: failures before this were not in a row"
     with self._lock:
         self.failures = 0
 
-# %% ../../nbs/llm/27_sending.ipynb #n033
+# %% ../../nbs/llm/27_sending.ipynb #n039
 @patch
 def failed(self: Run, error: Exception):
     "Count a failure of the service; raises ConnectionError when there were too many in a row"
@@ -235,7 +235,7 @@ def failed(self: Run, error: Exception):
             f"{self.model}: {self.failures} calls in a row failed, the last with: {error}"
         ) from None
 
-# %% ../../nbs/llm/27_sending.ipynb #n035
+# %% ../../nbs/llm/27_sending.ipynb #n041
 def send(
     run: Run,
     key: str,
@@ -253,7 +253,7 @@ def send(
         raise
     return run.keep({key: reply}, charge)
 
-# %% ../../nbs/llm/27_sending.ipynb #n039
+# %% ../../nbs/llm/27_sending.ipynb #n045
 def _retrying(
     options: AskOptions,
     stop: threading.Event,
@@ -277,7 +277,7 @@ def _retrying(
         stop=stop_any(stop_after_attempt(options.retries + 1), hopeless),
     )
 
-# %% ../../nbs/llm/27_sending.ipynb #n041
+# %% ../../nbs/llm/27_sending.ipynb #n047
 class Sender:
     "Asks one request at a time, within the budget and at the pace; shared by threads"
 
@@ -287,7 +287,7 @@ class Sender:
         self.budget = Budget(run.price, run.options.max_cost, run.spent)
         self.pace = Pace(run.options.rpm, run.options.tpm, self.stop)
 
-# %% ../../nbs/llm/27_sending.ipynb #n043
+# %% ../../nbs/llm/27_sending.ipynb #n049
 @patch
 def attempt(self: Sender, key: str, lost: list):
     "Try a request once"
@@ -304,7 +304,7 @@ def attempt(self: Sender, key: str, lost: list):
     finally:
         self.budget.settle(held, cost)
 
-# %% ../../nbs/llm/27_sending.ipynb #n044
+# %% ../../nbs/llm/27_sending.ipynb #n051
 @patch
 def note_failure(self: Sender, key: str, error: Exception):
     "A request got no reply in this call; raises ConnectionError where the service seems to be down"
@@ -314,7 +314,7 @@ def note_failure(self: Sender, key: str, error: Exception):
     if isinstance(error, ConnectionError):
         self.run.failed(error)
 
-# %% ../../nbs/llm/27_sending.ipynb #n046
+# %% ../../nbs/llm/27_sending.ipynb #n053
 @patch
 def ask_one(
     self: Sender, key: str
@@ -332,7 +332,7 @@ def ask_one(
     finally:
         self.run.ledger.release([key])
 
-# %% ../../nbs/llm/27_sending.ipynb #n048
+# %% ../../nbs/llm/27_sending.ipynb #n055
 FEW = 8  # refusals before any reply, after which others of GIVE_UP requests are tried
 
 
@@ -344,7 +344,7 @@ def _scattered(keys: Sequence[str]) -> list[str]:
     step = next(s for s in range(max(1, round(0.618 * n)), 2 * n + 2) if gcd(s, n) == 1)
     return [keys[i * step % n] for i in range(n)]
 
-# %% ../../nbs/llm/27_sending.ipynb #n051
+# %% ../../nbs/llm/27_sending.ipynb #n058
 class RefusalWatch:
     "Counts refusals until the first reply; raises Unusable when they are about all requests"
 
@@ -371,7 +371,7 @@ class RefusalWatch:
         if self.refused >= FEW:
             self.look_further(outcome, _scattered(rest())[: GIVE_UP - FEW])
 
-# %% ../../nbs/llm/27_sending.ipynb #n052
+# %% ../../nbs/llm/27_sending.ipynb #n060
 @patch
 def look_further(
     self: RefusalWatch,
@@ -389,7 +389,7 @@ def look_further(
     self.settled = True
     self.go.set()
 
-# %% ../../nbs/llm/27_sending.ipynb #n055
+# %% ../../nbs/llm/27_sending.ipynb #n063
 def _round(sender: Sender, watch: RefusalWatch, keys: list[str]):
     "Send some requests, a few at a time"
     failed_before = sender.run.ledger.errors(keys)  # in earlier calls
@@ -415,7 +415,7 @@ def _round(sender: Sender, watch: RefusalWatch, keys: list[str]):
             pool.shutdown(cancel_futures=True)
             raise
 
-# %% ../../nbs/llm/27_sending.ipynb #n057
+# %% ../../nbs/llm/27_sending.ipynb #n065
 def ask_concurrently(run: Run):
     "Ask what is open, a few at a time"
     sender = Sender(run)
@@ -432,7 +432,7 @@ def ask_concurrently(run: Run):
         if any(key not in sender.failed for key in run.open_keys()):
             time.sleep(1.0)
 
-# %% ../../nbs/llm/27_sending.ipynb #n060
+# %% ../../nbs/llm/27_sending.ipynb #n068
 def ask_in_process(run: Run):
     "Let a model in this process answer, as many at once as it likes"
     while todo := run.open_keys():

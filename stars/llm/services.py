@@ -26,19 +26,19 @@ from .requests import Reply, Request, secret_free
 class Refused(ValueError):
     "The service will not answer this request, however often it is asked"
 
-# %% ../../nbs/llm/25_services.ipynb #s007
+# %% ../../nbs/llm/25_services.ipynb #s008
 class Unusable(ValueError):
     "The service will answer no request: key, model or address are wrong"
 
-# %% ../../nbs/llm/25_services.ipynb #s008
+# %% ../../nbs/llm/25_services.ipynb #s010
 class Gone(LookupError):
     "The service knows a batch or its results no more"
 
-# %% ../../nbs/llm/25_services.ipynb #s009
+# %% ../../nbs/llm/25_services.ipynb #s012
 class Lost(ConnectionError):
     "No reply came, though one may have been made and paid for"
 
-# %% ../../nbs/llm/25_services.ipynb #s011
+# %% ../../nbs/llm/25_services.ipynb #s014
 class Busy(ConnectionError):
     "Nothing was done; to be tried again"
 
@@ -46,7 +46,7 @@ class Busy(ConnectionError):
         super().__init__(text)
         self.wait = wait
 
-# %% ../../nbs/llm/25_services.ipynb #s012
+# %% ../../nbs/llm/25_services.ipynb #s016
 class Rejected(ValueError):
     "A batch was not accepted as a whole"
 
@@ -54,7 +54,7 @@ class Rejected(ValueError):
         super().__init__(text)
         self.permanent = permanent
 
-# %% ../../nbs/llm/25_services.ipynb #s014
+# %% ../../nbs/llm/25_services.ipynb #s018
 @dataclass(frozen=True)
 class Failure:
     "A request of a batch that has no reply"
@@ -65,7 +65,7 @@ class Failure:
     crowded: bool = False  # too much was waiting at once: smaller batches may pass
     lost: bool = False  # there may have been a reply, and it may have been paid for
 
-# %% ../../nbs/llm/25_services.ipynb #s016
+# %% ../../nbs/llm/25_services.ipynb #s020
 class Service(Protocol):
     "What `ask` needs"
 
@@ -87,17 +87,17 @@ class Service(Protocol):
     def results(self, id: str) -> Iterator[tuple[str, Reply | Failure]]:
         "By key, what became of a batch's requests (no entry: no reply); raises `Rejected`, `Gone`"
 
-# %% ../../nbs/llm/25_services.ipynb #s018
+# %% ../../nbs/llm/25_services.ipynb #s022
 def short_message(text: str) -> str:
     "An error message without API keys, and then not too long"
     return secret_free(text)[:1_000]
 
-# %% ../../nbs/llm/25_services.ipynb #s019
+# %% ../../nbs/llm/25_services.ipynb #s024
 def brief(thing) -> str:
     "Anything, as a few words for a message"
     return secret_free(repr(thing))[:200]
 
-# %% ../../nbs/llm/25_services.ipynb #s021
+# %% ../../nbs/llm/25_services.ipynb #s026
 def _filter_record(record: logging.LogRecord) -> bool:
     "Take keys out of what is logged"
     record.msg, record.args = secret_free(record.getMessage()), ()
@@ -106,7 +106,7 @@ def _filter_record(record: logging.LogRecord) -> bool:
         record.exc_info = None
     return True
 
-# %% ../../nbs/llm/25_services.ipynb #s023
+# %% ../../nbs/llm/25_services.ipynb #s028
 def _check_key(variable: str):
     "Raise ValueError for a key that was copied badly; it is not shown"
     key = os.environ.get(variable, "")
@@ -115,7 +115,7 @@ def _check_key(variable: str):
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"{variable} holds a character that no key has; copy it again")
 
-# %% ../../nbs/llm/25_services.ipynb #s024
+# %% ../../nbs/llm/25_services.ipynb #s029
 def import_sdk(
     name: str,  # "anthropic" or "openai"
     *variables: str,  # that may hold its key
@@ -137,7 +137,7 @@ def import_sdk(
             logging.getLogger(logger).addFilter(_filter_record)
     return sdk
 
-# %% ../../nbs/llm/25_services.ipynb #s027
+# %% ../../nbs/llm/25_services.ipynb #s032
 RESPONSES = (
     "it is only to be had through the Responses API, which is not spoken here: "
     "take another model, or leave out the fields that need it"
@@ -150,7 +150,7 @@ def only_responses(
     "Does a service answer a model, or a field, only through its Responses API?"
     return bool(re.search(r"\bv1/responses\b|\bResponses API\b", error, re.I))
 
-# %% ../../nbs/llm/25_services.ipynb #s028
+# %% ../../nbs/llm/25_services.ipynb #s034
 def used_up(
     error: str,  # what a service says
 ) -> bool:  # then it will say so to every request
@@ -158,7 +158,7 @@ def used_up(
     words = r"insufficient_quota|credit balance|billing[_ ](hard|not)|\b(usage|spend(ing)?|budget) limits?\b"
     return bool(re.search(words, error, re.I))
 
-# %% ../../nbs/llm/25_services.ipynb #s031
+# %% ../../nbs/llm/25_services.ipynb #s037
 def _wait(headers) -> float | None:
     "Seconds that a service asks for"
     for name, seconds in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
@@ -168,13 +168,13 @@ def _wait(headers) -> float | None:
             continue
     return None
 
-# %% ../../nbs/llm/25_services.ipynb #s033
+# %% ../../nbs/llm/25_services.ipynb #s039
 def _never_left(cause: Exception | None) -> bool:
     "Was there no connection yet, over which a request could have gone?"
     http = import_module("httpx2")
     return isinstance(cause, (http.ConnectError, http.ConnectTimeout, http.PoolTimeout, http.ProxyError))
 
-# %% ../../nbs/llm/25_services.ipynb #s035
+# %% ../../nbs/llm/25_services.ipynb #s041
 class Client:
     "An SDK's client, its exceptions turned into ours"
 
@@ -184,7 +184,7 @@ class Client:
         http_error = import_module("httpx2").HTTPError
         self.unreadable = (sdk.APIError, http_error, ValueError, TypeError, AttributeError)
 
-# %% ../../nbs/llm/25_services.ipynb #s036
+# %% ../../nbs/llm/25_services.ipynb #s043
 @patch
 def words(self: Client, e: Exception) -> str:
     "An exception in the service's own words, of which an SDK keeps only a part"
@@ -194,7 +194,7 @@ def words(self: Client, e: Exception) -> str:
         text = f"{e} {e.__cause__ or ''}"
     return short_message(f"{self.client.base_url.host}: {type(e).__name__}: {text}".strip())
 
-# %% ../../nbs/llm/25_services.ipynb #s038
+# %% ../../nbs/llm/25_services.ipynb #s045
 _GATEWAY_TIMEOUT = (504, 524)
 
 
@@ -213,7 +213,7 @@ def problem(self: Client, e: Exception) -> Exception:
         return Busy(words, wait)
     return Refused(words)
 
-# %% ../../nbs/llm/25_services.ipynb #s040
+# %% ../../nbs/llm/25_services.ipynb #s047
 @patch
 def paid(self: Client, call: Callable):
     "The result of a call that costs money, tried once"
@@ -226,7 +226,7 @@ def paid(self: Client, call: Callable):
         problem = kind(self.words(e))
     raise problem
 
-# %% ../../nbs/llm/25_services.ipynb #s042
+# %% ../../nbs/llm/25_services.ipynb #s049
 @patch
 def free(self: Client, call: Callable, tries: int = 3):
     "The result of a call that costs nothing, tried until it succeeds"
@@ -241,16 +241,16 @@ def free(self: Client, call: Callable, tries: int = 3):
         if not left:
             raise problem
 
-# %% ../../nbs/llm/25_services.ipynb #s046
+# %% ../../nbs/llm/25_services.ipynb #s053
 class Unreadable(ValueError):
     "A reply that was cut or garbled on its way"
 
-# %% ../../nbs/llm/25_services.ipynb #s047
+# %% ../../nbs/llm/25_services.ipynb #s055
 def is_count(n) -> bool:
     "A number of tokens, and not something else that a server says"
     return type(n) is int and 0 <= n < 2**53
 
-# %% ../../nbs/llm/25_services.ipynb #s048
+# %% ../../nbs/llm/25_services.ipynb #s057
 def usage(
     text: str,  # of the reply
     input,  # as the service says, as the others
@@ -266,7 +266,7 @@ def usage(
         output = None
     return dict(input_tokens=input, output_tokens=output, cache_read=cached[0], cache_write=cached[1])
 
-# %% ../../nbs/llm/25_services.ipynb #s051
+# %% ../../nbs/llm/25_services.ipynb #s060
 def checked(reply: Reply) -> Reply:
     "A reply that fits the ledger and the arithmetic; raises ValueError where it does not"
     counts = [n for n in (reply.input_tokens, reply.output_tokens) if n is not None]
@@ -276,14 +276,14 @@ def checked(reply: Reply) -> Reply:
     text = reply.text.encode(errors="replace").decode()
     return replace(reply, text=secret_free(text), id=secret_free(str(reply.id)))
 
-# %% ../../nbs/llm/25_services.ipynb #s054
+# %% ../../nbs/llm/25_services.ipynb #s063
 def id_of(thing) -> str:
     "What a service calls a thing it has made"
     if not isinstance(getattr(thing, "id", None), str):
         raise Unreadable(f"no id: {brief(thing)}")
     return thing.id
 
-# %% ../../nbs/llm/25_services.ipynb #s056
+# %% ../../nbs/llm/25_services.ipynb #s065
 def _json_lines(response) -> list[dict]:
     "The readable lines of a downloaded JSONL file"
     lines = []
@@ -296,7 +296,7 @@ def _json_lines(response) -> list[dict]:
             lines.append(line)
     return lines
 
-# %% ../../nbs/llm/25_services.ipynb #s058
+# %% ../../nbs/llm/25_services.ipynb #s067
 @patch
 def lines(self: Client, fetch: Callable, expected: int) -> list[dict]:
     "The readable lines of a JSONL file, fetched again if there are too few"
@@ -306,7 +306,7 @@ def lines(self: Client, fetch: Callable, expected: int) -> list[dict]:
             break
     return lines
 
-# %% ../../nbs/llm/25_services.ipynb #s060
+# %% ../../nbs/llm/25_services.ipynb #s069
 def outcome(key: str, read: Callable) -> tuple[str, Reply | Failure]:
     "What became of a batch's request; a reply that cannot be read is a loss"
     try:
@@ -314,7 +314,7 @@ def outcome(key: str, read: Callable) -> tuple[str, Reply | Failure]:
     except (ValueError, TypeError, AttributeError) as e:
         return key, Failure(short_message(f"unreadable reply: {e}"), lost=True)
 
-# %% ../../nbs/llm/25_services.ipynb #s062
+# %% ../../nbs/llm/25_services.ipynb #s071
 def listed_since(pages, time_of: Callable, at: float) -> Iterator:
     "The newest entries of a list, down to a day before a time"
     if pages.data is None:

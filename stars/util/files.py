@@ -81,7 +81,7 @@ def _has_ended(owner: str) -> bool:
         pass  # it is there, and somebody else's
     return False
 
-# %% ../../nbs/util/01_files.ipynb #f013
+# %% ../../nbs/util/01_files.ipynb #f014
 @contextmanager
 def replacing(
     path: str | Path,  # file to write
@@ -102,7 +102,7 @@ def replacing(
     finally:
         tmp.unlink(missing_ok=True)
 
-# %% ../../nbs/util/01_files.ipynb #f019
+# %% ../../nbs/util/01_files.ipynb #f020
 def write_bytes(
     path: str | Path,  # appears whole or not at all
     data: bytes,
@@ -112,7 +112,7 @@ def write_bytes(
         tmp.write_bytes(data)
     return Path(path)
 
-# %% ../../nbs/util/01_files.ipynb #f021
+# %% ../../nbs/util/01_files.ipynb #f022
 def write_json(
     path: str | Path,  # appears whole or not at all
     x,  # anything JSON can hold
@@ -120,7 +120,7 @@ def write_json(
     "Write JSON, in an order that does not depend on who made it"
     return write_bytes(path, (json.dumps(x, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
-# %% ../../nbs/util/01_files.ipynb #f022
+# %% ../../nbs/util/01_files.ipynb #f024
 def write_table(
     table: pa.Table,
     path: str | Path,  # appears whole or not at all
@@ -131,7 +131,7 @@ def write_table(
         pq.write_table(table, tmp, **options)
     return Path(path)
 
-# %% ../../nbs/util/01_files.ipynb #f025
+# %% ../../nbs/util/01_files.ipynb #f027
 @contextmanager
 def replacing_folder(
     path: str | Path,  # folder to fill, by one process at a time
@@ -156,7 +156,7 @@ def replacing_folder(
     finally:
         tidy()
 
-# %% ../../nbs/util/01_files.ipynb #f029
+# %% ../../nbs/util/01_files.ipynb #f031
 @contextmanager
 def one_writer(
     folder: Path,  # of a run
@@ -175,7 +175,7 @@ def one_writer(
     finally:
         lock.release()
 
-# %% ../../nbs/util/01_files.ipynb #f032
+# %% ../../nbs/util/01_files.ipynb #f034
 def check_settings(
     path: str | Path,  # JSON file that tells what a folder was filled with
     settings: dict,  # what it is about to be filled with
@@ -197,7 +197,7 @@ def check_settings(
             "choose another folder, or remove this one"
         )
 
-# %% ../../nbs/util/01_files.ipynb #f035
+# %% ../../nbs/util/01_files.ipynb #f037
 SUFFIXES = (".parquet", ".jsonl", ".ndjson")  # of files of rows
 _KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
@@ -207,7 +207,7 @@ def _is_rows(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return file.is_file() and file.suffix in SUFFIXES and not hidden
 
-# %% ../../nbs/util/01_files.ipynb #f036
+# %% ../../nbs/util/01_files.ipynb #f039
 def data_files(
     source: str | Path,  # a file of rows, or a folder of them
 ) -> list[Path]:  # in the order of their names, hidden ones left out
@@ -226,7 +226,7 @@ def data_files(
         raise ValueError(f"{path} holds no {_KINDS} file")
     return files
 
-# %% ../../nbs/util/01_files.ipynb #f039
+# %% ../../nbs/util/01_files.ipynb #f042
 def hub_rows(
     source: str,  # `hub:organisation/name`
     split: str,  # of the data set
@@ -241,18 +241,18 @@ def hub_rows(
     except Exception as e:
         raise ValueError(f"{source}, split {split!r}: {type(e).__name__}: {e}") from e
 
-# %% ../../nbs/util/01_files.ipynb #f041
+# %% ../../nbs/util/01_files.ipynb #f044
 def digest(x) -> str:
     "Ten hex digits that identify anything JSON can hold"
     return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:10]
 
-# %% ../../nbs/util/01_files.ipynb #f043
+# %% ../../nbs/util/01_files.ipynb #f047
 def file_digest(path: str | Path) -> str:
     "Ten hex digits that identify a file's content"
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:10]
 
-# %% ../../nbs/util/01_files.ipynb #f046
+# %% ../../nbs/util/01_files.ipynb #f050
 def dotted(
     nested: dict,  # {"ppo": {"lr": 1e-4}, "seeds": [0]}
 ) -> dict:  # {"ppo.lr": 1e-4, "seeds": [0]}
