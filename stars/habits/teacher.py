@@ -503,7 +503,7 @@ def _ask_all(
     lost = ledger.lost_keys([key for key, reply in zip(keys, before) if reply is None])
     skipped = {i for i, key in enumerate(keys) if key in lost}
     if max_cost is not None:
-        max_cost = max(0.0, max_cost - ledger.lost(lost))
+        max_cost = max(0.0, max_cost - ledger.lost_cost(lost))
     asked = [request for i, request in enumerate(requests) if i not in skipped]
     replies = iter(ask(model, asked, ledger, max_cost=max_cost, **ask_options))
     return [None if i in skipped else next(replies) for i in range(len(requests))]
