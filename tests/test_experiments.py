@@ -167,7 +167,7 @@ def test_published_results_beside_own_ones(reproduced, tmp_path):
 
 def test_a_figure_opened_by_hand_works_where_the_command_line_does(monkeypatch, tmp_path):
     "JupyterLab starts a kernel in the notebook's folder; runs and figures lie at the top"
-    top = Path(drawing.__file__).parent.parent
+    top = Path(drawing.__file__).parents[2]
     monkeypatch.delenv("STARS_CALLED", raising=False)
     for cwd, home in ((top / "nbs" / "figures", top), (top / "nbs", top / "nbs"), (tmp_path, tmp_path)):
         monkeypatch.chdir(cwd)

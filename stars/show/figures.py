@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'STROKE', 'SERIES', 'DOT_SIZE', 'BAR_WIDTH', 'BAR_OPACITY', 'DOTS_SHARE', 'ROWS', 'NAME_AT', 'NUMBER_ROOM',
-           'HABIT_ROOM', 'TICKS_NOTE', 'FLOOR_NOTE', 'DOSE', 'BEFORE_COLOR', 'first_to_last', 'against', 'compared',
+           'HABIT_ROOM', 'ROW_HEIGHT', 'ROW_GROWS', 'AXIS_HEIGHT', 'TICKS_NOTE', 'FLOOR_NOTE', 'TICK_REACH',
+           'FLOOR_HEIGHT', 'DOSE', 'NONE_BESIDE', 'BEFORE_COLOR', 'first_to_last', 'against', 'compared',
            'controls_title', 'incorrect_title', 'mixes_against_base', 'priming_title', 'Guard', 'models_beside',
            'draw_guard', 'over_steps', 'controls', 'incorrect', 'curated', 'priming', 'check_families', 'gap',
            'habits_focus', 'dynamics_title', 'raters_note', 'habit_heading', 'draw_habits', 'dynamics', 'interval_dots',
@@ -483,12 +484,15 @@ def make_room(
     ax.set_position([box.x0 + share, box.y0, box.width - share, box.height])
 
 # %% ../../nbs/show/83_figures.ipynb #id080
+ROW_HEIGHT, ROW_GROWS, AXIS_HEIGHT = 0.34, 0.55, 0.3  # inches; times per series; inches
+
+
 def rows_layout(
     series: int,  # in a panel, at most
     **sizes,  # other fields of `Layout`
 ) -> Layout:
     "A page for rows of habits"
-    height = 0.34 * len(HABITS) * max(1.0, 0.55 * series) + 0.3
+    height = ROW_HEIGHT * len(HABITS) * max(1.0, ROW_GROWS * series) + AXIS_HEIGHT
     return Layout((height,), **sizes)
 
 # %% ../../nbs/show/83_figures.ipynb #id082
@@ -574,6 +578,9 @@ def pretraining_caption(
     )
 
 # %% ../../nbs/show/83_figures.ipynb #id093
+TICK_REACH, FLOOR_HEIGHT = 0.36, 0.84  # of a row: of a tick above and below its middle, of a bar
+
+
 def habit_marks(
     ax: Axes,
     ticks: dict[str, float],  # habit → value; may be empty
@@ -582,9 +589,10 @@ def habit_marks(
     "A tick and a grey bar in each habit's row"
     for row, h in zip(ROWS, HABITS):
         if ticks:
-            ax.plot([ticks[h.name]] * 2, [row - 0.36, row + 0.36], color=DARK, linewidth=1)
+            ends_at = [row - TICK_REACH, row + TICK_REACH]
+            ax.plot([ticks[h.name]] * 2, ends_at, color=DARK, linewidth=1)
         if floor:
-            ax.barh(row, floor[h.name], height=0.84, color="#dddddd", zorder=0)
+            ax.barh(row, floor[h.name], height=FLOOR_HEIGHT, color="#dddddd", zorder=0)
 
 # %% ../../nbs/show/83_figures.ipynb #id095
 def pretraining(
@@ -664,12 +672,16 @@ def dose_curves(
     ax.set_xlabel("PPO steps")
 
 # %% ../../nbs/show/83_figures.ipynb #id105
+NONE_BESIDE = 0.35, 0.25  # decades that zero is off, at least; share of the others' range
+
+
 def share_places(
     shares: Sequence[float],  # 0 and others, in order
 ) -> np.ndarray:  # on the x axis
     "Places on a logarithmic axis, with one for zero"
     logs = np.log10(shares[1:])
-    beside = max(0.35, 0.25 * (logs[-1] - logs[0]))
+    least, share = NONE_BESIDE
+    beside = max(least, share * (logs[-1] - logs[0]))
     return np.array([logs[0] - beside, *logs])
 
 # %% ../../nbs/show/83_figures.ipynb #id107

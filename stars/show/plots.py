@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'CONTRAST', 'DARK', 'QUIET', 'AXIS', 'LOOK', 'SIZES', 'STYLE', 'TITLE', 'CAPTION', 'LABEL', 'TITLE_LINE',
-           'CAPTION_LINE', 'TITLE_TOP', 'LETTER', 'BOLD_LETTER', 'BAND', 'BESIDE', 'LEADER', 'DOT', 'RULE', 'PUBLISHED',
-           'METADATA', 'order', 'label', 'color', 'ink', 'check_results', 'check_values', 'check_steps', 'Term',
-           'half_width', 'binomial_noise', 'checkpoint_interval', 'one_row_per_run', 'interval', 'invented', 'span',
-           'interval_note', 'relation', 'num', 'arrow', 'listed', 'capital', 'ends', 'last_values', 'pooled',
-           'spread_labels', 'styled', 'Layout', 'wrap', 'on_page', 'add_axes', 'panel_axes', 'add_title', 'add_caption',
-           'page', 'draw_curves', 'set_axes', 'EndLabel', 'end_labels', 'two_lines', 'lines', 'top_of', 'by_source',
-           'seeds_note', 'steps_label', 'source_note', 'shorter_runs', 'condition_name', 'caption', 'panel_titles',
-           'summary_table', 'figure_text', 'picture', 'save_figure']
+           'CAPTION_LINE', 'TITLE_TOP', 'LETTER', 'BOLD_LETTER', 'BAND', 'TICKS_PER_INCH', 'MOST_TICKS', 'BESIDE',
+           'LEADER', 'DOT', 'RULE', 'PUBLISHED', 'METADATA', 'order', 'label', 'color', 'ink', 'check_results',
+           'check_values', 'check_steps', 'Term', 'half_width', 'binomial_noise', 'checkpoint_interval',
+           'one_row_per_run', 'interval', 'invented', 'span', 'interval_note', 'relation', 'num', 'arrow', 'listed',
+           'capital', 'ends', 'last_values', 'pooled', 'spread_labels', 'styled', 'Layout', 'wrap', 'on_page',
+           'add_axes', 'panel_axes', 'add_title', 'add_caption', 'page', 'draw_curves', 'set_axes', 'EndLabel',
+           'end_labels', 'two_lines', 'lines', 'top_of', 'by_source', 'seeds_note', 'steps_label', 'source_note',
+           'shorter_runs', 'condition_name', 'caption', 'panel_titles', 'summary_table', 'figure_text', 'picture',
+           'save_figure']
 
 # %% ../../nbs/show/81_plots.ipynb #ib003
 import hashlib
@@ -401,6 +402,8 @@ class Layout:
     left = 0.56  # of each axes: tick labels, label
     foot = 0.42  # below a panel: tick labels, label
     edge = 0.06  # between text and the edge of the figure
+    above = 0.12  # over a title
+    spare = 0.1  # that lines of text leave free at their right
     label_at = 0.15  # of the label of the y axis, from the left of its panel
 
     @property
@@ -492,10 +495,11 @@ def page(
     "A figure of panels, each with room for its title and for labels beside its axes, and a caption"
     across = min(layout.across, len(titles))
     panel_width = layout.width / across
-    titles = [wrap(t, panel_width - 0.1, TITLE, bold=True) for t in titles]
-    caption = wrap(caption, layout.width - 0.1, CAPTION)
+    titles = [wrap(t, panel_width - layout.spare, TITLE, bold=True) for t in titles]
+    caption = wrap(caption, layout.width - layout.spare, CAPTION)
     rows = [titles[i : i + across] for i in range(0, len(titles), across)]
-    heads = [0.12 + TITLE_LINE * max(t.count("\n") + 1 for t in row) + layout.head for row in rows]
+    line_counts = [max(t.count("\n") + 1 for t in row) for row in rows]
+    heads = [layout.above + TITLE_LINE * n + layout.head for n in line_counts]
     tops = np.cumsum([0, *(head + layout.body for head in heads)])
     height = tops[-1] + CAPTION_LINE * (caption.count("\n") + 1) + layout.edge
     fig = plt.figure(figsize=(layout.width, height))
@@ -526,6 +530,9 @@ def draw_curves(
     ax.set(xlabel="", ylabel="")
 
 # %% ../../nbs/show/81_plots.ipynb #ib095
+TICKS_PER_INCH, MOST_TICKS = 3.4, 8  # of the y axis
+
+
 def set_axes(
     ax: Axes,
     steps: np.ndarray,  # of the curves
@@ -536,7 +543,9 @@ def set_axes(
     ax.set_ylim(0, top)
     inches = ax.bbox.height / ax.figure.dpi
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(min(8, round(3.4 * inches)), steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_locator(
+        MaxNLocator(min(MOST_TICKS, round(TICKS_PER_INCH * inches)), steps=[1, 2, 5, 10])
+    )
 
 # %% ../../nbs/show/81_plots.ipynb #ib097
 class EndLabel(NamedTuple):
