@@ -407,7 +407,7 @@ def hosted_replies(
     spent, counted = 0.0, set()
 
     def paid(keys) -> float:
-        return ledger.cost(keys) + ledger.lost(keys)
+        return ledger.cost(keys) + ledger.lost_cost(keys)
 
     for shard in shards:
         asked = requests_of(shard)
