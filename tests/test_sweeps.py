@@ -1,4 +1,4 @@
-"Sweeps on a real local Ray of two CPUs: same results, failures that stay where they are, killed workers, Ctrl-C, wrong input"
+"Sweeps on a real local Ray of two CPUs: same results, failures that stay, killed workers, Ctrl-C, wrong input"
 
 import json
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -36,8 +37,8 @@ def wait_for(condition, seconds=900):
 
 def untimed(path):
     return [
-        {k: v for k, v in json.loads(l).items() if not k.startswith(("s_", "tokens_per_s"))}
-        for l in Path(path).read_text().splitlines()
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("s_", "tokens_per_s"))}
+        for line in Path(path).read_text().splitlines()
     ]
 
 
@@ -45,10 +46,8 @@ def workers(task):
     "Worker processes that carry out a task at this moment (or, by another name, wait for one)"
     found = []
     for p in psutil.Process().children(recursive=True):
-        try:
+        with suppress(psutil.Error):
             found += [p] if p.cmdline()[:1] and p.cmdline()[0].startswith(f"ray::{task}") else []
-        except psutil.Error:
-            pass
     return found
 
 
@@ -114,7 +113,10 @@ def test_results_are_those_of_an_ordinary_run(cluster, started, tmp_path):
     pd.testing.assert_frame_equal(
         pd.concat([pd.read_csv(Path(f) / "results.csv") for f in swept.folder], ignore_index=True), want
     )
-    files = lambda d: sorted(p.relative_to(d) for p in d.rglob("metrics.jsonl"))
+
+    def files(d):
+        return sorted(p.relative_to(d) for p in d.rglob("metrics.jsonl"))
+
     assert len(files(tmp_path / "swept")) == 5 and files(tmp_path / "swept") == files(tmp_path / "plainly")
     for p in files(tmp_path / "swept"):
         assert untimed(tmp_path / "swept" / p) == untimed(tmp_path / "plainly" / p), p
@@ -150,18 +152,12 @@ def test_rewritten_text_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sweeps.Tasks, "_start", lambda self, stage, job: begun.append((stage, job.model)) or len(begun)
     )
-    tasks = lambda **how: sweeps.Tasks(
-        [
-            sweeps.Run(j)
-            for j in ex.grid(
-                ex.preset("smoke", **how), ["plain", "rich"], ["curated", "negated"], [0, 1], tmp_path
-            )
-        ],
-        0,
-        1,
-        0,
-        9,
-    )
+
+    def tasks(**how):
+        cfg = ex.preset("smoke", **how)
+        jobs = ex.grid(cfg, ["plain", "rich"], ["curated", "negated"], [0, 1], tmp_path)
+        return sweeps.Tasks([sweeps.Run(j) for j in jobs], gpus=0, cpus=1, retries=0, at_once=9)
+
     made = tasks()
     assert sorted(begun) == [("base", "plain"), ("base", "rich"), ("curate", "plain"), ("data", "plain")]
     assert all(

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stars.lab.configs import PRESETS, Config, changed, preset, with_settings
+from stars.lab.stages import Job
 from stars.lab.verl import (
+    Cluster,
     differences,
     override,
     ppo_counterparts,
@@ -30,8 +32,14 @@ A, C, R = "actor_rollout_ref.actor.", "critic.", "actor_rollout_ref.rollout."
 SMALL = {"data.train": 32, "data.rows": 128, "data.eval": 8, "priming.rows": 64, "priming.val": 32}
 
 
-def rl(cfg, **kw):
-    return rl_overrides(cfg, "$here/model", 20, "run", **kw)
+def rl(cfg, seed=0, **cluster):
+    return rl_overrides(cfg, "$here/model", 20, "run", seed, Cluster(**cluster))
+
+
+def written(cfg, out, runs, condition="backtracking_verification", **cluster):
+    "An export of a job of the plain base"
+    job = Job(cfg, "plain", condition, 0, str(runs), progress=False)
+    return to_verl(job, out, Cluster(**cluster))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +177,11 @@ OTHER = {
 }
 
 
+def shown(c):
+    "All that an export says of a configuration"
+    return rl(c), sft_overrides(c, "m", "run"), reward_source(c.ppo.format_score), differences(c, True)
+
+
 def test_no_field_is_passed_over():
     "A changed field of training changes an override, or is named among the differences"
     cfg = preset("cpu", **WITH_CRITIC)
@@ -190,21 +203,16 @@ def test_no_field_is_passed_over():
             else OTHER.get(name) or v / 2 + 0.07
         )
         other = changed(cfg, **{group: {field: OTHER.get(name, new)}})
-        shown = lambda c: (
-            rl(c),
-            sft_overrides(c, "m", "run"),
-            reward_source(c.ppo.format_score),
-            differences(c, True),
-        )
         assert shown(cfg) != shown(other), name
 
 
 def test_differences_are_true():
     "What decides data alone is not listed; with a cap the trainer computes old log-probabilities here, too"
     plain, capped = differences(preset("cpu"), True), differences(preset("cpu", ppo=dict(is_cap=2.0)), True)
-    assert not [l for l in plain if l.startswith(("corpus.", "curation.", "cpt.", "seeds", "run.restarts"))]
-    assert any("here they are the sampler's" in l for l in plain) and not any(
-        "the sampler's" in l for l in capped
+    in_data = ("corpus.", "curation.", "cpt.", "seeds", "run.restarts")
+    assert not [line for line in plain if line.startswith(in_data)]
+    assert any("here they are the sampler's" in line for line in plain) and not any(
+        "the sampler's" in line for line in capped
     )
 
 
@@ -232,7 +240,7 @@ def test_a_new_field_is_reported():
 )
 def test_refusals(tmp_path, change, how, names):
     with pytest.raises(ValueError, match=names):
-        to_verl(with_settings(preset("cpu"), change), tmp_path / "out", runs=tmp_path / "runs", **how)
+        written(with_settings(preset("cpu"), change), tmp_path / "out", tmp_path / "runs", **how)
     assert not any(tmp_path.iterdir())  # before anything is built
 
 
@@ -250,8 +258,9 @@ def test_verdicts(tmp_path):
             asked.append((f"x <answer>{answer}</answer>", list(p.numbers), p.target))
         asked.append((f"{a} + {b}", list(p.numbers), p.target))
     asked_of = (
-        "import json, sys; from reward import compute_score; ask = lambda t, truth: compute_score('countdown', t, truth, {}, more=1)\n"
-        "print(json.dumps([ask(t, TRUTH) for t, n, g in json.load(sys.stdin)]))"
+        "import json, sys; from reward import compute_score\n"
+        "asked = json.load(sys.stdin)\n"
+        "print(json.dumps([compute_score('countdown', t, TRUTH, {}, more=1) for t, n, g in asked]))"
     )
 
     def answers(truth):
@@ -275,7 +284,7 @@ def test_verdicts(tmp_path):
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     d = tmp_path_factory.mktemp("verl")
-    return to_verl(preset("cpu", **SMALL), d / "out", runs=d / "runs", gpus=2, progress=False)
+    return written(preset("cpu", **SMALL), d / "out", d / "runs", gpus=2)
 
 
 def test_files(export):
@@ -322,52 +331,53 @@ def test_files(export):
 def test_sft_ends_where_rl_starts(export):
     name = json.loads((export / "export.json").read_text())["prime"]
     steps = SMALL["priming.rows"] // 16 * 3
-    start = [l for l in (export / "rl.sh").read_text().split("\n") if "actor_rollout_ref.model.path" in l][
-        0
-    ].split("'")[1]
-    where = [l for l in (export / "sft.sh").read_text().split("\n") if "default_local_dir" in l][0].split(
-        "'"
-    )[1]
+
+    def quoted_value(file, key):
+        [line] = [line for line in (export / file).read_text().split("\n") if key in line]
+        return line.split("'")[1]
+
+    start = quoted_value("rl.sh", "actor_rollout_ref.model.path")
+    where = quoted_value("sft.sh", "default_local_dir")
     assert name and start == f"{where}/global_step_{steps}/huggingface"
 
 
 def test_export_again(export):
     runs, before = export.parent / "runs", (export / "rl.sh").read_text()
-    base = to_verl(
-        preset("cpu", **SMALL), export.parent / "again", condition="base", runs=runs, progress=False
-    )
+    base = written(preset("cpu", **SMALL), export.parent / "again", runs, "base")
     assert (
         not (base / "sft.sh").exists()
         and "checkpoints" not in (base / "rl.sh").read_text().split("model.path")[1].split("\n")[0]
     )
-    to_verl(
-        preset("cpu", **SMALL, ppo=dict(lr=5e-5)), base, runs=runs, gpus=2, progress=False
-    )  # another experiment takes its place …
+    # another experiment takes its place …
+    written(preset("cpu", **SMALL, ppo=dict(lr=5e-5)), base, runs, gpus=2)
     assert (base / "sft.sh").exists() and "optim.lr=5e-05" in (base / "rl.sh").read_text()
-    folder = lambda text: [l for l in text.split("\n") if "default_local_dir" in l]
+
+    def folder(text):
+        return [line for line in text.split("\n") if "default_local_dir" in line]
+
     assert folder((base / "rl.sh").read_text()) != folder(before)  # … and does not go on from its checkpoints
-    to_verl(preset("cpu", **SMALL), base, condition="base", runs=runs, progress=False)
+    written(preset("cpu", **SMALL), base, runs, "base")
     assert not (base / "sft.sh").exists() and not (base / "sft-train.parquet").exists()
 
 
 def test_nothing_foreign_is_overwritten(tmp_path, export):
     (tmp_path / "train.parquet").write_text("mine")
     with pytest.raises(ValueError, match="is no export"):
-        to_verl(preset("cpu", **SMALL), tmp_path, runs=export.parent / "runs", progress=False)
+        written(preset("cpu", **SMALL), tmp_path, export.parent / "runs")
     assert (tmp_path / "train.parquet").read_text() == "mine"
 
 
 def test_interrupted_export_cannot_be_started(tmp_path, export, monkeypatch):
     import stars.lab.verl as module
 
-    out = to_verl(preset("cpu", **SMALL), tmp_path / "out", runs=export.parent / "runs", progress=False)
+    out = written(preset("cpu", **SMALL), tmp_path / "out", export.parent / "runs")
 
     def stop(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "write_sft", stop)
     with pytest.raises(KeyboardInterrupt):
-        to_verl(preset("cpu", **SMALL), out, runs=export.parent / "runs", progress=False)
+        written(preset("cpu", **SMALL), out, export.parent / "runs")
     assert not any((out / n).exists() for n in ("run.sh", "rl.sh", "sft.sh")) and not [
         f for f in out.iterdir() if f.name.endswith(".tmp")
     ]

@@ -370,10 +370,9 @@ def verl(
     check_path(out, "OUT")
     check_numbers(1, gpus=gpus, nodes=nodes, tensor_parallel=tensor_parallel)
 
-    from stars.lab.verl import to_verl
+    from stars.lab.verl import Cluster, to_verl
 
-    job = job_of(run)
-    folder = to_verl(job.cfg, out, job.model, run.condition, run.seed, run.runs, gpus, nodes, tensor_parallel)
+    folder = to_verl(job_of(run), out, Cluster(gpus, nodes, tensor_parallel))
     print(
         f"{folder}/run.sh starts it where verl is installed. What verl does differently or does not know "
         f"({folder}/differences.txt):"

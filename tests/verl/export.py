@@ -14,7 +14,8 @@ from byte_model import checkpoint
 
 from stars.habits.priming import read_rows
 from stars.lab.configs import changed, preset
-from stars.lab.verl import sft_steps, to_verl
+from stars.lab.stages import Job
+from stars.lab.verl import Cluster, sft_steps, to_verl
 from stars.models.checkpoints import load_tokenizer
 from stars.rl import ppo
 from stars.rl.sft import encode, lr_at
@@ -71,8 +72,9 @@ def parity(cfg, seed=0):
     )
 
 
-def export(root, name, cfg, model="plain", condition="backtracking_verification", **kw):
-    out = to_verl(cfg, root / name, model, condition, runs=root / "runs", progress=False, **kw)
+def export(root, name, cfg, model="plain", condition="backtracking_verification", **cluster):
+    job = Job(cfg, model, condition, 0, str(root / "runs"), progress=False)
+    out = to_verl(job, root / name, Cluster(**cluster))
     tok = load_tokenizer(model if model != "plain" else out / "model")
     problems, rows = (
         from_parquet(out / "train.parquet"),
