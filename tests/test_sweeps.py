@@ -1,4 +1,4 @@
-"Sweeps on a real local Ray of two CPUs: same results, failures that stay, killed workers, Ctrl-C, wrong input"
+"Sweeps on a real local Ray of two CPUs: same results, failures, killed workers, Ctrl-C, wrong input"
 
 import json
 import os
