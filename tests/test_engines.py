@@ -1,4 +1,4 @@
-"vLLM against transformers: the same logprobs, the same greedy tokens, the weights it was given; engines that die"
+"vLLM against transformers: the same logprobs, greedy tokens and weights; engines that die"
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 pytest.importorskip("vllm", reason="needs vLLM (make dev)")
 ray = pytest.importorskip("ray", reason="needs Ray (make dev)")
 
-from stars.models.checkpoints import (
+from stars.models.checkpoints import (  # noqa: E402
     base_path,
     check_checkpoint,
     load_model,
@@ -23,8 +23,8 @@ from stars.models.checkpoints import (
     save_checkpoint,
     token_logprobs,
 )
-from stars.rl import engines as E
-from stars.rl.rollouts import LlamaEngine, Rollout
+from stars.rl import engines as E  # noqa: E402
+from stars.rl.rollouts import LlamaEngine, Rollout  # noqa: E402
 
 TOK = load_tokenizer("plain")
 PROMPTS = TOK(
@@ -346,7 +346,7 @@ def test_giving_up(pair):
 
 
 def test_padded_embeddings(engine, tmp_path):
-    "Another architecture, with tied weights and rows that are no tokens; it closes the shared engine, so it comes last"
+    "Another architecture, tied weights, rows that are no tokens; it closes the shared engine: it comes last"
     engine.close()
     torch.manual_seed(1)
     model = Qwen2ForCausalLM(

@@ -11,7 +11,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from byte_model import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -32,7 +31,6 @@ from stars.models.checkpoints import (
     token_logprobs,
     weights_of,
     with_begin,
-    without_dropout,
 )
 from stars.models.micro import micro_model, micro_tokenizer
 from stars.models.parallel import micro_batches, prepare
@@ -129,7 +127,7 @@ def tiny_learner(cfg, critic=None):
 
 
 def test_without_a_critic_the_advantage_is_the_whitened_return():
-    "Scores 1, 0, 0 on responses of 1, 2 and 1 tokens: over the four tokens their mean is 1/4, their variance 3/16"
+    "Scores 1, 0, 0 on responses of 1, 2 and 1 tokens: over the tokens their mean is 1/4, their variance 3/16"
     rollouts = [
         P.Rollout([5], [7], [-1.0], True),
         P.Rollout([5], [7, 8], [-1.0, -1.0], True),
@@ -311,7 +309,7 @@ def test_bad_configurations_are_named():
 
 
 def test_a_task_of_ones_own_needs_nothing_of_countdown(tmp_path):
-    "Problems without numbers, a reward and habits of their own, counts that leave out zeros: training, log and table"
+    "Problems without numbers, rewards and habits of their own, counts without zeros: training, log and table"
     from collections import Counter
     from dataclasses import dataclass
 
@@ -350,15 +348,11 @@ def test_a_task_of_ones_own_needs_nothing_of_countdown(tmp_path):
         / "metrics.jsonl"
     )
     assert len(log) == 2 and not any("verifications" in k for r in log for k in r)
-    ask = lambda **kw: complete(
-        LlamaEngine(model, tok.eos_token_id),
-        tok,
-        problems,
-        8,
-        samples=8,
-        labels=dict(model="m", condition="c", seed=0, step=0),
-        **(how | kw),
-    )
+
+    def ask(**changes):
+        engine, labels = LlamaEngine(model, tok.eos_token_id), dict(model="m", condition="c", seed=0, step=0)
+        return complete(engine, tok, problems, 8, samples=8, labels=labels, **(how | changes))
+
     df = ask(count=lambda text, p: {"again": 1} if len(text) % 2 else {})
     assert set(df.word) == {p.word for p in problems} and df.again.sum() == (df.generated.str.len() % 2).sum()
     table = summarize(df, habits=["again"])
@@ -432,7 +426,7 @@ def test_tags_that_are_special_tokens_are_read(how, tmp_path):
 
 
 def test_other_special_tokens_are_words_like_others():
-    "A reward of one's own may read them; what ended the response is no part of it, whatever it is called, unless it is a word"
+    "A reward of one's own may read them; what ended the response is no part of it, unless it is a word"
     tok = micro_tokenizer(20)
     tok.add_special_tokens(dict(additional_special_tokens=["<|solution|>", "<|end|>"]))
     words = "<|solution|> 3 * 4 <|end|>"
@@ -510,7 +504,7 @@ def talk():
 
 @pytest.mark.parametrize("where", ["generation", "generation-list", "config", "both", "both-apart", "given"])
 def test_every_end_of_a_checkpoint_ends_a_response(talk, where, tmp_path):
-    "Those of generation_config.json, of config.json, and of the tokenizer: the ids of transformers, and what is cut"
+    "Those of generation_config.json, config.json and the tokenizer: the ids of transformers, and what is cut"
     tok, prompts, (a, b) = talk
     model, given = sharp(tok), tok.eos_token_id
     if where == "generation":
@@ -562,7 +556,7 @@ def test_sampled_responses_end_there_too_and_are_not_called_cut(talk, tmp_path):
 
 
 def test_a_completion_that_says_how_it_ends_gets_no_second_end(tmp_path):
-    "Neither the tokenizer's nor another of the model's; any other completion is taught to end with the tokenizer's"
+    "Neither the tokenizer's nor another of the model's; any other completion ends with the tokenizer's"
     tok = micro_tokenizer(20)
     tok.add_special_tokens(dict(additional_special_tokens=["<|turn|>"]))
     turn, rows = (
@@ -653,9 +647,14 @@ def test_a_checkpoint_holds_its_weights_and_no_others(tmp_path, change, config, 
 
 
 def test_whole_checkpoints_are_as_welcome_as_ever(tmp_path):
-    "Tied, untied, tied and written out under both names, with what old checkpoints hold and no model ever needed"
-    both = lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()})
-    old = lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    "Tied, untied, tied and written out under both names, with what old checkpoints hold and nobody needs"
+
+    def both(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    def old(weights):
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
     for i, how in enumerate((dict(), dict(model=untied()), dict(change=both), dict(change=old))):
         model = load_model(edited(tmp_path / f"{i}", **how))
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == (i != 1)
@@ -751,7 +750,10 @@ def test_a_loss_over_responses_does_not_count_cut_ones(mode):
         torch.randn(4, 6, generator=gen),
         torch.tensor([[1.0, 1, 1, 0, 0, 0], [0] * 6, [0, 1, 1, 1, 1, 0], [0] * 6]),
     )
-    total = lambda m: P.aggregate_total(m, mode, length=6)
+
+    def total(mask):
+        return P.aggregate_total(mask, mode, length=6)
+
     torch.testing.assert_close(
         P.aggregate(x, mask, mode, total(mask)),
         P.aggregate(x[[0, 2]], mask[[0, 2]], mode, total(mask[[0, 2]])),
@@ -813,7 +815,7 @@ LIKE_LLAMA = dict(
 
 @pytest.mark.parametrize("kind", NOISY)
 def test_nothing_random_is_left_in_a_model_that_is_trained(kind):
-    "Dropout of every name, as modules, functions and settings, blocks that are skipped, noise before a router"
+    "Dropout of every name, as modules, functions and settings, skipped blocks, noise before a router"
     config = transformers.AutoConfig.for_model(
         kind, vocab_size=60, **SHAPE.get(kind, LIKE_LLAMA), **NOISY[kind]
     )
