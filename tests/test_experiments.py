@@ -771,8 +771,8 @@ def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
     )
     monkeypatch.setattr(
         ex,
-        "_curated_rows",
-        lambda job, where, tok, out: ([dict(row)] * 2, [dict(row, query="<s>" + row["query"])]),
+        "matched_rows",
+        lambda job, rewrites, tokenizer, out: ([dict(row)] * 2, [dict(row, query="<s>" + row["query"])]),
     )
     for bos, n in (("none", 0), ("auto", 1)):
         assert [

@@ -334,7 +334,7 @@ def test_more_workers_than_there_are(cluster, tmp_path):
 
 
 STEPS, SAVED, LOST = 6, 2, 4  # steps of the run, steps between two states, the step in which a worker dies
-PPO_OF_A_JOB = ex._ppo
+PPO_OF_A_JOB = ex.ppo_worker
 
 
 def mortal(job, start, data, out):
@@ -365,7 +365,7 @@ def test_a_lost_worker_is_replaced(cluster, tmp_path, monkeypatch):
     the critic's first gradient would be rounding, which Adam makes as large as any, and no two CPUs would agree"""
     cfg = ex.preset("smoke", base=dict(docs=300), ppo=dict(steps=STEPS, save_every=SAVED))
     job = ex.Job(cfg, "plain", "base", 0, str(tmp_path / "alone"), progress=False)
-    monkeypatch.setattr(ex, "_ppo", mortal)
+    monkeypatch.setattr(ex, "ppo_worker", mortal)
     want = ex.ppo_stage(job)
     shutil.copytree(tmp_path / "alone", tmp_path / "team")
     shutil.rmtree(next((tmp_path / "team").rglob(want.name)))

@@ -105,7 +105,7 @@ def stage(
     name: str,  # "data", "base", "prime" …
     config: dict,  # every setting the outcome depends on
     inputs: dict[str, str],  # name → digest of what it is made from
-    run: Callable[[Path], None],  # fills the folder it is given, going on from what lies there
+    fill: Callable[[Path], None],  # fills the folder it is given, going on from what lies there
     build: bool = True,  # False: only look it up, and raise `NotBuilt` if it is not there
     wait: bool = False,  # wait for another process that builds it, instead of refusing
 ) -> Path:  # folder of the complete stage
@@ -126,7 +126,7 @@ def stage(
         write_json(partial_ / "config.json", config)
         start, made_by = time.time(), environment()
         with disk_errors(final):
-            run(partial_)
+            fill(partial_)
         write_json(
             partial_ / "manifest.json",
             dict(
@@ -234,10 +234,6 @@ class Job:
         return replace(self.cfg.cpt if self.condition in METHODS else self.cfg.sft, seed=self.seed)
 
     @property
-    def how(self) -> dict:
-        return dict(build=self.build, wait=self.wait)  # for `stage`
-
-    @property
     def store(self) -> Path:
         return Path(self.runs) / self.cfg.preset
 
@@ -248,3 +244,18 @@ class Job:
     @property
     def dir(self) -> Path:
         return self.model_dir / self.condition / f"seed{self.seed}"
+
+    @property
+    def shared(self) -> Path:  # for stages that do not depend on model, condition or seed
+        return self.store / "shared"
+
+    def stage(
+        self,
+        name: str,  # "data", "base", "prime" …
+        settings: dict,  # every setting the outcome depends on
+        inputs: dict[str, str],  # name → digest of what it is made from
+        fill: Callable[[Path], None],  # fills the folder it is given
+        where: Path | None = None,  # folder it lies in; None: the job's own
+    ) -> Path:
+        "A stage of this job, built unless it is there"
+        return stage(where or self.dir, name, settings, inputs, fill, self.build, self.wait)
