@@ -117,7 +117,7 @@ def name_of(path: Path) -> str:
         return str(path)
     _, step, said = state.name.split("-")
     return str(
-        state.with_name(f"state-{step}" + " (damaged)" * (parallel._content(state) != said)) / path.name
+        state.with_name(f"state-{step}" + " (damaged)" * (parallel.state_digest(state) != said)) / path.name
     )
 
 

@@ -357,7 +357,7 @@ def test_damaged_states(tiny, tmp_path, damage, n):
     assert untimed(out) == untimed(tiny)
     left = parallel.saved_states(out)
     assert [s.name[:12] for s in left] == ["state-000003", "state-000002"] and all(
-        parallel._content(s) == s.name.rsplit("-", 1)[1] for s in left
+        parallel.state_digest(s) == s.name.rsplit("-", 1)[1] for s in left
     )
     assert (out / "step-0003/model.safetensors").read_bytes() == (
         tiny / "step-0003/model.safetensors"
@@ -434,7 +434,7 @@ def test_killed_while_saving(tmp_path):
         kills < 8 and go(out, draw.randrange(1, 3 * touches), draw.randrange(40)) != 0
     ):  # within three steps
         kills, caught = kills + 1, caught + tmp.exists()
-        assert all(parallel._content(s) == s.name.rsplit("-", 1)[1] for s in parallel.saved_states(out))
+        assert all(parallel.state_digest(s) == s.name.rsplit("-", 1)[1] for s in parallel.saved_states(out))
         for c in out.glob("step-????"):
             load_model(c)
     assert kills >= 3 and caught  # some of them while a state was half written

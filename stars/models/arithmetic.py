@@ -6,7 +6,7 @@
 __all__ = ['MICRO_WEIGHTS', 'device', 'number_type', 'autocast', 'half_slowdown', 'warn_of_slow_half', 'share_cores',
            'threads_for']
 
-# %% ../../nbs/models/41_arithmetic.ipynb #c003
+# %% ../../nbs/models/41_arithmetic.ipynb #x003
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +18,19 @@ from torch import nn
 
 from ..util.workers import cores
 
-# %% ../../nbs/models/41_arithmetic.ipynb #c005
+# %% ../../nbs/models/41_arithmetic.ipynb #x005
 def device() -> str:  # "cuda" or "cpu"
     "Where models are trained and sampled: the GPU, if there is one"
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-
+# %% ../../nbs/models/41_arithmetic.ipynb #x007
 def number_type(
     bf16: bool,  # what a setting such as `ppo.bf16` says
 ) -> torch.dtype:  # of weights
     "The type of weights that only sample, and of checkpoints"
     return torch.bfloat16 if bf16 else torch.float32
 
-
+# %% ../../nbs/models/41_arithmetic.ipynb #x009
 def autocast(
     where: str | torch.device,  # the model's device
     bf16: bool,  # what a setting such as `sft.bf16` says
@@ -38,7 +38,7 @@ def autocast(
     "Multiply in bfloat16 where a setting asks for it, in fp32 otherwise; weights stay what they are"
     return torch.autocast(torch.device(where).type, torch.bfloat16, enabled=bf16)
 
-# %% ../../nbs/models/41_arithmetic.ipynb #c008
+# %% ../../nbs/models/41_arithmetic.ipynb #x012
 def _seconds(
     product: Callable[[], object],  # what to time
     times: int = 3,  # how often, after once for warming up
@@ -53,7 +53,7 @@ def _seconds(
 
     return min(once() for _ in range(times))
 
-
+# %% ../../nbs/models/41_arithmetic.ipynb #x013
 @lru_cache
 def half_slowdown() -> float:  # below 1 where the CPU has units for 16-bit numbers
     "How many times as long a matrix product takes on this CPU in bfloat16 as in fp32"
@@ -61,7 +61,7 @@ def half_slowdown() -> float:  # below 1 where the CPU has units for 16-bit numb
     halves = x.bfloat16(), w.bfloat16()
     return _seconds(lambda: nn.functional.linear(*halves)) / _seconds(lambda: nn.functional.linear(x, w))
 
-# %% ../../nbs/models/41_arithmetic.ipynb #c011
+# %% ../../nbs/models/41_arithmetic.ipynb #x016
 def warn_of_slow_half(
     where: str | torch.device,  # the model's device
     asked: dict[str, bool],  # setting → does it ask for bfloat16?
@@ -72,21 +72,21 @@ def warn_of_slow_half(
     if not names or torch.device(where).type != "cpu" or slowdown() < 1.5:
         return
     print(
-        f"{names}: this CPU has no units for 16-bit numbers, their products take {slowdown():.0f} times as long as "
-        "32-bit ones. It is quicker without.",
+        f"{names}: this CPU has no units for 16-bit numbers, their products take {slowdown():.0f} times as "
+        "long as 32-bit ones. It is quicker without.",
         file=sys.stderr,
     )
 
-# %% ../../nbs/models/41_arithmetic.ipynb #c014
-MICRO_WEIGHTS = 2_000_000  # a model with fewer is trained and sampled by one thread
-
-
+# %% ../../nbs/models/41_arithmetic.ipynb #x019
 def share_cores(
     processes: int = 1,  # that work side by side, this one included
     among: float | None = None,  # cores to share (default: those that this process may use)
 ):
     "Let this process use its share of the cores, at least one"
     torch.set_num_threads(max(1, int(cores() if among is None else among) // processes))
+
+# %% ../../nbs/models/41_arithmetic.ipynb #x021
+MICRO_WEIGHTS = 2_000_000  # a model with fewer is trained and sampled by one thread
 
 
 @contextmanager

@@ -372,7 +372,7 @@ def ready_slots(
         slots = None
         engine.sleep()
         slots = engine.slots = Slots.empty(engine.decoder, rows, columns, max_tokens)
-        engine.decoder.reach(columns)
+        engine.decoder.rotate_up_to(columns)
     slots.start[:n] = torch.tensor([width - len(p) for p in prompts])
     slots.start[n:] = 0
     slots.prompt.copy_(torch.arange(len(slots.prompt)))
