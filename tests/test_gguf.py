@@ -1,4 +1,7 @@
-"GGUF files become checkpoints: weights and tokenizer against independent readings of the same file (about 35 s, one core)"
+"""GGUF files become checkpoints: weights and tokenizer against independent readings of the same file.
+
+About 35 s on one core.
+"""
 
 import json
 import random
@@ -289,7 +292,8 @@ def tok(smol):
 
 
 TEXTS = [
-    "The river was low that summer, and the children of the village could walk across it to the other side, where the old mill stood empty. Nobody had worked there "
+    "The river was low that summer, and the children of the village could walk across it to the other side, "
+    "where the old mill stood empty. Nobody had worked there "
     "since the war, but on quiet evenings one could still hear the wheel turn, or so the old people said.",
     "Using the numbers 3, 7, 25, 50, make 82: 25 + 50 = 75, 75 + 7 = 82.",
     "def f(x):\n    return [i**2 for i in range(x)]\n\nprint(f(10))  # Größe: 日本\n",
@@ -297,7 +301,10 @@ TEXTS = [
 
 
 def test_logprobs_are_those_of_transformers(smol, model, tok):
-    "The same numbers times the same inputs: the weights agree bit by bit, so what remains is rounding in a different order of fp32 sums (30 layers, logits near 20: ~1e-5)"
+    """The weights agree bit by bit, so what remains is rounding in a different order of fp32 sums.
+
+    30 layers and logits near 20 make about 1e-5.
+    """
     theirs = AutoModelForCausalLM.from_pretrained(
         smol[0].parent, gguf_file=smol[0].name, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
@@ -312,7 +319,7 @@ def test_logprobs_are_those_of_transformers(smol, model, tok):
 
 
 def test_it_knows_english(model, tok):
-    "Better than 4 nats per token; a shuffled text is far worse, which a model with wrong positions would not notice"
+    "Better than 4 nats per token; a shuffled text is far worse, unless positions are wrong"
     ids = tok(TEXTS[0]).input_ids
     mixed = random.Random(0).sample(ids, len(ids))
     with torch.no_grad():
@@ -372,7 +379,7 @@ GPT2_CUT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 
 @pytest.fixture(scope="session")
 def byhand(smol):
-    "The tokenizer spelled out, from the file's own lists: specials, digits one by one, the cut of GPT-2, bytes, merges by rank"
+    "The tokenizer spelled out: specials, digits one by one, the cut of GPT-2, bytes, merges by rank"
     meta = read_gguf(smol[0]).meta
     tokens = meta["tokenizer.ggml.tokens"]
     ids, rank = (
@@ -465,7 +472,7 @@ def test_digits_are_tokens(tok):
 
 
 def test_ordinary_texts_as_in_transformers(smol, tok):
-    "Its GGUF tokenizer does not cut digits off first, which shows only where several blanks stand before a number"
+    "Its GGUF tokenizer does not cut digits off first, which shows where several blanks precede a number"
     theirs = AutoTokenizer.from_pretrained(smol[0].parent, gguf_file=smol[0].name)
     for text in [*TEXTS, "<|im_start|>user\nHi!<|im_end|>\n"]:
         assert tok(text).input_ids == theirs(text).input_ids

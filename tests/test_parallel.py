@@ -1,4 +1,4 @@
-"Two workers compute what one computes: losses, gradients, rollouts, checkpoints, states; and what Ray does with them"
+"Two workers compute what one computes: losses, gradients, rollouts, checkpoints, states; and what Ray does"
 
 import json
 import os
@@ -41,7 +41,7 @@ def fail(out):
 
 
 def dice(out, file, stop=None):
-    "PPO with a reward that differs from call to call and from process to process, and says of each that it was made"
+    "PPO with a reward that differs by call and by process, and says of each call that it was made"
 
     def reward(text, problem):
         with file.open("a") as f:
@@ -151,7 +151,7 @@ def close_weights(a, b, tol=1e-4):
         torch.testing.assert_close(a[k], b[k], rtol=tol, atol=tol, msg=lambda m: f"{k}: {m}")
 
 
-# one short batch per epoch; more pieces here than there; several documents in a row; recomputed activations; adapters
+# one short batch per epoch; more pieces here than there; packed rows; recomputed activations; adapters
 @pytest.mark.parametrize(
     "how", [dict(), dict(packing=True), dict(remat=True), dict(lora=2), dict(micro_tokens=4096)], ids=str
 )
@@ -186,7 +186,7 @@ def test_ppo(pair, alone, tmp_path, shard, how):
 
 
 def test_a_response_is_scored_once_for_all(pair, tmp_path):
-    "Whatever a reward rolls, pays or remembers: every worker trains on the same scores; and where it fails, nobody waits"
+    "Whatever a reward rolls or remembers: all workers train on the same scores; if it fails, nobody waits"
     file, (first, second) = (
         tmp_path / "calls",
         (said for said, _ in pair.both("dice", tmp_path / "run", tmp_path / "calls")),
@@ -309,13 +309,15 @@ def test_ray_takes_nothing_over(monkeypatch, own):
     "Neither SIGTERM nor breakpoint() nor the patience it was started with"
     import ray
 
+    patience = "RAY_gcs_server_port_wait_time_s"
+
     def init(*args, **how):  # what Ray does
-        assert os.environ["RAY_gcs_server_port_wait_time_s"] == "120"
+        assert os.environ[patience] == "120"
         os.environ["PYTHONBREAKPOINT"] = "ray.util.rpdb._driver_set_trace"
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.delenv("RAY_gcs_server_port_wait_time_s", raising=False)
+    monkeypatch.delenv(patience, raising=False)
     if own:
         monkeypatch.setenv("PYTHONBREAKPOINT", own)
     else:
@@ -361,8 +363,11 @@ def mortal(job, start, data, out):
 
 
 def test_a_lost_worker_is_replaced(cluster, tmp_path, monkeypatch):
-    """The run ends as one worker alone, undisturbed, would have ended it. The verifier's rewards are all 0 at first:
-    the critic's first gradient would be rounding, which Adam makes as large as any, and no two CPUs would agree"""
+    """The run ends as one worker alone, undisturbed, would have ended it.
+
+    The verifier's rewards are all 0 at first: the critic's first gradient would be rounding, which Adam
+    makes as large as any, and no two CPUs would agree.
+    """
     cfg = ex.preset("smoke", base=dict(docs=300), ppo=dict(steps=STEPS, save_every=SAVED))
     job = ex.Job(cfg, "plain", "base", 0, str(tmp_path / "alone"), progress=False)
     monkeypatch.setattr(ex, "ppo_worker", mortal)
