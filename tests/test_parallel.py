@@ -50,15 +50,15 @@ def dice(out, file, stop=None):
             raise KeyError("the judge is out")
         return random.SystemRandom().random()
 
-    batches, valued = [], P._valued
+    batches, appraise = [], P.appraise
 
-    def kept(rollouts, scores, *args):
-        batch, *rest = valued(rollouts, scores, *args)
+    def kept(learner, rollouts, scores):
+        batch, logged = appraise(learner, rollouts, scores)
         batches.append((scores, batch.advantages.tolist()))
-        return batch, *rest
+        return batch, logged
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(P, "_valued", kept)
+        patch.setattr(P, "appraise", kept)
         run("ppo", out, reward=reward, estimator="group", kl_in="loss")
     return batches
 

@@ -347,6 +347,6 @@ def connect(
     "The service of a model, ready; raises ValueError without its SDK or key"
     if model.service == "local":
         raise ValueError(
-            f"model={model} runs in this process; `stars.rl.rollouts.local_service` makes its service"
+            f"model={model} runs in this process; `stars.rl.service.local_service` makes its service"
         )
     return {"anthropic": Anthropic, "openai": OpenAI}[model.service](model)
