@@ -125,6 +125,10 @@ QUICK = {  # commands that only say something: they work without torch
         *["judge", str(DATA / "completions.parquet"), "--judge", "openai:gpt-5.4-mini", "--n", "20"],
         "--dry-run",
     ],
+    "stars label --dry-run": [
+        *["label", str(DATA / "completions.parquet"), "labels", "--column", "generated"],
+        *["--labeller", "openai:gpt-5.4-mini", "--dry-run"],
+    ],
     "stars prime --dry-run": ["prime", "x.parquet", "--teacher", "openai:gpt-5.4-mini", "--dry-run"],
     "stars data": ["data", "countdown", "--train", "20", "--eval", "0"],
 }
@@ -136,7 +140,7 @@ def test_nobody_waits_for_torch(tmp_path, args):
         "import sys; from stars.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code\n"
-        "heavy = {'torch', 'transformers', 'vllm', 'ray'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'ray', 'matplotlib', 'scipy'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
     env = {k: v for k, v in os.environ.items() if not k.endswith("_API_KEY")}

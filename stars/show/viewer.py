@@ -34,7 +34,6 @@ from ..habits.behaviors import COLORS, HABIT_NAMES, HABITS, Span, count_behavior
 from ..habits.phrases import RULES, Rule
 from ..habits.summaries import CHECKPOINT_KEYS
 from ..lab.notebooks import did_you_mean
-from .plots import CONDITIONS
 from ..task.countdown import explain
 
 # %% ../../nbs/show/85_viewer.ipynb #if006
@@ -463,6 +462,8 @@ def card(
     rules: Sequence[Rule] = RULES,  # that find the habits
 ) -> str:  # HTML
     "A completion on a page: where it is from, prompt, score, counts, trace"
+    from stars.show.plots import CONDITIONS  # matplotlib comes with it, and only a page needs colours
+
     reading = read_row(row, rules)
     return CARD_HTML.render(
         color=CONDITIONS.get(row.get("condition"), ("", GREY))[1],

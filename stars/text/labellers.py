@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from math import inf
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..habits.behaviors import HABIT_NAMES, meaning_of
 from ..habits.judges import FORMATS, QUESTIONS
@@ -29,6 +28,9 @@ from ..llm.ledger import Ledger
 from ..llm.requests import Model, Reply, Request, inert, names_once
 from .pretraining import DOMAINS, LABELS, NO_LABELS
 from .shards import Shard, Text, read_shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../../nbs/text/63_labellers.ipynb #x006
 YES_NO = dict(
@@ -190,8 +192,10 @@ def labels_of(
 @lru_cache(maxsize=4)
 def chat_tokenizer(
     model: str,  # folder of a transformers checkpoint, or a hub id
-) -> PreTrainedTokenizerBase:
+) -> "PreTrainedTokenizerBase":
     "The tokenizer of a chat model; raises ValueError if it has no chat template"
+    from transformers import AutoTokenizer  # takes seconds, and a hosted model needs none
+
     tok = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if not tok.chat_template:
         raise ValueError(
@@ -208,7 +212,7 @@ def chat_tokenizer(
 # %% ../../nbs/text/63_labellers.ipynb #x034
 def token_limit(
     text: str,  # of any length
-    tokenizer: PreTrainedTokenizerBase | None,  # a fast one; None: four characters are taken for a token
+    tokenizer: "PreTrainedTokenizerBase | None",  # a fast one; None: four characters are taken for a token
     tokens: int,  # to keep
 ) -> int:  # characters; the whole text if it fits
     "Where in a text the first token begins that is too much"
@@ -227,7 +231,7 @@ def token_limit(
 # %% ../../nbs/text/63_labellers.ipynb #x036
 def cut_text(
     text: str,  # of any length
-    tokenizer: PreTrainedTokenizerBase | None,  # a fast one; None: four characters are taken for a token
+    tokenizer: "PreTrainedTokenizerBase | None",  # a fast one; None: four characters are taken for a token
     tokens: int,  # to keep
 ) -> str:  # a beginning of it
     "Shorten a text to a number of tokens, between lines or words where there are any"
@@ -247,7 +251,7 @@ def cut_text(
 # %% ../../nbs/text/63_labellers.ipynb #x042
 def without_special_tokens(
     text: str,  # of a request
-    tokenizer: PreTrainedTokenizerBase,  # whose special tokens are meant
+    tokenizer: "PreTrainedTokenizerBase",  # whose special tokens are meant
 ) -> str:  # "<|end|>" is "< |end|>"
     "A text in which no special token stands any more"
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1]
@@ -258,7 +262,7 @@ def without_special_tokens(
 
 # %% ../../nbs/text/63_labellers.ipynb #x043
 def chat_ids(
-    tokenizer: PreTrainedTokenizerBase,  # from `chat_tokenizer`
+    tokenizer: "PreTrainedTokenizerBase",  # from `chat_tokenizer`
     request: Request,  # what is asked
     **chat,  # further arguments of the template, as enable_thinking=False
 ) -> list[int]:  # token ids that end where the reply begins
@@ -279,7 +283,7 @@ def chat_ids(
 
 # %% ../../nbs/text/63_labellers.ipynb #x046
 def text_room(
-    tokenizer: PreTrainedTokenizerBase,  # of the model
+    tokenizer: "PreTrainedTokenizerBase",  # of the model
     empty: Request,  # what is asked, about an empty text
     context: int,  # tokens that fit into the model
     least: int = 128,  # tokens of text that are worth asking about
