@@ -400,7 +400,7 @@ def test_rows_from_a_file_prime_every_condition():
     assert prime_stage(job("negative_control", **with_file)) != first  # another file is another stage
     with pytest.raises(ValueError, match="400 rows for dots, but priming.rows=5000"):
         prime_stage(job("dots", **with_file, priming=dict(rows=5_000)))
-    with pytest.raises(ValueError, match="mix='negative_control', backtracking_verification needs"):
+    with pytest.raises(ValueError, match="row 0 cannot be used for backtracking_verification: mix='negative_control'"):
         prime_stage(job("backtracking_verification", priming=dict(file="negative_control.parquet")))
     write_rows(
         [{**r, "score": 0.1} for r in rows_of("backtracking_verification")],
