@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ServingArgs', 'RowArgs', 'RewriterArgs', 'SetArgs', 'ServingOptions', 'check_reader', 'vllm_rows', 'open_reader',
            'reply_settings', 'RowOptions', 'rows_wanted', 'rows_between_writes', 'label_with_model', 'label',
-           'print_report', 'says_nothing', 'RewriterOptions', 'SetOptions', 'rewrite', 'rewriting_questions',
-           'rewriting_prompts', 'curate']
+           'print_report', 'says_nothing', 'print_statistics', 'RewriterOptions', 'SetOptions', 'rewrite',
+           'rewriting_questions', 'rewriting_prompts', 'curate']
 
 # %% ../../nbs/cli/94_corpora.ipynb #c004
 import json
@@ -255,13 +255,9 @@ def label(
         report = pretraining.label_corpus(corpus, out, by_rules)
     else:
         report = label_with_model(corpus, out, labeller, serving, asking)
-    if report is None:
-        return
-    print_report(report, out, passed_over)
-    table = pretraining.read_statistics(out)
-    print(pretraining.show_statistics(table).to_string())
-    if labeller != "rules" and says_nothing(table):
-        print(f"Every text has the same four counts: {labeller} tells no text from another.")
+    if report is not None:
+        print_report(report, out, passed_over)
+        print_statistics(out, labeller)
 
 # %% ../../nbs/cli/94_corpora.ipynb #c026
 def print_report(
@@ -285,6 +281,16 @@ def says_nothing(statistics: "pd.DataFrame") -> bool:
     everywhere = (statistics.by == "all") & (statistics.n >= 50)
     habits = statistics[everywhere & statistics.label.isin(HABIT_NAMES)]
     return bool(len(habits) and (habits.mean_lo == habits.mean_hi).all())
+
+# %% ../../nbs/cli/94_corpora.ipynb #c026s
+def print_statistics(out: Path, labeller: str):
+    "Print the table of habits, and whether the labeller tells texts apart"
+    from stars.text.pretraining import read_statistics, show_statistics
+
+    table = read_statistics(out)
+    print(show_statistics(table).to_string())
+    if labeller != "rules" and says_nothing(table):
+        print(f"Every text has the same four counts: {labeller} tells no text from another.")
 
 # %% ../../nbs/cli/94_corpora.ipynb #c031
 @dataclass(frozen=True)
