@@ -77,13 +77,13 @@ def meaning_of(
 
 # %% ../../nbs/habits/32_behaviors.ipynb #c012
 def column_of(
-    habit: str,  # one of `HABIT_NAMES`, or one of your own, which lends its column its name
+    habit: str,  # one of `HABIT_NAMES`, or one of your own, whose column has the same name
 ) -> str:  # suffix of its `avg_` and `total_` columns
-    "Where a results table has a habit"
+    "The column of a habit in a results table"
     return next((h.column for h in HABITS if h.name == habit), habit)
 
 # %% ../../nbs/habits/32_behaviors.ipynb #c017
-# each end of a clause begins with a character of its own, which makes the search twice as fast
+# alternatives that each begin with a fixed character are searched twice as fast as one set of characters
 _CLAUSE_END = re.compile(
     "|".join(rf"{end}(?=[\s)*]|$)" for end in (r"\.", "!", r"\?", ";")) + r"|\n|\)\s{0,9},"
 )
@@ -439,7 +439,7 @@ def one_per_clause(
 
 # %% ../../nbs/habits/32_behaviors.ipynb #c066
 def _turns_again(act: Span, before: Span, reading: Reading, judged: set[int]) -> bool:
-    "Does a clause say again that one turns back? `judged`: clauses with a verdict"
+    "Does an act only repeat that the writer turns back? `judged`: clauses with a verdict"
     starts, apart = reading.equation_starts, reading.clause(act.start) - reading.clause(before.start)
     if apart > (2 if starts else 1):
         return False
@@ -452,7 +452,7 @@ def one_per_retry(
     acts: Iterable[Span],  # in order
     reading: Reading,
 ) -> list[Span]:
-    "Acts without the clauses that say again that one turns back"
+    "Acts, without those that only repeat that the writer turns back"
     judged = {reading.clause(a.start) for a in acts if a.habit == "verification"}
     kept, before = [], None
     for act in acts:

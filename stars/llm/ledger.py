@@ -53,7 +53,7 @@ def _disk_errors(path: Path):
     try:
         yield
     except sqlite3.OperationalError as e:
-        kind = e.sqlite_errorcode & 0xFF  # the low byte
+        kind = e.sqlite_errorcode & 0xFF  # without the details, which stand in the higher bytes
         if kind not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
             raise
         raise OSError(f"{path} could not be written ({e}). Make room: the same command goes on") from e
@@ -231,7 +231,7 @@ def errors(self: Ledger, keys: Iterable[str]) -> dict[str, str]:
     return {key: error for _, key, error in sorted(rows)}
 
 # %% ../../nbs/llm/23_ledger.ipynb #e044
-LOST = "lost: "  # how an error begins after which a reply may have been made and paid for
+LOST = "lost: "  # how an error begins if its reply may nevertheless have been made and paid for
 IN_THE_AIR = LOST + "the process ended while the request was in the air"
 
 # %% ../../nbs/llm/23_ledger.ipynb #e046
@@ -355,7 +355,10 @@ def close(self: Ledger):
         if self._owner_lock:
             self._db.execute("DELETE FROM claims WHERE owner = ?", (self.owner,))
             self._owner_lock.release()
-            self._owner_lock, self.owner = None, ""  # its lock file goes with those of the dead
+            self._owner_lock, self.owner = (
+                None,
+                "",
+            )  # so the loop below takes it for dead, and removes its lock file
         for lock in self.path.parent.glob(self._lock_file("*").name):
             self._is_alive(lock.name.split(".")[-2])
         self._db.close()
@@ -443,7 +446,7 @@ def batch_ids(self: Ledger) -> set[str]:
 # %% ../../nbs/llm/23_ledger.ipynb #e092
 @patch
 def forget(self: Ledger, id: str) -> int:  # requests it held, which can now be sent again
-    "Give up a batch that no key at hand can reach"
+    "Give up a batch that no API key at hand can reach"
     with self._transaction() as execute:
         count = "SELECT count(*) FROM items JOIN under_way ON batch = name WHERE id = ?"
         [n] = execute(count, (id,)).fetchone()
@@ -583,7 +586,7 @@ def noted_model(self: Ledger, key: str) -> Model:  # of an old ledger without ad
 # %% ../../nbs/llm/23_ledger.ipynb #e122
 @patch
 def mean_tokens(self: Ledger, model: Model, system: str) -> tuple[float, float] | None:  # in and out
-    "Mean tokens of what is recorded for a model under the same instructions; None: nothing is"
+    "Mean tokens of recorded replies of a model under the same instructions; None: there are none"
     query = (
         "SELECT avg(input_tokens), avg(output_tokens) FROM replies JOIN requests USING (key) "
         "JOIN systems ON system = systems.id WHERE model = ? AND systems.text = ?"
@@ -652,7 +655,7 @@ _ERROR_ONCE = (
 # %% ../../nbs/llm/23_ledger.ipynb #e139
 @patch
 def load(self: Ledger, path: str | Path) -> int:  # rows
-    "Take over an exported ledger; raises ValueError naming what was changed by hand"
+    "Copy an exported ledger into this one; raises ValueError naming what was changed by hand"
     n = 0
     for piece in _pieces(read_recording(Path(path)), 2000):
         request = "key", "model", "params", "system", "prompt"

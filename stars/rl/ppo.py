@@ -67,7 +67,7 @@ class Batch:
         return torch.as_tensor(rows, device=self.ids.device), slice(first, end)
 
     def take(self, rows: Sequence[int]) -> tuple["Batch", int]:
-        "A micro-batch, and how many positions at the start were left away"
+        "A micro-batch, and how many positions at the start it leaves out"
         i, t = self.cut(rows)
         ids = self.ids[i, : t.stop + 1]  # a model needs the whole prompt
         shifted = {k: x[i, t] for k, x in vars(self).items() if torch.is_tensor(x) and k != "ids"}
@@ -322,8 +322,8 @@ def check_ppo_config(cfg: PPOConfig):
     require(cfg, "kl_coef entropy_coef warmup weight_decay", lambda x: x >= 0, "be at least 0 (off)")
     require(cfg, "gamma lam", lambda x: 0 <= x <= 1, "lie between 0 and 1")
     require(cfg, "clip value_clip max_grad_norm", lambda x: x > 0, "be above 0; inf clips nothing")
-    right = "be at least 0 and below 1, which is what a correct answer earns"
-    require(cfg, "format_score", lambda x: 0 <= x < 1, right)
+    below_one = "be at least 0 and below 1, which is what a correct answer earns"
+    require(cfg, "format_score", lambda x: 0 <= x < 1, below_one)
     require(cfg, "lr critic_lr", lambda x: 0 < x < 1, "lie between 0 and 1")
     cap = "be 0 (off) or at least 1, a cap on a ratio that is 1 where sampler and trainer agree"
     require(cfg, "is_cap", lambda x: x == 0 or x >= 1, cap)
@@ -412,8 +412,10 @@ def sample(
     "Rollouts of all prompts, by the one engine of a team or by each worker's own"
     seeds = seeds_of(seed, len(prompts))
     if engine.shared:
-        asked = team.first
-        return team.agree(engine.generate(prompts, cfg.max_tokens, cfg.temperature, seeds) if asked else None)
+        rollouts = None
+        if team.first:
+            rollouts = engine.generate(prompts, cfg.max_tokens, cfg.temperature, seeds)
+        return team.agree(rollouts)
     mine = slice(team.rank, None, team.size)
     return team.gather(engine.generate(prompts[mine], cfg.max_tokens, cfg.temperature, seeds[mine]))
 
@@ -427,7 +429,7 @@ def sync(
     weights = weights_of(policy)
     if team.first or not engine.shared:
         engine.sync(weights)
-    for _ in weights:
+    for _ in weights:  # what the engine did not take; a worker without an engine only helps to gather it
         pass
 
 # %% ../../nbs/rl/56_ppo.ipynb #p057
@@ -583,7 +585,7 @@ def minibatches(
 def policy_objective(
     learner: Learner,
     part: Batch,  # a micro-batch
-    skip: int,  # positions at the start that it leaves away
+    skip: int,  # positions at the start that it leaves out
     total: float,  # denominator of the minibatch
 ) -> tuple[Tensor, dict[str, Tensor]]:  # loss; its first term, and sums over tokens
     "What the policy minimises on a micro-batch"
@@ -607,7 +609,7 @@ def policy_objective(
 def critic_objective(
     learner: Learner,
     part: Batch,  # a micro-batch
-    skip: int,  # positions at the start that it leaves away
+    skip: int,  # positions at the start that it leaves out
     tokens: float,  # response tokens of the minibatch
 ) -> tuple[Tensor, dict[str, Tensor]]:  # loss; the same detached, and sums over tokens
     "What the critic minimises on a micro-batch"
@@ -661,8 +663,8 @@ def update(
         for optimizer in learner.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
-    everywhere = torch.tensor(list(sums.values()), dtype=torch.float64, device=learner.device)
-    totals = dict(zip(sums, learner.team.sum(everywhere).tolist()))
+    own_sums = torch.tensor(list(sums.values()), dtype=torch.float64, device=learner.device)
+    totals = dict(zip(sums, learner.team.sum(own_sums).tolist()))
     means = {name: total / tokens for name, total in totals.items()}
     return means | {name: sum(values) / len(values) for name, values in norms.items()}
 
@@ -682,7 +684,7 @@ class Run:
 
     @property
     def made_by(self) -> dict:
-        "What a saved state says about the run it belongs to, as JSON gives it back"
+        "Settings and size of the data, stored with each state; as JSON, so that both sides compare equal"
         data = dict(problems=len(self.problems), prompts=sum(map(len, self.prompt_ids)))
         return json.loads(json.dumps(dict(config=asdict(self.learner.cfg), **data)))
 
