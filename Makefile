@@ -21,7 +21,7 @@ help: ## this list
 reproduce: .venv/.cpu ## the headline figures, from nothing (PRESET=cpu; FIGURES= for all of them, an evening)
 	$(BIN)/stars reproduce --preset $(PRESET) --only "$(FIGURES)"
 
-test: .venv/.dev ## exports and README agree with the notebooks, every notebook runs, every test passes
+test: .venv/.dev ## form and exports, then every notebook runs, every test passes
 	tests/drift.sh
 	$(RAY) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing \
 	    --skip_folder_re '^(figures$$|[_.])' --skip_file_re '^([_.]|cluster)'
@@ -36,8 +36,10 @@ test-verl: .venv/.dev .venv-verl/.done ## exports for verl, under verl's own cod
 	$(BIN)/python tests/verl/export.py build/verl
 	STARS_VERL=build/verl .venv-verl/bin/python -m pytest -q -W ignore tests/verl/check_export.py
 
-prepare: .venv/.dev ## clean the notebooks, export the modules, write README.md
+prepare: .venv/.dev ## clean and format the notebooks, export the modules, write README.md, look for mistakes
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/prepare
+	$(BIN)/ruff format --quiet tests benchmarks .ci setup.py
+	$(BIN)/ruff check nbs tests benchmarks .ci setup.py
 
 lab: .venv/.dev ## open the notebooks (LABFLAGS=...)
 	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb $(LABFLAGS)
