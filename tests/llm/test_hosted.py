@@ -29,6 +29,7 @@ from stars.text.corpus import documents, embedded_rewrite
 from stars.text.pretraining import LABELS, read_labels, rule_labels
 from stars.text.rewriting import rewrite_prompt
 
+COMPLETIONS = Path(__file__).parents[2] / "nbs/data/completions.parquet"
 KEY = "test-key-that-nobody-may-see"
 MIX_OF = {teacher_prompt(m): m for m in MIXES}
 
@@ -234,7 +235,7 @@ def test_teachers_whose_tokens_nobody_counts(capsys):
 
 
 def test_a_key_that_a_server_repeats_is_in_no_file_and_no_message(capfd, corpus):
-    texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/data/completions.parquet")).head(5)
+    texts = pd.read_parquet(COMPLETIONS).head(5)
     texts.to_parquet("completions.parquet")
 
     def answer(q):
@@ -260,7 +261,7 @@ def test_a_key_that_a_server_repeats_is_in_no_file_and_no_message(capfd, corpus)
 
 
 def test_a_hosted_judge(capsys):
-    texts = pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/data/completions.parquet"))
+    texts = pd.read_parquet(COMPLETIONS)
     texts.to_parquet("completions.parquet")
     with LLMServer(answer=counted("verification"), key=KEY) as s:
         command = [
@@ -314,9 +315,7 @@ def test_a_pilot_is_part_of_the_whole(capsys):
 
 def test_batches_under_way_are_seen_and_given_up(capsys, monkeypatch):
     with LLMServer(answer=counted("verification"), key=KEY, faults=Faults(batch_latency_s=3600.0)) as s:
-        pd.read_parquet(__file__.replace("tests/test_hosted.py", "nbs/data/completions.parquet")).head(
-            3
-        ).to_parquet("completions.parquet")
+        pd.read_parquet(COMPLETIONS).head(3).to_parquet("completions.parquet")
         command = [
             "judge",
             "completions.parquet",
@@ -400,7 +399,9 @@ def test_rows_from_a_file_prime_every_condition():
     assert prime_stage(job("negative_control", **with_file)) != first  # another file is another stage
     with pytest.raises(ValueError, match="400 rows for dots, but priming.rows=5000"):
         prime_stage(job("dots", **with_file, priming=dict(rows=5_000)))
-    with pytest.raises(ValueError, match="row 0 cannot be used for backtracking_verification: mix='negative_control'"):
+    with pytest.raises(
+        ValueError, match="row 0 cannot be used for backtracking_verification: mix='negative_control'"
+    ):
         prime_stage(job("backtracking_verification", priming=dict(file="negative_control.parquet")))
     write_rows(
         [{**r, "score": 0.1} for r in rows_of("backtracking_verification")],

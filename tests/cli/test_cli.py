@@ -23,7 +23,7 @@ from stars.lab.stages import Job
 from stars.show import drawing, viewer
 from stars.text import pretraining
 
-DATA = Path(__file__).parent.parent / "nbs" / "data"
+DATA = Path(__file__).parents[2] / "nbs" / "data"
 
 
 def run(capsys, *args):

@@ -233,7 +233,7 @@ def test_teacher_can_be_as_fallible_as_claude():
     assert 0.28 <= share(insight=0.01) <= 0.44
 
 
-DATA = Path(__file__).parent / "data" / "habits"
+DATA = Path(__file__).parents[1] / "data" / "habits"
 
 
 def labelled(name):

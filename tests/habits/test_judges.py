@@ -719,7 +719,7 @@ def test_math_needs_no_numbers(tmp_path):
 
 
 def test_rules_in_the_long_shape_give_the_same_table():
-    df = pd.read_parquet(Path(__file__).parent.parent / "nbs/data/completions.parquet")
+    df = pd.read_parquet(Path(__file__).parents[2] / "nbs/data/completions.parquet")
     long, plain = rate(rule_ratings(df), df), summarize(df)
     pd.testing.assert_frame_equal(long[plain.columns], plain, check_dtype=False)
     assert (long.judged == long.n).all() and not long.filter(like="missing_").any(axis=None)

@@ -1,7 +1,6 @@
 "The official SDKs read everything that the imitated services say, faults included"
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from collections import Counter
 import pytest
 
 anthropic, openai = pytest.importorskip("anthropic"), pytest.importorskip("openai")
-sys.path.insert(0, os.path.dirname(__file__))
+import llm_server  # noqa: E402
 from llm_server import Faults, LLMServer, fingerprint  # noqa: E402
 
 SCHEMA = dict(
@@ -570,7 +569,7 @@ def test_process(tmp_path):
     p = subprocess.Popen(
         [
             sys.executable,
-            os.path.join(os.path.dirname(__file__), "llm_server.py"),
+            llm_server.__file__,
             "--faults",
             tmp_path / "f.json",
             "--log",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -72,7 +73,7 @@ def test_a_vllm_server_judges(server, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     texts = (
-        pd.read_parquet(os.path.join(os.path.dirname(__file__), "..", "nbs", "completions.parquet"))
+        pd.read_parquet(Path(__file__).parents[2] / "nbs/data/completions.parquet")
         .groupby("condition")
         .head(2)
         .reset_index(drop=True)

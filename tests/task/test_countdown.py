@@ -178,7 +178,7 @@ def test_same_in_every_process():
             capture_output=True,
             text=True,
             check=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
         ).stdout
 
     assert run("1") == run("2") != ""
