@@ -349,6 +349,7 @@ class LlamaEngine:
         step = partial(decode_step, self.decoder, self.slots, n, wide, temperature, self.ends)
         self.graphs.run((n, wide, temperature), step)
 
+    @torch.inference_mode()
     def generate(self, prompts, max_tokens, temperature=1.0, seeds=None) -> list[Rollout]:
         "Sample a response to each prompt (see `Engine`); greedy, it needs no seeds"
         return sample_all(self, prompts, max_tokens, temperature, seeds)
