@@ -348,7 +348,7 @@ class Config:
         return outcome_settings(self, names)
 
     def validate(self) -> "Config":
-        "Raise ValueError naming a setting that cannot work; checks everything that can be checked without running"
+        "Raise ValueError naming a setting that cannot work; all that can be checked without running"
         return validated(self)
 
 # %% ../../nbs/lab/72_configs.ipynb #c131

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LABEL_ROWS', 'ENGINE_SHARE', 'NEED_THEIR_KIND', 'data_stage', 'base_settings', 'shipped_base', 'pretrain',
-           'smollm2_stage', 'base_stage', 'model_digest', 'prompt_for', 'readable_problems', 'rows_file', 'check_row',
-           'control_of', 'given_rows', 'sampled_failures', 'taught_rows', 'PrimingSource', 'priming_source',
-           'priming_set', 'priming_settings', 'prime_stage', 'corpus_stage', 'label_stage', 'curate_stage',
-           'curated_folder', 'matched_rows', 'pretraining_stage', 'save_texts', 'engines_beside_workers',
-           'run_training', 'trainable', 'sft_worker', 'sft_stage', 'vllm_engine', 'make_engine', 'ppo_worker',
-           'ppo_stage', 'evaluate', 'eval_stage', 'is_built', 'grid', 'quiet', 'quietly', 'progress_of', 'attempt',
-           'build_one_by_one', 'build_shared', 'start_worker', 'build_side_by_side', 'build_all', 'report_failures',
-           'run_jobs', 'results', 'manifest']
+           'smollm2_stage', 'base_stage', 'model_digest', 'begin_for', 'prompt_for', 'readable_problems', 'rows_file',
+           'check_row', 'control_of', 'given_rows', 'sampled_failures', 'taught_rows', 'PrimingSource',
+           'priming_source', 'priming_set', 'priming_settings', 'prime_stage', 'corpus_stage', 'label_stage',
+           'curate_stage', 'curated_folder', 'matched_rows', 'pretraining_stage', 'save_texts',
+           'engines_beside_workers', 'run_training', 'trainable', 'sft_worker', 'sft_stage', 'vllm_engine',
+           'make_engine', 'ppo_worker', 'ppo_stage', 'evaluate', 'eval_stage', 'is_built', 'grid', 'quiet', 'quietly',
+           'progress_of', 'attempt', 'build_one_by_one', 'build_shared', 'start_worker', 'build_side_by_side',
+           'build_all', 'report_failures', 'run_jobs', 'results', 'manifest']
 
 # %% ../../nbs/lab/75_experiments.ipynb #c002
 import json
@@ -54,7 +54,7 @@ from stars.habits.priming import (
     write_rows,
 )
 from ..habits.summaries import summarize
-from .configs import Config, check_list, preset
+from .configs import Config, check_list, preset, with_prefix
 from .progress import Progress, shown, weight
 from .stages import Job, NotBuilt, environment, stage_key
 from ..models.arithmetic import device, number_type, share_cores, warn_of_slow_half
@@ -169,13 +169,24 @@ def model_digest(path: Path) -> str:
     "What a model is known by as an input of a stage"
     return weights_digest(path) if path.is_dir() else str(path)
 
+# %% ../../nbs/lab/75_experiments.ipynb #x194
+def begin_for(
+    cfg: Config,
+    tokenizer: PreTrainedTokenizerBase,  # of the model that is asked
+) -> str:  # "" for none
+    "The token that an experiment's prompts begin with"
+    try:
+        return begin_token(tokenizer, cfg.world.bos)
+    except ValueError as e:
+        raise ValueError(with_prefix("world", cfg.world, str(e))) from None
+
 # %% ../../nbs/lab/75_experiments.ipynb #x114
 def prompt_for(
     cfg: Config,
     tokenizer: PreTrainedTokenizerBase,  # of the model that is asked
 ) -> Callable[[Problem], str]:  # problem → prompt
     "How an experiment asks: its template, and the token that it says a prompt begins with"
-    begin = begin_token(tokenizer, cfg.world.bos)
+    begin = begin_for(cfg, tokenizer)
 
     def prompt(problem: Problem) -> str:
         return with_begin(make_prompt(problem, cfg.world.template, tokenizer), begin)
@@ -523,7 +534,7 @@ def save_texts(
     if strange:
         given = f"curation.file={job.cfg.curation.file}"
         raise ValueError(f"{given} holds rows of {', '.join(strange)}, not {job.condition}")
-    begin = begin_token(tokenizer, job.cfg.world.bos)
+    begin = begin_for(job.cfg, tokenizer)
     for row in (*train, *val):
         row["query"] = with_begin(row["query"], begin)
     check_spells(tokenizer, (row["query"] + row["completion"] for row in train[:500]))

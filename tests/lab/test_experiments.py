@@ -45,7 +45,7 @@ TINY_SET = {"base.docs": 300, "priming.rows": 120, "data.eval": 10}
 
 
 def stars(*args, cwd, out=subprocess.DEVNULL):
-    "Start the command in another process (a pipe that nobody reads would fill with progress bars and stop it)"
+    "Start the command in another process; a pipe that nobody reads would fill with bars and stop it"
     return subprocess.Popen(
         [sys.executable, "-c", "from stars.cli.main import main; main()", *args],
         cwd=cwd,
@@ -73,8 +73,8 @@ def lines(folder, pattern):
 
 def untimed(path):
     return [
-        {k: v for k, v in json.loads(l).items() if not k.startswith(("s_", "tokens_per_s"))}
-        for l in Path(path).read_text().splitlines()
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("s_", "tokens_per_s"))}
+        for line in Path(path).read_text().splitlines()
     ]
 
 
@@ -185,17 +185,18 @@ def test_a_figure_opened_by_hand_works_where_the_command_line_does(monkeypatch, 
 
 
 def test_a_manifest_says_whether_the_code_was_committed(monkeypatch, tmp_path):
-    git = lambda *args: subprocess.run(
-        ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args],
-        check=True,
-        capture_output=True,
-    )
+    def git(*args):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *args], check=True, capture_output=True)
+
+    def dirty():
+        return stages.environment()["uncommitted_changes"]
+
     for path in ("stars/x.py", "README.md"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("1")
     git("init"), git("add", "-A"), git("commit", "-m", "first")
     monkeypatch.setattr(stages, "files", lambda _: tmp_path / "stars")
-    dirty = lambda: stages.environment()["uncommitted_changes"]
     assert dirty() is False
     (tmp_path / "README.md").write_text("2")
     assert dirty() is False  # it draws no figure
@@ -359,7 +360,9 @@ def test_workers_end_with_their_parent(tmp_path, how):
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs start with SIGINT ignored
 from stars.lab import experiments as ex
-if __name__ == "__main__": ex.results(ex.preset("smoke", ppo=dict(steps=500), **{TINY_SET}), ["plain"], ["base", "negative_control"], [0], "runs", workers=2)
+if __name__ == "__main__":
+    cfg = ex.preset("smoke", ppo=dict(steps=500), **{TINY_SET})
+    ex.results(cfg, ["plain"], ["base", "negative_control"], [0], "runs", workers=2)
 """
     (tmp_path / "go.py").write_text(code)
     p = subprocess.Popen([sys.executable, "go.py"], cwd=tmp_path, stderr=subprocess.DEVNULL)
@@ -539,7 +542,10 @@ VALUES = st.one_of(
 @given(st.dictionaries(st.sampled_from(["a", "b_1", "seeds", "X"]), VALUES, max_size=4), st.data())
 def test_papermill_finds_the_same_parameters_where_it_can(tmp_path_factory, values, data):
     "Its inspection is the oracle, on cells that it can read: one assignment a line, one equals sign"
-    line = lambda k, v: data.draw(st.sampled_from([f"{k} = {v!r}", f"{k}={v!r}", f"{k}: object = {v!r}"]))
+
+    def line(k, v):
+        return data.draw(st.sampled_from([f"{k} = {v!r}", f"{k}={v!r}", f"{k}: object = {v!r}"]))
+
     path = own_notebook(
         tmp_path_factory.mktemp("n") / "n.ipynb", "\n".join(line(k, v) for k, v in values.items()), "python"
     )
@@ -581,9 +587,9 @@ def test_malformed_priming_files(tmp_path):
 
 
 def test_a_changed_setting_never_meets_old_results(tmp_path):
-    job = lambda **kw: ex.Job(
-        ex.preset("smoke", **TINY_SET | kw), "plain", "dots", 0, str(tmp_path), progress=False
-    )
+    def job(**kw):
+        return ex.Job(ex.preset("smoke", **TINY_SET | kw), "plain", "dots", 0, str(tmp_path), progress=False)
+
     a, b = ex.prime_stage(job()), ex.prime_stage(job(**{"priming.slip": 0.5}))
     assert a != b and a.parent == b.parent and ex.prime_stage(job(**{"ppo.lr": 0.5})) == a
 
@@ -591,16 +597,11 @@ def test_a_changed_setting_never_meets_old_results(tmp_path):
 def test_a_template_is_its_text_and_not_its_file(tmp_path):
     "Edited, it never meets what it made before; moved, it does"
     file, other = tmp_path / "mine.txt", tmp_path / "moved.txt"
-    data = lambda at: ex.data_stage(
-        ex.Job(
-            ex.preset("smoke", **TINY_SET, world=dict(template=str(at))),
-            "plain",
-            "base",
-            0,
-            str(tmp_path),
-            progress=False,
-        )
-    )
+
+    def data(at):
+        cfg = ex.preset("smoke", **TINY_SET, world=dict(template=str(at)))
+        return ex.data_stage(ex.Job(cfg, "plain", "base", 0, str(tmp_path), progress=False))
+
     file.write_text("using {numbers} make {target} : <think>")
     first = data(file)
     file.rename(other)
@@ -722,7 +723,7 @@ def llama(tmp_path):
 
 
 def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
-    "In priming, RL and evaluation, of this setting's own results; in rewritten text and in what verl is given, too"
+    "In priming, RL and evaluation, of this setting's own results; in rewritten text and for verl, too"
     small = {
         "priming.rows": 40,
         "priming.val": 4,
@@ -731,14 +732,11 @@ def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
         "ppo.save_every": 1,
         "ppo.prompts": 8,
     }
-    job = lambda bos, condition="empty_cot", model=llama: ex.Job(
-        ex.preset("smoke", **small, world=dict(bos=bos)),
-        str(model),
-        condition,
-        0,
-        str(tmp_path / "runs"),
-        progress=False,
-    )
+
+    def job(bos, condition="empty_cot", model=llama):
+        cfg, runs = ex.preset("smoke", **small, world=dict(bos=bos)), str(tmp_path / "runs")
+        return ex.Job(cfg, str(model), condition, 0, runs, progress=False)
+
     asked, made = {}, {}
     generate = ex.LlamaEngine.generate
 
@@ -778,16 +776,11 @@ def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
         assert [
             r["query"].count("<s>") for r in read_rows(ex.prime_stage(job(bos, "curated")) / "train.parquet")
         ] == [n] * 2
-    exported = to_verl(
-        ex.preset(
-            "smoke", **small, world=dict(bos="auto"), ppo=dict(minibatch=8), data=dict(rows=8, train=8)
-        ),
-        tmp_path / "verl",
-        str(llama),
-        "base",
-        runs=str(tmp_path / "runs"),
-        progress=False,
+    changes = small | {"world.bos": "auto", "ppo.minibatch": 8, "data.rows": 8, "data.train": 8}
+    asks = ex.Job(
+        ex.preset("smoke", **changes), str(llama), "base", 0, str(tmp_path / "runs"), progress=False
     )
+    exported = to_verl(asks, tmp_path / "verl")
     assert all(
         p[0]["content"].startswith("<s>using")
         for p in pq.read_table(exported / "train.parquet")["prompt"].to_pylist()
@@ -797,10 +790,12 @@ def test_prompts_begin_as_a_setting_says(tmp_path, monkeypatch, llama):
 
 def test_a_token_that_is_not_there_is_asked_for_in_vain(tmp_path):
     "`always` is refused where a tokenizer has none; `auto` gives the micro models none"
-    job = lambda bos: ex.Job(
-        ex.preset("smoke", **TINY_SET, world=dict(bos=bos)), "plain", "dots", 0, str(tmp_path), progress=False
-    )
-    with pytest.raises(ValueError, match="bos='always': the tokenizer has no bos_token"):
+
+    def job(bos):
+        cfg = ex.preset("smoke", **TINY_SET, world=dict(bos=bos))
+        return ex.Job(cfg, "plain", "dots", 0, str(tmp_path), progress=False)
+
+    with pytest.raises(ValueError, match="world.bos='always': the tokenizer has no bos_token"):
         ex.prime_stage(job("always"))
     rows = [
         [r["query"] for r in read_rows(ex.prime_stage(job(bos)) / "train.parquet")]
