@@ -1,7 +1,7 @@
 """How the book reads: sizes of exported cells, prose beside code, density, names, parameters. A table per
 part and over all.
 
-python benchmarks/book.py [--worst 20]
+python benchmarks/book.py [--worst 20] [--only rl/] [--check]
 """
 
 import argparse
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LONG = 40  # lines: no exported cell is longer, but for data
 WIDE = 110  # characters of a line
 MANY = 8  # parameters of a function
+README_WORDS = 900
 
 
 def source(cell):
@@ -139,10 +140,21 @@ def worst(paths, count):
     return [f"{len(code_lines(c['code'])):4} {c['path'].relative_to(ROOT)} {c['id']}" for c in ranked]
 
 
+def too_much(everything, readme):
+    "What a reader should be spared, in words"
+    measured = row(everything)
+    limits = (f"over {LONG}", f"over {MANY} parameters", "named lambdas")
+    found = [f"{measured[name]} × {name}" for name in limits if measured[name]]
+    if len(readme.split()) > README_WORDS:
+        found.append(f"README.md has more than {README_WORDS} words")
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--worst", type=int, default=0, help="also the longest cells, this many")
     parser.add_argument("--only", default="", help="only chapters whose path holds this")
+    parser.add_argument("--check", action="store_true", help="fail where a limit is passed")
     args = parser.parse_args()
     parts = defaultdict(list)
     for path in chapters(ROOT / "nbs"):
@@ -154,6 +166,8 @@ def main():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     print(f"\nREADME: {len(readme.split())} words")
     print(*worst(everything, args.worst), sep="\n")
+    if args.check and (found := too_much(everything, readme)):
+        raise SystemExit("; ".join(found) + ": cut it, or see --worst")
 
 
 if __name__ == "__main__":
