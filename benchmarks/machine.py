@@ -30,9 +30,9 @@ from stars.lab.configs import preset
 from stars.lab.progress import makespan
 from stars.models.arithmetic import half_slowdown
 from stars.models.checkpoints import known_ids, load_model, load_tokenizer
-from stars.rl.evals import complete
+from stars.rl.evals import Sampling, complete
 from stars.rl.loops import read_log
-from stars.rl.ppo import ppo
+from stars.rl.ppo import Runtime, ppo
 from stars.rl.rollouts import LlamaEngine
 from stars.rl.sft import encode, sft
 from stars.task.problems import sample_problems
@@ -106,10 +106,11 @@ def measure() -> dict:
             return load_model(f"{d}/sft/model")
 
         problems = sample_problems(500, 0, split="train", **cfg.world.ranges)
-        ppo(start(), tok, problems, f"{d}/ppo", replace(cfg.ppo, seed=0), reference=start, progress=False)
+        settings, quiet = replace(cfg.ppo, seed=0), Runtime(progress=False)
+        ppo(start(), tok, problems, f"{d}/ppo", settings, reference=start, runtime=quiet)
         log = read_log(f"{d}/ppo/metrics.jsonl")[1:]
         engine, begun = LlamaEngine(start(), tok.eos_token_id, vocab=known_ids(tok)), time.perf_counter()
-        texts = complete(engine, tok, problems[:ANSWERS], cfg.ppo.max_tokens)
+        texts = complete(engine, tok, problems[:ANSWERS], Sampling(cfg.ppo.max_tokens))
         out["eval"] = texts.response_tokens.sum() / (time.perf_counter() - begun)
     seconds = {p: statistics.median(r[f"s_{p}"] for r in log) for p in ("sample", "score", "value", "update")}
     tokens = statistics.median(r["response_tokens"] for r in log) * cfg.ppo.prompts * cfg.ppo.samples

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from stars.lab import experiments
 from stars.models.checkpoints import load_model, load_tokenizer
 from stars.rl.loops import read_log
-from stars.rl.ppo import PPOConfig, ppo
+from stars.rl.ppo import PPOConfig, Runtime, ppo
 from stars.task.problems import sample_problems
 
 VARIANTS = {
@@ -58,7 +58,7 @@ def run(
     policy, before = load(), memory()
     with tempfile.TemporaryDirectory() as d:
         start = time.process_time()
-        ppo(policy, tok, problems, d, cfg, reference=load, progress=False)
+        ppo(policy, tok, problems, d, cfg, reference=load, runtime=Runtime(progress=False))
         return (
             read_log(f"{d}/metrics.jsonl")[1:],
             (time.process_time() - start) / (steps + 1),

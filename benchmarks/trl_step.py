@@ -35,8 +35,8 @@ from transformers.utils import logging
 from stars.models.checkpoints import known_ids, load_model, load_tokenizer
 from stars.models.micro import n_params
 from stars.rl.loops import read_log
-from stars.rl.ppo import PPOConfig, ppo
-from stars.rl.rollouts import LlamaEngine
+from stars.rl.ppo import PPOConfig, Runtime, ppo
+from stars.rl.rollouts import LlamaEngine, Task
 from stars.task.countdown import make_prompt, score
 from stars.task.problems import sample_problems
 
@@ -122,9 +122,8 @@ def ours(
             problems,
             d,
             cfg,
-            engine=engine,
-            reward=lambda text, p: reward_of(text, p.numbers, p.target),
-            progress=False,
+            Task(reward=lambda text, p: reward_of(text, p.numbers, p.target)),
+            runtime=Runtime(engine, progress=False),
         )
         rows = read_log(f"{d}/metrics.jsonl")
     return differences(engine.at)[1:], rows[1:-1]  # the first warms up, the last ends with saving

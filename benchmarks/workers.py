@@ -29,9 +29,9 @@ from stars.lab import experiments as ex
 from stars.lab.notebooks import figure_notebook, run_notebook
 from stars.models.checkpoints import known_ids, load_model, load_tokenizer
 from stars.models.parallel import Team, on_workers
-from stars.rl.evals import complete
+from stars.rl.evals import Sampling, complete
 from stars.rl.loops import read_log
-from stars.rl.ppo import ppo
+from stars.rl.ppo import Runtime, ppo
 from stars.rl.rollouts import LlamaEngine
 from stars.rl.sft import sft
 from stars.task.countdown import make_prompt
@@ -74,8 +74,7 @@ def train(
         out / "ppo",
         replace(cfg.ppo, seed=0),
         reference=lambda: load_model("plain"),
-        progress=False,
-        team=team,
+        runtime=Runtime(team=team, progress=False),
     )
 
 
@@ -160,7 +159,7 @@ def bare(cfg, out: Path) -> pd.DataFrame:  # the results that the stages give, w
         out / "ppo",
         replace(cfg.ppo, seed=0),
         reference=lambda: load_model(path),
-        progress=False,
+        runtime=Runtime(progress=False),
     )
     for ckpt in sorted((out / "ppo").glob("step-*")):
         engine, step = (
@@ -172,10 +171,12 @@ def bare(cfg, out: Path) -> pd.DataFrame:  # the results that the stages give, w
                 engine,
                 tok,
                 held_out,
-                cfg.ppo.max_tokens,
-                cfg.eval.samples,
-                cfg.eval.temperature,
-                f"{cfg.eval.seed}/0/{step}",
+                Sampling(
+                    cfg.ppo.max_tokens,
+                    cfg.eval.samples,
+                    cfg.eval.temperature,
+                    f"{cfg.eval.seed}/0/{step}",
+                ),
                 labels=dict(model="plain", condition=MIX, seed=0, step=step),
             )
         )

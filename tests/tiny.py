@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from stars.models.micro import micro_model, micro_tokenizer
 from stars.models.parallel import Team, prepare
-from stars.rl.ppo import PPOConfig, ppo
+from stars.rl.ppo import PPOConfig, Runtime, ppo
+from stars.rl.rollouts import Task
 from stars.rl.sft import SFTConfig, sft
 from stars.task.problems import sample_problems
 
@@ -87,17 +88,9 @@ def run(kind, out, shard=False, remat=False, lora=0, seed=0, reward=fingerprint,
     if kind == "sft":
         sft(m, TOK, ROWS, out, SFTConfig(**SFT | cfg), ROWS[:5], False, team)
     else:
-        ppo(
-            m,
-            TOK,
-            PROBLEMS,
-            out,
-            PPOConfig(**PPO | cfg),
-            reward=reward,
-            reference=model,
-            progress=False,
-            team=team,
-        )
+        runtime = Runtime(team=team, progress=False)
+        cfg, task = PPOConfig(**PPO | cfg), Task(reward=reward)
+        ppo(m, TOK, PROBLEMS, out, cfg, task, reference=model, runtime=runtime)
 
 
 def cut_short(kind, out, stop, **how):

@@ -73,9 +73,9 @@ from stars.models.checkpoints import (
 from ..models.gguf import convert_gguf, smollm2_gguf
 from ..models.micro import attention, check_spells, micro_model, micro_tokenizer
 from ..models.parallel import Team, on_workers, prepare, start_ray
-from ..rl.evals import complete, failures, write_completions
-from ..rl.ppo import ppo
-from ..rl.rollouts import Engine, LlamaEngine, RemoteEngine
+from ..rl.evals import Sampling, complete, failures, write_completions
+from ..rl.ppo import Runtime, ppo
+from ..rl.rollouts import Engine, LlamaEngine, RemoteEngine, Task
 from ..rl.sft import sft
 from ..task.countdown import Problem, make_prompt, score, split_of
 from ..task.datasets import from_parquet, to_parquet
@@ -303,8 +303,10 @@ def sampled_failures(
         part = out / f"failures-{i}.parquet"
         if not part.exists():
             asked = reorder(problems, wanted * (i + 1), job.seed)[-wanted:]
-            draws = dict(temperature=cfg.ppo.temperature, seed=f"{job.seed}/failures/{i}", prompt=prompt)
-            answers = complete(engine, tokenizer, asked, cfg.ppo.max_tokens, **draws)
+            sampling = Sampling(
+                cfg.ppo.max_tokens, temperature=cfg.ppo.temperature, seed=f"{job.seed}/failures/{i}"
+            )
+            answers = complete(engine, tokenizer, asked, sampling, Task(prompt))
             write_rows(failures(answers), part)
         rows += read_rows(part)
         if len(rows) >= wanted:
@@ -661,19 +663,18 @@ def ppo_worker(
     def reference() -> PreTrainedModel:
         return load_model(start, device(), number_type(cfg.ppo.bf16))
 
+    share_device = cfg.run.engine == "vllm" or cfg.run.shard
+    runtime = Runtime(engine, team, share_device, progress=job.progress)
     try:
         ppo(
             trainable(job, policy),
             tokenizer,
             problems,
             out,
-            replace(cfg.ppo, seed=job.seed),
-            prompt,
-            engine,
-            reference,
-            progress=job.progress,
-            team=team,
-            share_device=cfg.run.engine == "vllm" or cfg.run.shard,
+            cfg=replace(cfg.ppo, seed=job.seed),
+            task=Task(prompt),
+            reference=reference,
+            runtime=runtime,
         )
     finally:
         engine.close()
@@ -710,14 +711,14 @@ def evaluate(
                 engine.sync(weights_of(model))
             del model  # the engine has its own copy
             step = int(path.name.removeprefix("step-"))
-            draws = dict(
+            sampling = Sampling(
+                max_tokens=cfg.ppo.max_tokens,
                 samples=cfg.eval.samples,
                 temperature=cfg.eval.temperature,
                 seed=f"{cfg.eval.seed}/{job.seed}/{step}",
-                prompt=prompt,
-                labels=dict(model=job.model, condition=job.condition, seed=job.seed, step=step),
             )
-            answers = complete(engine, tokenizer, problems, cfg.ppo.max_tokens, **draws)
+            labels = dict(model=job.model, condition=job.condition, seed=job.seed, step=step)
+            answers = complete(engine, tokenizer, problems, sampling, Task(prompt), labels)
             write_completions(answers, paths[path])
     finally:
         if engine:

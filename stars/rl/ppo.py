@@ -9,7 +9,7 @@ __all__ = ['AGGREGATES', 'ESTIMATORS', 'Batch', 'collate', 'token_rewards', 'gae
            'sample', 'sync', 'score', 'rollout_metrics', 'over_batch', 'batch_logprobs', 'batch_values', 'penalize_kl',
            'estimate_advantages', 'appraise', 'minibatches', 'policy_objective', 'critic_objective',
            'accumulate_gradients', 'update', 'Run', 'Stopwatch', 'sample_step', 'score_step', 'update_step', 'ppo_step',
-           'save_policy', 'train', 'ppo']
+           'save_policy', 'train', 'Runtime', 'ppo']
 
 # %% ../../nbs/rl/56_ppo.ipynb #c002
 import json
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..habits.behaviors import column_of, count_in
+from ..habits.behaviors import column_of
 from ..models.arithmetic import autocast, threads_for, warn_of_slow_half
 from stars.models.checkpoints import (
     Critic,
@@ -42,7 +42,7 @@ from ..models.micro import n_params
 from ..models.parallel import Team, load_state, memory_for, save_state
 from .loops import Log, check_finite, pad, require, require_choice, resumed
 from .rollouts import Engine, LlamaEngine, Rollout, Task, check_tags, probe, seeds_of, texts_of
-from ..task.countdown import Problem, make_prompt, reward_of
+from ..task.countdown import Problem, reward_of
 
 # %% ../../nbs/rl/56_ppo.ipynb #p008
 @dataclass
@@ -811,6 +811,16 @@ def train(
             save_state(run.out, step + 1, models, optimizers, dict(made_by=run.made_by), team)
     bar.close()
 
+# %% ../../nbs/rl/56_ppo.ipynb #p111
+@dataclass(frozen=True)
+class Runtime:
+    "Where and how a run is carried out"
+
+    engine: Engine | None = None  # sampler (default: in this process, with a copy of the weights)
+    team: Team = Team()  # the workers that train together; each calls `ppo` with the same arguments
+    share_device: bool = False  # let the engine give back its memory while the trainer works
+    progress: bool = True  # show a progress bar
+
 # %% ../../nbs/rl/56_ppo.ipynb #c024
 def ppo(
     policy: PreTrainedModel,  # trained in place
@@ -818,34 +828,29 @@ def ppo(
     problems: Sequence[Problem],  # of the `train` split
     out: str | Path,  # folder for `step-NNNN/` checkpoints, `metrics.jsonl`, `state-…`
     cfg: PPOConfig = PPOConfig(),
-    prompt: Callable[[Problem], str] = make_prompt,  # problem → prompt
-    engine: Engine | None = None,  # sampler (default: in this process, with a copy of the weights)
+    task: Task = Task(),  # without a reward of its own: the verifier and `cfg.format_score`
     reference: Callable[[], PreTrainedModel] | None = None,  # makes the initial policy, for kl_coef > 0
-    reward: Callable[[str, Problem], float] | None = None,  # response, problem → 1 if right
-    count: Callable[[str, Problem], dict[str, int]] = count_in,  # response, problem → habit → how often
-    progress: bool = True,  # show a progress bar
-    team: Team = Team(),  # the workers that train together; each calls this with the same arguments
-    share_device: bool = False,  # let the engine give back its memory while the trainer works
+    runtime: Runtime = Runtime(),  # sampler, workers, progress bar
 ) -> Path:  # `out`
     "PPO on Countdown, or on a task of your own; goes on from `out` if it was interrupted"
     cfg.validate()
     if cfg.kl_coef and reference is None:
         raise ValueError(f"kl_coef={cfg.kl_coef} needs a reference model; pass reference=…, or set it to 0")
-    if reward is None:
+    if task.reward is None:
         check_tags(tokenizer)
-    out = Path(out)
+        task = replace(task, reward=partial(reward_of, format_score=cfg.format_score))
+    out, team = Path(out), runtime.team
     out.mkdir(parents=True, exist_ok=True)
-    if progress:
+    if runtime.progress:
         warn_of_slow_half(policy.device, {"bf16 (of a preset: ppo.bf16)": cfg.bf16})
-    task = Task(prompt, reward or partial(reward_of, format_score=cfg.format_score), count)
     with threads_for(n_params(policy)), team.locked(out):
         vocab = known_ids(tokenizer)
         half = torch.bfloat16 if cfg.bf16 else None
-        engine = engine or LlamaEngine(policy, tokenizer.eos_token_id, vocab=vocab, dtype=half)
+        engine = runtime.engine or LlamaEngine(policy, tokenizer.eos_token_id, vocab=vocab, dtype=half)
         with autocast(policy.device, cfg.bf16):
             check_steady(without_dropout(policy))
         prompt_ids = token_ids(tokenizer, map(task.prompt, problems))
         learner = make_learner(policy, cfg, reference, vocab, team)
-        run = Run(learner, engine, task, problems, prompt_ids, tokenizer, out, share_device)
-        train(run, progress and team.first)
+        run = Run(learner, engine, task, problems, prompt_ids, tokenizer, out, runtime.share_device)
+        train(run, runtime.progress and team.first)
     return out

@@ -35,12 +35,14 @@ from stars.models.checkpoints import (
 from stars.models.micro import micro_model, micro_tokenizer
 from stars.models.parallel import micro_batches, prepare
 from stars.rl import ppo as P
-from stars.rl.evals import complete
+from stars.rl.evals import Sampling, complete
 from stars.rl.loops import read_log
-from stars.rl.rollouts import LlamaEngine, Rollout, probe, seeds_of, texts_of
+from stars.rl.rollouts import LlamaEngine, Rollout, Task, probe, seeds_of, texts_of
 from stars.rl.service import EngineService, local_service, request_text
 from stars.rl.sft import Example, SFTConfig, batches, encode, sft, sft_loss
 from stars.task.countdown import Problem
+
+QUIET = P.Runtime(progress=False)
 
 
 def ragged_mask(rows, time, gen):
@@ -263,8 +265,8 @@ def test_reward_reaches_the_policy():
                 [Problem((3, 4), 12)] * 8,
                 d,
                 cfg,
-                reward=lambda text, p: text.count("7") / 4,
-                progress=False,
+                Task(reward=lambda text, p: text.count("7") / 4),
+                runtime=QUIET,
             )
             log = read_log(f"{d}/metrics.jsonl")
         assert log[-1]["reward"] > 2 * log[0]["reward"], (estimator, log[0]["reward"], log[-1]["reward"])
@@ -311,14 +313,14 @@ def test_bad_configurations_are_named():
 def test_a_task_of_ones_own_needs_nothing_of_countdown(tmp_path):
     "Problems without numbers, rewards and habits of their own, counts without zeros: training, log and table"
     from collections import Counter
-    from dataclasses import dataclass
+    from dataclasses import dataclass, replace
 
     @dataclass(frozen=True)
     class Echo:
         word: str
 
     problems = [Echo(w) for w in ("using", "make", "try", "again")]
-    how = dict(
+    task = Task(
         prompt=lambda p: f"{p.word} :",
         reward=lambda text, p: float(p.word in text),
         count=lambda text, p: Counter(re.findall("try|again", text)),
@@ -342,18 +344,18 @@ def test_a_task_of_ones_own_needs_nothing_of_countdown(tmp_path):
                 kl_coef=0.0,
                 save_every=2,
             ),
-            progress=False,
-            **how,
+            task,
+            runtime=QUIET,
         )
         / "metrics.jsonl"
     )
     assert len(log) == 2 and not any("verifications" in k for r in log for k in r)
 
-    def ask(**changes):
+    def ask(count):
         engine, labels = LlamaEngine(model, tok.eos_token_id), dict(model="m", condition="c", seed=0, step=0)
-        return complete(engine, tok, problems, 8, samples=8, labels=labels, **(how | changes))
+        return complete(engine, tok, problems, Sampling(8, samples=8), replace(task, count=count), labels)
 
-    df = ask(count=lambda text, p: {"again": 1} if len(text) % 2 else {})
+    df = ask(lambda text, p: {"again": 1} if len(text) % 2 else {})
     assert set(df.word) == {p.word for p in problems} and df.again.sum() == (df.generated.str.len() % 2).sum()
     table = summarize(df, habits=["again"])
     assert (
@@ -362,7 +364,7 @@ def test_a_task_of_ones_own_needs_nothing_of_countdown(tmp_path):
         and table.n[0] == 32
     )
     with pytest.raises(ValueError, match="score"):
-        ask(count=lambda text, p: {"score": 1})
+        ask(lambda text, p: {"score": 1})
 
 
 # What a response says
@@ -414,12 +416,11 @@ def test_tags_that_are_special_tokens_are_read(how, tmp_path):
         "end": 2,
         "roles": 1,
     }.get(how, 0)
-    df = complete(Says(tok, said), tok, [TWELVE], 30)
+    df = complete(Says(tok, said), tok, [TWELVE], Sampling(30))
     assert df.score.tolist() == [1.0] and df.generated[0] == plain.decode(plain(ANSWER).input_ids)
     cfg = P.PPOConfig(steps=1, prompts=1, samples=2, minibatch=2, kl_coef=0.0, micro_tokens=4096)
-    P.ppo(
-        micro_model(tok, 32, 1, 2, 64), tok, [TWELVE], tmp_path, cfg, engine=Says(tok, said), progress=False
-    )
+    runtime = P.Runtime(Says(tok, said), progress=False)
+    P.ppo(micro_model(tok, 32, 1, 2, 64), tok, [TWELVE], tmp_path, cfg, runtime=runtime)
     assert read_log(tmp_path / "metrics.jsonl")[0]["accuracy"] == 1.0
     (reply,) = EngineService(Says(tok, said), tok).answer_all([Request("3 * 4", max_tokens=9)], ["0" * 16])
     assert reply.text == df.generated[0] and reply.finish == "stop"
@@ -464,12 +465,12 @@ def test_a_tokenizer_that_spoils_the_tags_is_refused(tmp_path):
         P.PPOConfig(steps=1, prompts=1, samples=2, minibatch=2, max_tokens=4, kl_coef=0.0, micro_tokens=4096),
     )
     for train in (
-        lambda **how: complete(LlamaEngine(model, tok.eos_token_id), tok, [TWELVE], 4, **how),
-        lambda **how: P.ppo(model, tok, [TWELVE], tmp_path, cfg, progress=False, **how),
+        lambda **how: complete(LlamaEngine(model, tok.eos_token_id), tok, [TWELVE], Sampling(4), **how),
+        lambda **how: P.ppo(model, tok, [TWELVE], tmp_path, cfg, runtime=QUIET, **how),
     ):
         with pytest.raises(ValueError, match="every reward would be 0"):
             train()
-        train(reward=lambda text, problem: float("12" in text))
+        train(task=Task(reward=lambda text, problem: float("12" in text)))
 
 
 # Where a response ends
@@ -542,11 +543,11 @@ def test_sampled_responses_end_there_too_and_are_not_called_cut(talk, tmp_path):
     for r in drawn:
         assert not {2, a} & set(r.ids[:-1]) and r.finished == (r.ids[-1] in (2, a))
     problems = [Problem((3, n), 12) for n in range(4, 9)]
-    df = complete(LlamaEngine(model, tok.eos_token_id), tok, problems, 30, samples=4)
+    df = complete(LlamaEngine(model, tok.eos_token_id), tok, problems, Sampling(30, samples=4))
     cfg = P.PPOConfig(
         steps=1, prompts=5, samples=4, minibatch=20, max_tokens=30, kl_coef=0.0, micro_tokens=4096
     )
-    log = read_log(P.ppo(model, tok, problems, tmp_path / "run", cfg, progress=False) / "metrics.jsonl")
+    log = read_log(P.ppo(model, tok, problems, tmp_path / "run", cfg, runtime=QUIET) / "metrics.jsonl")
     assert df.truncated.mean() < 0.8 and log[0]["truncated"] < 0.8  # with the tokenizer's alone, nearly all
     _, service = local_service(save_checkpoint(model, tok, tmp_path / "model"))
     replies = service.answer_all(
@@ -779,7 +780,7 @@ def test_a_run_in_which_every_response_is_cut_stays_finite(estimator, tmp_path):
     model = micro_model(tok, 32, 1, 2, 64)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     log = read_log(
-        P.ppo(model, tok, [TWELVE] * 2, tmp_path, cfg, reward=lambda *_: 1.0, progress=False)
+        P.ppo(model, tok, [TWELVE] * 2, tmp_path, cfg, Task(reward=lambda *_: 1.0), runtime=QUIET)
         / "metrics.jsonl"
     )
     assert all(math.isfinite(v) for r in log for v in r.values()) and [r["truncated"] for r in log] == [
@@ -868,9 +869,9 @@ def test_trainers_turn_dropout_off_by_themselves(tmp_path):
                 tiny.PROBLEMS,
                 tmp_path / f"{name}-ppo",
                 P.PPOConfig(**tiny.PPO),
-                reward=tiny.fingerprint,
+                Task(reward=tiny.fingerprint),
                 reference=tiny.model,
-                progress=False,
+                runtime=QUIET,
             )
         runs[name] = [tiny.untimed(tmp_path / f"{name}-{kind}") for kind in ("sft", "ppo")]
     assert runs["without"] == runs["having"] and runs["having"][1][0]["rollout_gap"] < 1e-4
@@ -894,8 +895,7 @@ def test_randomness_of_another_kind_is_refused(tmp_path):
             tmp_path / "ppo",
             P.PPOConfig(**tiny.PPO),
             reference=tiny.model,
-            progress=False,
-            engine=Says(tiny.TOK, "3"),
+            runtime=P.Runtime(Says(tiny.TOK, "3"), progress=False),
         )
 
 
@@ -940,12 +940,16 @@ def test_training_and_sampling_leave_the_process_as_it_was(tmp_path, fails):
                     tiny.PROBLEMS,
                     tmp_path / f"ppo{remat}",
                     P.PPOConfig(**tiny.PPO | dict(bf16=remat)),
-                    reward=reward,
+                    Task(reward=reward),
                     reference=tiny.model,
-                    progress=False,
+                    runtime=QUIET,
                 )
             )
-        do(lambda: complete(LlamaEngine(tiny.model(), 2), tiny.TOK, tiny.PROBLEMS, 8, reward=reward))
+        do(
+            lambda: complete(
+                LlamaEngine(tiny.model(), 2), tiny.TOK, tiny.PROBLEMS, Sampling(8), Task(reward=reward)
+            )
+        )
         do(lambda: local_service("plain")[1].answer_all([Request("3 + 4 =", max_tokens=4)], ["0" * 16]))
     finally:
         torch.set_num_threads(1)
