@@ -43,7 +43,9 @@ CREATE TABLE IF NOT EXISTS batches(name TEXT PRIMARY KEY, model TEXT NOT NULL, i
                                    state TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS items(key TEXT NOT NULL, batch TEXT NOT NULL,
                                  PRIMARY KEY(key, batch)) WITHOUT ROWID;
-CREATE VIEW IF NOT EXISTS under_way AS SELECT * FROM batches WHERE state IN ('submitting', 'running');
+CREATE INDEX IF NOT EXISTS items_batch ON items(batch);
+CREATE VIEW IF NOT EXISTS under_way AS SELECT * FROM batches WHERE state IN ('submitting', 'running')
+    AND EXISTS (SELECT 1 FROM items WHERE batch = name AND key NOT IN (SELECT key FROM replies));
 """
 
 # %% ../../nbs/llm/23_ledger.ipynb #e008

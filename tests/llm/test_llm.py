@@ -1741,3 +1741,16 @@ def test_estimates_bound_the_cost(book):
         quick(m, todo, book)
         assert 0 < book.cost(book.note(m, todo)) <= before.most["concurrent"] == 2 * before.most["batch"]
         assert estimate(m, todo, book).most["concurrent"] == 0
+
+
+def test_a_batch_whose_replies_are_all_here_is_not_under_way(tmp_path):
+    "The process may die between the last reply and the note that the batch is done"
+    model, requests = Model.parse("openai:m"), [Request(f"question {i}") for i in range(2)]
+    with Ledger(tmp_path / "ledger.db") as book:
+        keys = book.note(model, requests)
+        batch = book.open_batch(model, keys)
+        book.mark(batch, "running", "b1")
+        book.record(model, requests[0], Reply("an answer", cost=0.1))
+        assert [(b.id, n) for b, n in book.under_way()] == [("b1", 2)]
+        book.record(model, requests[1], Reply("an answer", cost=0.1))
+        assert book.under_way() == [] and book.open_batches(model, keys) == {}
