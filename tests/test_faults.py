@@ -131,7 +131,13 @@ def too_much(*args, **kwargs):
 @pytest.mark.parametrize(
     "where,at,stage,says,change",
     [
-        ((R.Slots, "empty"), 3, "ppo", "out of memory while sampling 16 responses of up to", "engine_rows=5"),
+        (
+            (R.Slots, "empty"),
+            3,
+            "ppo",
+            "out of memory while sampling 16 responses of up to",
+            "run.engine_rows=5",
+        ),
         (
             (P, "policy_loss"),
             3,
