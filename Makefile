@@ -19,7 +19,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 reproduce: .venv/.cpu ## the headline figures, from nothing (PRESET=cpu; FIGURES= for all of them, an evening)
-	$(BIN)/stars reproduce --preset $(PRESET) --only "$(FIGURES)"
+	$(BIN)/stars reproduce --preset $(PRESET) $(if $(FIGURES),--only "$(FIGURES)")
 
 test: .venv/.dev ## form and exports, then every notebook runs, every test passes
 	tests/drift.sh

@@ -152,3 +152,12 @@ def test_a_chapter_imports_only_what_was_read_before():
         assert imported <= set(read), f"{path.name} imports {imported - set(read)}, which come later"
         read.append(module)
     assert len(read) > 40
+
+
+@pytest.mark.parametrize("figures,said", [("", ""), ("fig_gap,fig_dose", '--only "fig_gap,fig_dose"')])
+def test_make_draws_all_figures_or_those_that_are_named(figures, said):
+    done = subprocess.run(
+        ["make", "-n", "reproduce", f"FIGURES={figures}"], cwd=ROOT, capture_output=True, text=True
+    )
+    line = next(text for text in done.stdout.split("\n") if "stars reproduce" in text)
+    assert line.strip().endswith(f"stars reproduce --preset cpu {said}".strip())
