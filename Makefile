@@ -38,8 +38,7 @@ test-verl: .venv/.dev .venv-verl/.done ## exports for verl, under verl's own cod
 
 prepare: .venv/.dev ## clean and format the notebooks, export the modules, write README.md, look for mistakes
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/prepare
-	$(BIN)/ruff format --quiet tests benchmarks .ci setup.py
-	$(BIN)/ruff check nbs tests benchmarks .ci setup.py
+	$(BIN)/ruff check
 
 lab: .venv/.dev ## open the notebooks (LABFLAGS=...)
 	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb $(LABFLAGS)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Fails where code is not formatted, or ruff finds a mistake. Then prepares a copy of the tree and compares: fails where stars/, README.md or a notebook is not what `make prepare` writes.
+# Fails where code is not formatted, ruff finds a mistake, or a cell or the README is too long. Then prepares a copy
+# of the tree and compares: fails where stars/, README.md or a notebook is not what `make prepare` writes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-code=(nbs tests benchmarks .ci setup.py)
-.venv/bin/ruff format --quiet --diff "${code[@]}" || { echo "The lines above are not formatted: run make prepare." >&2; exit 1; }
-.venv/bin/ruff check --quiet "${code[@]}"
+.venv/bin/ruff format --quiet --diff || { echo "The lines above are not formatted: run make prepare." >&2; exit 1; }
+.venv/bin/ruff check --quiet
+.venv/bin/python benchmarks/book.py --check >/dev/null
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -R nbs stars settings.ini pyproject.toml README.md "$copy"

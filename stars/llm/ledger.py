@@ -45,7 +45,8 @@ CREATE TABLE IF NOT EXISTS items(key TEXT NOT NULL, batch TEXT NOT NULL,
                                  PRIMARY KEY(key, batch)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS items_batch ON items(batch);
 CREATE VIEW IF NOT EXISTS under_way AS SELECT * FROM batches WHERE state IN ('submitting', 'running')
-    AND EXISTS (SELECT 1 FROM items WHERE batch = name AND key NOT IN (SELECT key FROM replies));
+    AND EXISTS (SELECT 1 FROM items WHERE batch = name
+                AND NOT EXISTS (SELECT 1 FROM replies WHERE replies.key = items.key));
 """
 
 # %% ../../nbs/llm/23_ledger.ipynb #e008

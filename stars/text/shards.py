@@ -403,14 +403,7 @@ def pinned_rows(
         if hub_revision(source) == source:
             return hub_rows(f"hub:{name}", split)
         raise ValueError(f"hub:{name}: the folder {name} has changed since it was labelled; label it again")
-    try:
-        from datasets import load_dataset
-    except ImportError as e:
-        raise ValueError(f"{source} needs the package datasets: pip install 'stars-habits[hub]'") from e
-    try:
-        return load_dataset(name, split=split, streaming=True, revision=revision)
-    except Exception as e:
-        raise ValueError(f"{source}, split {split!r}: {type(e).__name__}: {e}") from e
+    return hub_rows(source, split, revision)
 
 # %% ../../nbs/text/61_shards.ipynb #x056
 def hub_pieces(

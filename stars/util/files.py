@@ -228,16 +228,20 @@ def data_files(
 
 # %% ../../nbs/util/01_files.ipynb #f042
 def hub_rows(
-    source: str,  # `hub:organisation/name`
+    source: str,  # `hub:organisation/name`, with `@` and the revision behind it where there is one
     split: str,  # of the data set
+    revision: str | None = None,  # which state of the data set; None: the newest
 ) -> Iterable[dict]:  # streamed
     "The rows of a data set on the Hub; `ValueError` if it cannot be opened"
     try:
         from datasets import load_dataset
     except ImportError as e:
         raise ValueError(f"{source} needs the package datasets: pip install 'stars-habits[hub]'") from e
+    name = source.removeprefix("hub:")
+    if revision:
+        name = name.removesuffix(f"@{revision}")
     try:
-        return load_dataset(source.removeprefix("hub:"), split=split, streaming=True)
+        return load_dataset(name, split=split, streaming=True, revision=revision)
     except Exception as e:
         raise ValueError(f"{source}, split {split!r}: {type(e).__name__}: {e}") from e
 
