@@ -15,7 +15,7 @@ from pathlib import Path
 from common.report import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("util", "task", "llm", "habits", "models", "rl", "text", "lab", "show", "cli")
+PARTS = ("util", "task", "llm", "habits", "models", "rl", "text", "measure", "lab", "show", "cli")
 COMMANDS = tuple(
     [
         "data",

@@ -131,10 +131,14 @@ def test_messages_name_the_distribution_and_extras_that_exist():
         assert distribution == "stars-habits" and extra.replace("-", "_") in extras, (distribution, extra)
 
 
+def number(path):
+    return int(path.name.split("_")[0])
+
+
 def chapters():
     """Part, number and module of each chapter, and the modules of the package that it imports, in the order
     of reading"""
-    for path in sorted((ROOT / "nbs").glob("[a-z]*/[0-9][0-9]*_*.ipynb"), key=lambda p: p.name):
+    for path in sorted((ROOT / "nbs").glob("[a-z]*/[0-9][0-9]*_*.ipynb"), key=number):
         code = "\n".join(
             "".join(c["source"])
             for c in json.loads(path.read_text(encoding="utf-8"))["cells"]

@@ -15,12 +15,12 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stars.cli import drawing, options
 from stars.cli import main as cli
-from stars.cli import options
 from stars.lab import experiments as ex
 from stars.lab.configs import preset
 from stars.lab.stages import Job
-from stars.show import drawing, viewer
+from stars.show import viewer
 from stars.text import pretraining
 
 DATA = Path(__file__).parents[2] / "nbs" / "data"

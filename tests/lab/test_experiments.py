@@ -23,6 +23,7 @@ from tiny import state_of_process
 from tokenizers.processors import TemplateProcessing
 from transformers.utils import logging as transformers_logging
 
+from stars.cli import drawing
 from stars.cli import main as cli
 from stars.habits.priming import METHODS, read_rows
 from stars.lab import experiments as ex
@@ -33,7 +34,6 @@ from stars.lab.sweeps import begun
 from stars.lab.verl import to_verl
 from stars.models.checkpoints import save_checkpoint, weights_digest
 from stars.models.micro import micro_model, micro_tokenizer
-from stars.show import drawing
 from stars.show.figures import controls
 from stars.show.plots import save_figure
 from stars.show.sources import COUNTED, FILES
