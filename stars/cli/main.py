@@ -439,8 +439,8 @@ def figure(
     """
     _check_places(runs, figures)
 
-    from stars.lab.notebooks import figure_notebook
     from stars.cli import drawing
+    from stars.lab.notebooks import figure_notebook
     from stars.show.gallery import gallery
 
     values = drawing.parameters_of(
@@ -492,8 +492,8 @@ def reproduce(
             f"--only {only!r} names no figure; give a list such as fig_gap,fig_dose, or leave it out for all"
         )
 
-    from stars.lab import configs
     from stars.cli import drawing
+    from stars.lab import configs
 
     names = tuple(dict.fromkeys(listed(only))) if only else configs.preset(preset, **changes).figures
     if drawing.draw_all(names, preset, runs, figures, changes, **parameters(params)):
