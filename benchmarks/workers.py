@@ -24,7 +24,7 @@ from common.report import report
 from transformers.utils import logging
 
 from stars.habits.priming import priming_rows, reorder
-from stars.habits.summaries import summarize
+from stars.habits.summaries import read_results, summarize
 from stars.lab import experiments as ex
 from stars.lab.notebooks import figure_notebook, run_notebook
 from stars.models.checkpoints import known_ids, load_model, load_tokenizer
@@ -207,7 +207,7 @@ def overhead(cfg, change: dict) -> list[list]:  # table rows
                 figures=str(where / "figures"),
             )
             took[name] = time.perf_counter() - start
-            results[name] = pd.read_csv(next((where / "runs").rglob("results.csv")))
+            results[name] = read_results(next((where / "runs").rglob("results.csv")))
     first = took["bare loop"]
 
     def last(r):

@@ -864,7 +864,7 @@ def _rated(completions: pd.DataFrame, ratings: pd.DataFrame, rater: str) -> pd.D
     rows = completions.merge(judged[CHECKPOINT_KEYS]).merge(wide.reset_index(), how="left", on=JOIN_KEYS)
     results = summarize(rows, rater).merge(judged)
     unscored = rows["score"].isna().groupby([rows[k] for k in CHECKPOINT_KEYS]).any().to_numpy()
-    results.loc[unscored, ["accuracy", "format"]] = np.nan
+    results.loc[unscored, ["accuracy", "format", "pass_k", "solved"]] = np.nan
     missing = _missing_shares(ratings)
     for h in HABITS:
         total = results[f"total_{h.column}"].astype("Int64")

@@ -18,6 +18,7 @@ from math import ceil, isfinite
 from pathlib import Path
 
 from ..habits.priming import MIXES
+from ..habits.summaries import MAX_SAMPLES
 from .notebooks import did_you_mean
 from ..models.checkpoints import BOS
 from ..rl.loops import require, require_choice
@@ -229,13 +230,13 @@ class Curation:
 class Evaluation:
     "How checkpoints are evaluated"
 
-    samples: int = 1  # responses per problem
+    samples: int = 1  # responses per problem; at most 35, so that results can tell how many were right
     temperature: float = 1.0  # of sampling
     seed: int = 0  # of the draws
 
     def validate(self):
         "Raise ValueError naming a field that cannot work"
-        require(self, "samples", lambda x: x >= 1, "be at least 1")
+        require(self, "samples", lambda x: 1 <= x <= MAX_SAMPLES, f"lie between 1 and {MAX_SAMPLES}")
         require(self, "temperature seed", lambda x: x >= 0, "be at least 0")
 
 # %% ../../nbs/lab/82_configs.ipynb #c124

@@ -53,7 +53,7 @@ from stars.habits.priming import (
     shown_habits,
     write_rows,
 )
-from ..habits.summaries import summarize
+from ..habits.summaries import read_results, summarize
 from .configs import Config, check_list, preset, with_prefix
 from .progress import Progress, shown, weight
 from .stages import Job, NotBuilt, environment, stage_key
@@ -924,7 +924,7 @@ def results(
     "The tidy results of an experiment; builds whatever is missing"
     jobs = grid(cfg, models, conditions, seeds, runs)
     done = run_jobs(jobs, workers)
-    return pd.concat([pd.read_csv(done[job] / "results.csv") for job in jobs], ignore_index=True)
+    return pd.concat([read_results(done[job] / "results.csv") for job in jobs], ignore_index=True)
 
 # %% ../../nbs/lab/85_experiments.ipynb #x193
 def manifest(

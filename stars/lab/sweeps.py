@@ -29,6 +29,7 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from ..habits.priming import METHODS
+from ..habits.summaries import read_results
 from . import experiments as ex
 from .configs import Config
 from .progress import weight
@@ -228,7 +229,7 @@ def done(self: Run, folder: str):
     if not Path(folder).is_dir():
         reason = "its results are on another machine; runs must be a path on storage that all nodes share"
         return self.fail(f"NotShared: {reason}", "")
-    last = pd.read_csv(Path(folder) / "results.csv").sort_values("step").iloc[-1]
+    last = read_results(Path(folder) / "results.csv").sort_values("step").iloc[-1]
     self.state, self.folder = "done", folder
     self.step = f"{last.step}/{self.job.cfg.ppo.steps}"
     self.accuracy = float(last.accuracy)

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..habits.priming import MIXES
+from ..habits.summaries import read_results
 from ..lab.configs import Config
 from ..lab.experiments import grid, is_built, run_jobs
 from ..models.checkpoints import BASES
@@ -225,7 +226,7 @@ def own_rows(
     if not finished:
         return pd.DataFrame()
     done = run_jobs([job for _, job in finished])
-    tables = [pd.read_csv(done[j] / "results.csv").assign(family=f) for f, j in finished]
+    tables = [read_results(done[j] / "results.csv").assign(family=f) for f, j in finished]
     return pd.concat(tables, ignore_index=True).assign(source=cfg.preset)
 
 # %% ../../nbs/show/94_claims.ipynb #ie034

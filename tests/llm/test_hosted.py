@@ -18,6 +18,7 @@ from llm_server import ApiError, Faults, LLMServer
 from stars.cli.main import main
 from stars.habits.behaviors import count_behaviors
 from stars.habits.priming import MIXES, priming_rows, read_rows, write_rows, write_trace
+from stars.habits.summaries import read_results
 from stars.habits.teacher import teacher_prompt
 from stars.lab.configs import preset
 from stars.lab.experiments import prime_stage
@@ -285,7 +286,7 @@ def test_a_hosted_judge(capsys):
         assert len(ratings) == asked == sum(s.served.values()) and ratings["count"].notna().all()
         for r in ratings[ratings.habit == "verification"].itertuples():
             assert r.count == texts.generated[r.row].count("not")
-        results = pd.read_csv(folder / "results.csv")
+        results = read_results(folder / "results.csv")
         assert (
             set(results.rater) == {"anthropic:m"}
             and (results.judged == 5).all()
