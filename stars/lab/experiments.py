@@ -9,9 +9,10 @@ __all__ = ['LABEL_ROWS', 'ENGINE_SHARE', 'NEED_THEIR_KIND', 'data_stage', 'base_
            'priming_source', 'priming_set', 'priming_settings', 'prime_stage', 'corpus_stage', 'label_stage',
            'curate_stage', 'curated_folder', 'matched_rows', 'pretraining_stage', 'save_texts',
            'engines_beside_workers', 'run_training', 'trainable', 'sft_worker', 'sft_stage', 'vllm_engine',
-           'make_engine', 'ppo_worker', 'ppo_stage', 'evaluate', 'eval_stage', 'is_built', 'grid', 'quiet', 'quietly',
-           'progress_of', 'attempt', 'build_one_by_one', 'build_shared', 'start_worker', 'build_side_by_side',
-           'build_all', 'report_failures', 'run_jobs', 'results', 'manifest']
+           'make_engine', 'ppo_worker', 'ppo_stage', 'Questions', 'answers', 'ask', 'asking_settings', 'read_answers',
+           'eval_stage', 'asked_checkpoints', 'draws_stage', 'space_problems', 'transfer_stage', 'last_stage',
+           'is_built', 'grid', 'quiet', 'quietly', 'progress_of', 'attempt', 'build_one_by_one', 'build_shared',
+           'start_worker', 'build_side_by_side', 'build_all', 'report_failures', 'run_jobs', 'results', 'manifest']
 
 # %% ../../nbs/lab/85_experiments.ipynb #c002
 import json
@@ -25,9 +26,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from traceback import clear_frames
 
@@ -54,7 +55,7 @@ from stars.habits.priming import (
     write_rows,
 )
 from ..habits.summaries import read_results, summarize
-from .configs import Config, check_list, preset, with_prefix
+from .configs import Config, check_list, preset, space_ranges, with_prefix
 from .progress import Progress, shown, weight
 from .stages import Job, NotBuilt, environment, stage_key
 from ..models.arithmetic import device, number_type, share_cores, warn_of_slow_half
@@ -79,7 +80,7 @@ from ..rl.rollouts import Engine, LlamaEngine, RemoteEngine, Task
 from ..rl.sft import sft
 from ..task.countdown import Problem, make_prompt, score, split_of
 from ..task.datasets import from_parquet, to_parquet
-from ..task.problems import Space, sample_problems
+from ..task.problems import Space, Stream, needs_product, sample_problems
 from ..text.corpus import Shares, World, documents
 from ..text.curation import Trimming, embedded_rewriter, rewrite_corpus, training_sets
 from ..text.pretraining import RULES_LABELLER, label_corpus, rule_labeller
@@ -690,61 +691,165 @@ def ppo_stage(job: Job) -> Path:
     settings = dict(seed=job.seed) | job.cfg.settings("world.template", "ppo", "lora")
     return job.stage("ppo", settings, dict(data=data.name, start=model_digest(start)), fill)
 
-# %% ../../nbs/lab/85_experiments.ipynb #x166
-def evaluate(
+# %% ../../nbs/lab/85_experiments.ipynb #e201
+@dataclass(frozen=True)
+class Questions:
+    "What checkpoints are asked"
+
+    problems: Sequence[Problem]
+    samples: int  # responses per problem
+    name: str = ""  # tells several sets of questions apart; "": the evaluation itself
+    labels: dict = field(default_factory=dict)  # constant columns, beside those of the job
+
+    def file(self, checkpoint: Path) -> str:  # where the answers go
+        return "-".join(filter(None, ["completions", self.name, checkpoint.name])) + ".parquet"
+
+# %% ../../nbs/lab/85_experiments.ipynb #e204
+def answers(
     job: Job,
-    data: Path,  # stage of the problems
-    run: Path,  # stage of PPO
-    out: Path,  # folder for completions-step-NNNN.parquet
+    engine: Engine,  # with the checkpoint's weights
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    step: int,  # of the checkpoint
+) -> pd.DataFrame:  # one row per response
+    "What a checkpoint answers"
+    cfg = job.cfg
+    named = f"/{questions.name}" if questions.name else ""
+    sampling = Sampling(
+        max_tokens=cfg.ppo.max_tokens,
+        samples=questions.samples,
+        temperature=cfg.eval.temperature,
+        seed=f"{cfg.eval.seed}/{job.seed}/{step}{named}",
+    )
+    labels = dict(model=job.model, condition=job.condition, seed=job.seed, step=step) | questions.labels
+    return complete(engine, tokenizer, questions.problems, sampling, Task(prompt_for(cfg, tokenizer)), labels)
+
+# %% ../../nbs/lab/85_experiments.ipynb #x166
+def ask(
+    job: Job,
+    checkpoints: Sequence[Path],  # of PPO
+    questions: Sequence[Questions],
+    out: Path,  # folder for the completions
 ):
     "Completions of each checkpoint that has none yet"
-    cfg, tokenizer, engine = job.cfg, load_tokenizer(run / "step-0000"), None
-    problems, prompt = readable_problems(job, data, "eval", tokenizer), prompt_for(cfg, tokenizer)
-    paths = {path: out / f"completions-{path.name}.parquet" for path in sorted(run.glob("step-*"))}
-    left = [path for path, written in paths.items() if not written.exists()]
+    cfg, tokenizer, engine = job.cfg, load_tokenizer(checkpoints[0]), None
+    prompts = [prompt_for(cfg, tokenizer)(p) for q in questions for p in q.problems]
+    check_spells(tokenizer, prompts)
+    left = {c: [q for q in questions if not (out / q.file(c)).exists()] for c in checkpoints}
     try:
-        for path in tqdm(left, desc="eval", disable=not job.progress):
+        for path in tqdm([c for c in checkpoints if left[c]], desc=job.last, disable=not job.progress):
             model = load_model(path, device(), number_type(cfg.ppo.bf16))
             if engine is None:
-                engine = make_engine(cfg, model, path, tokenizer, map(prompt, problems))
+                engine = make_engine(cfg, model, path, tokenizer, prompts)
             else:
                 engine.sync(weights_of(model))
             del model  # the engine has its own copy
             step = int(path.name.removeprefix("step-"))
-            sampling = Sampling(
-                max_tokens=cfg.ppo.max_tokens,
-                samples=cfg.eval.samples,
-                temperature=cfg.eval.temperature,
-                seed=f"{cfg.eval.seed}/{job.seed}/{step}",
-            )
-            labels = dict(model=job.model, condition=job.condition, seed=job.seed, step=step)
-            answers = complete(engine, tokenizer, problems, sampling, Task(prompt), labels)
-            write_completions(answers, paths[path])
+            for q in left[path]:
+                write_completions(answers(job, engine, tokenizer, q, step), out / q.file(path))
     finally:
         if engine:
             engine.close()
+
+# %% ../../nbs/lab/85_experiments.ipynb #e206
+def asking_settings(
+    job: Job,
+    *names: str,  # fields of `Evaluation` that matter, beside temperature and seed
+) -> dict:
+    "The settings of a stage that asks checkpoints"
+    fields = [f"eval.{name}" for name in ("temperature", "seed", *names)]
+    asked = job.cfg.settings("world.template", *fields)
+    return dict(seed=job.seed, max_tokens=job.cfg.ppo.max_tokens, rules=RULES_VERSION) | asked
+
+# %% ../../nbs/lab/85_experiments.ipynb #e222
+def read_answers(
+    folder: Path,  # of a stage that asks checkpoints
+) -> pd.DataFrame:  # one row per response
+    "All completions of a stage"
+    parts = [pd.read_parquet(path) for path in sorted(folder.glob("completions-*.parquet"))]
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/lab/85_experiments.ipynb #x168
 def eval_stage(job: Job) -> Path:
     "Completions of every checkpoint on the eval split, and results.csv"
     run, data = ppo_stage(job), data_stage(job)
+    questions = Questions(from_parquet(data / "eval.parquet"), job.cfg.eval.samples)
 
     def fill(out: Path):
-        evaluate(job, data, run, out)
-        parts = [pd.read_parquet(path) for path in sorted(out.glob("completions-*.parquet"))]
+        ask(job, sorted(run.glob("step-*")), [questions], out)
         with replacing(out / "results.csv") as tmp:
-            summarize(pd.concat(parts)).to_csv(tmp, index=False)
+            summarize(read_answers(out)).to_csv(tmp, index=False)
 
-    settings = dict(seed=job.seed, max_tokens=job.cfg.ppo.max_tokens, rules=RULES_VERSION)
-    settings |= job.cfg.settings("world.template", "eval")
+    settings = asking_settings(job, "samples")
     return job.stage("eval", settings, dict(data=data.name, ppo=run.name), fill)
+
+# %% ../../nbs/lab/85_experiments.ipynb #e211
+def asked_checkpoints(
+    job: Job,
+    run: Path,  # stage of PPO
+) -> list[Path]:  # in the order of their steps
+    "The checkpoints that draws and transfer are about"
+    checkpoints = sorted(run.glob("step-*"))
+    return checkpoints if job.cfg.eval.drawn == "all" else [checkpoints[0], checkpoints[-1]]
+
+# %% ../../nbs/lab/85_experiments.ipynb #e212
+def draws_stage(job: Job) -> Path:
+    "Many completions per problem of the eval split"
+    run, data = ppo_stage(job), data_stage(job)
+    questions = Questions(from_parquet(data / "eval.parquet"), job.cfg.eval.draws, "draws")
+
+    def fill(out: Path):
+        ask(job, asked_checkpoints(job, run), [questions], out)
+
+    settings = asking_settings(job, "draws", "drawn")
+    return job.stage("draws", settings, dict(data=data.name, ppo=run.name), fill)
+
+# %% ../../nbs/lab/85_experiments.ipynb #e215
+def space_problems(
+    cfg: Config,
+    name: str,  # one of `cfg.eval.spaces`
+) -> list[Problem]:  # of the split `eval`; ValueError if there are too few
+    "Problems of an evaluation space"
+    space = Space(**space_ranges(cfg.world, name), split="eval")
+    stream, wanted = iter(Stream(space, cfg.data.seed)), cfg.eval.space_problems
+    if name == "products":
+        stream = filter(needs_product, stream)
+    problems = list(islice(stream, wanted))
+    if len(problems) < wanted:
+        raise ValueError(
+            f"eval.space_problems={wanted}: the space {name} has only {len(problems)} problems; "
+            "lower it, or leave the space out of eval.spaces"
+        )
+    return problems
+
+# %% ../../nbs/lab/85_experiments.ipynb #e217
+def transfer_stage(job: Job) -> Path:
+    "Completions of problems of other spaces, a file per space and checkpoint"
+    cfg, run = job.cfg, ppo_stage(job)
+    questions = [
+        Questions(space_problems(cfg, name), cfg.eval.space_draws, name, dict(space=name))
+        for name in cfg.eval.spaces
+    ]
+
+    def fill(out: Path):
+        ask(job, asked_checkpoints(job, run), questions, out)
+
+    settings = asking_settings(job, "spaces", "space_problems", "space_draws", "drawn")
+    settings |= dict(world=cfg.world.ranges | dict(top=cfg.world.top), data=dict(seed=cfg.data.seed))
+    return job.stage("transfer", settings, dict(ppo=run.name), fill)
+
+# %% ../../nbs/lab/85_experiments.ipynb #e220
+def last_stage(job: Job) -> Path:
+    "What a job is about: its results, or further measurements"
+    stages = dict(eval=eval_stage, draws=draws_stage, transfer=transfer_stage)
+    return stages[job.last](job)
 
 # %% ../../nbs/lab/85_experiments.ipynb #x171
 def is_built(
     job: Job,
-    made_by: Callable[[Job], Path] = eval_stage,  # the stage's function
+    made_by: Callable[[Job], Path] = last_stage,  # the stage's function
 ) -> bool:
-    "Is a stage of a job there, by default its results? What cannot be looked up is not: building says why"
+    "Is a stage of a job there, by default its last? What cannot be looked up is not: building says why"
     try:
         return bool(made_by(replace(job, build=False)))
     except (NotBuilt, OSError, ValueError):
@@ -795,10 +900,10 @@ def progress_of(
 
 # %% ../../nbs/lab/85_experiments.ipynb #x181
 def attempt(job: Job) -> Future:
-    "A job's results, or why there are none, without the tensors that were in use when it failed"
+    "A job's last stage, or why there is none, without the tensors that were in use when it failed"
     result = Future()
     try:
-        result.set_result(eval_stage(job))
+        result.set_result(last_stage(job))
     except Exception as error:
         result.set_exception(error)
         while error:
@@ -845,7 +950,7 @@ def build_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress) ->
         try:
             longest_first = sorted(jobs, key=weight, reverse=True)
             pending = {
-                pool.submit(eval_stage, replace(job, progress=False, wait=True)): job for job in longest_first
+                pool.submit(last_stage, replace(job, progress=False, wait=True)): job for job in longest_first
             }
             while len(done) < len(jobs):
                 for result, job in pending.items():
@@ -898,8 +1003,8 @@ def run_jobs(
     jobs: Sequence[Job],  # what to build
     workers: int | None = None,  # processes; None: one per job and core, or a single one if there is a GPU
     progress: Progress | None = None,  # of a command that has more jobs than these
-) -> dict[Job, Path]:  # eval folder of each
-    "Build every job's results, in parallel where that helps; what exists is not built again"
+) -> dict[Job, Path]:  # folder of each job's last stage
+    "Build every job's last stage, in parallel where that helps; what exists is not built again"
     jobs = list(dict.fromkeys(jobs))
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores()))
     for job in jobs:

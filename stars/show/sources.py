@@ -7,14 +7,14 @@ __all__ = ['UPSTREAM', 'FILES', 'PUBLISHED_NAMES', 'COUNTED', 'SAMPLES', 'SOURCE
            'fetch', 'cache_folder', 'cached_file', 'published_file', 'published_csv', 'problems_behind',
            'judged_completions', 'read_published', 'published_results', 'published_manifest', 'footnotes',
            'check_texts', 'check_shares', 'check_kinds', 'check_study', 'parts_of', 'Study', 'dose_groups',
-           'job_groups', 'with_references', 'published_part', 'study_results', 'study_manifest']
+           'job_groups', 'with_references', 'published_part', 'study_results', 'study_answers', 'study_manifest']
 
 # %% ../../nbs/show/92_sources.ipynb #ic003
 import hashlib
 import os
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from ..habits.behaviors import HABITS
 from ..habits.judges import PUBLISHED_COLUMNS
 from ..habits.summaries import read_results
 from ..lab.configs import Config, changed, check_list, preset
-from ..lab.experiments import grid, manifest, run_jobs
+from ..lab.experiments import grid, manifest, read_answers, run_jobs
 from ..lab.notebooks import did_you_mean
-from ..lab.stages import Job
+from ..lab.stages import LAST_STAGES, Job
 from .plots import PUBLISHED, by_source, label
 from ..util.files import write_bytes
 
@@ -247,7 +247,7 @@ def check_kinds(
     study,  # a `Study`
 ):
     "Raise ValueError for a parameter of another kind, such as a number where a list is wanted"
-    for name in ("source", "preset", "runs", "published"):
+    for name in ("source", "preset", "reads", "runs", "published"):
         value = getattr(study, name)
         if not isinstance(value, str | Path):
             raise ValueError(f"{name}={value!r} must be a text")
@@ -273,6 +273,11 @@ def check_study(
     if study.source not in SOURCES:
         hint = did_you_mean(study.source, SOURCES)
         raise ValueError(f"source={study.source!r} must be own, published or both{hint}")
+    if study.reads not in LAST_STAGES:
+        raise ValueError(f"reads={study.reads!r} must be one of {', '.join(LAST_STAGES)}")
+    if study.reads != "eval" and study.source != "own":
+        problem = f"nobody has published what {study.reads} measures; use source=own"
+        raise ValueError(f"source={study.source!r}: {problem}")
     check_shares(study.shares)
     if study.shares and study.source != "own":
         problem = "nobody has published runs with shares of habits; use source=own"
@@ -303,6 +308,7 @@ class Study:
     references: Sequence[str] = ()  # bases that are shown as they are, as `rich_base`
     shares: Sequence[float] = ()  # of documents with habits in the pretraining of bases
     only_published: Sequence[str] = ()  # further conditions, which only the published results have
+    reads: str = "eval"  # what the figure is drawn from: eval (results of checkpoints), draws or transfer
     runs: str = "runs"  # folder of the run store
     published: str = ""  # folder of the published files (default: fetched)
 
@@ -329,6 +335,12 @@ class Study:
     def results(self) -> pd.DataFrame:
         return study_results(self)
 
+    def draws(self) -> pd.DataFrame:
+        return study_answers(replace(self, reads="draws"))
+
+    def transfer(self) -> pd.DataFrame:
+        return study_answers(replace(self, reads="transfer"))
+
     def published_rows(self) -> pd.DataFrame | None:
         return published_part(self)
 
@@ -353,12 +365,13 @@ def job_groups(
 ) -> list[tuple[list[Job], dict]]:  # jobs, and what their rows are marked with
     "The jobs of a study"
     if study.shares:
-        return dose_groups(study)
-    groups = [(grid(study.cfg, study.models, study.conditions, study.seeds, study.runs), {})]
-    if study.references:
+        groups = dose_groups(study)
+    else:
+        groups = [(grid(study.cfg, study.models, study.conditions, study.seeds, study.runs), {})]
+    if study.references and not study.shares:
         jobs = grid(study.cfg, study.references, ["base"], study.seeds, study.runs)
         groups.append((jobs, dict(condition="rich_base", model=study.models[0])))
-    return groups
+    return [([replace(job, last=study.reads) for job in jobs], marks) for jobs, marks in groups]
 
 # %% ../../nbs/show/92_sources.ipynb #ic057
 def with_references(
@@ -401,6 +414,7 @@ def study_results(
     "The tidy results of a study; builds whatever is missing"
     published, tables = published_part(study), []
     if study.own:
+        study = replace(study, reads="eval")
         done = run_jobs(study.jobs())
         for jobs, marks in job_groups(study):
             for job in jobs:
@@ -410,13 +424,26 @@ def study_results(
         tables.append(published)
     return pd.concat(tables, ignore_index=True)
 
+# %% ../../nbs/show/92_sources.ipynb #ic162
+def study_answers(
+    study: Study,  # that reads draws or transfer
+) -> pd.DataFrame:  # one row per response, with its source
+    "The completions of a study; builds whatever is missing"
+    done = run_jobs(study.jobs())
+    tables = [
+        read_answers(done[job]).assign(source=study.preset, **marks)
+        for jobs, marks in job_groups(study)
+        for job in jobs
+    ]
+    return pd.concat(tables, ignore_index=True)
+
 # %% ../../nbs/show/92_sources.ipynb #ic063
 def study_manifest(
     study: Study,
     **what,  # further entries
 ) -> dict:
     "What goes beside the figure of a study"
-    asked = dict(source=study.source, place=study.place)
+    asked = dict(source=study.source, place=study.place, reads=study.reads)
     for name in ("models", "conditions", "references", "shares", "only_published"):
         if getattr(study, name):
             asked[name] = list(getattr(study, name))

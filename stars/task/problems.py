@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'whole', 'Space', 'read_exclusions', 'in_range', 'allows', 'limits_difficulty', 'as_hard_as_wanted',
-           'solvable_many', 'difficulty_many', 'difficulty', 'Walks', 'Drawn', 'Stream', 'in_order', 'too_few',
-           'sample_problems', 'all_problems']
+           'solvable_many', 'difficulty_many', 'difficulty', 'needs_product', 'Walks', 'Drawn', 'Stream', 'in_order',
+           'too_few', 'sample_problems', 'all_problems']
 
 # %% ../../nbs/task/12_problems.ipynb #c002
 import hashlib
@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from itertools import combinations, combinations_with_replacement, islice, permutations
+from itertools import combinations, combinations_with_replacement, islice, permutations, product
 from math import comb, inf, isfinite, isqrt, prod
+from operator import mul
 from pathlib import Path
 from typing import NamedTuple
 
@@ -516,6 +517,14 @@ def difficulty(
     "How hard a problem is"
     solutions, chance = difficulty_many(np.array(problem.numbers)[:, None], np.array([problem.target]))
     return int(solutions[0]), float(chance[0])
+
+# %% ../../nbs/task/12_problems.ipynb #n202
+def needs_product(
+    problem: Problem,
+) -> bool:
+    "Does every solution multiply or divide?"
+    signs = product((1, -1), repeat=len(problem.numbers))
+    return all(sum(map(mul, s, problem.numbers)) != problem.target for s in signs)
 
 # %% ../../nbs/task/12_problems.ipynb #n062
 @lru_cache(4096)
