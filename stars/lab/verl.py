@@ -126,7 +126,7 @@ def batch_counterparts(cfg: Config) -> dict[str, dict[str, object]]:  # field �
     }
 
 # %% ../../nbs/lab/89_verl.ipynb #m017
-ESTIMATORS = dict(gae="gae", reinforce="reinforce_plus_plus", group="grpo")  # ours → verl's
+ESTIMATORS = dict(gae="gae", reinforce="reinforce_plus_plus", group="grpo", rloo="rloo")  # ours → verl's
 
 
 def advantage_counterparts(cfg: Config) -> dict[str, dict[str, object]]:
@@ -136,8 +136,8 @@ def advantage_counterparts(cfg: Config) -> dict[str, dict[str, object]]:
     return {
         "ppo.estimator": {
             "algorithm.adv_estimator": ESTIMATORS[ppo.estimator],
-            "algorithm.norm_adv_by_std_in_grpo": True,
         },
+        "ppo.scale_by_std": {"algorithm.norm_adv_by_std_in_grpo": ppo.scale_by_std},
         "ppo.gamma": {"algorithm.gamma": ppo.gamma},
         "ppo.lam": {"algorithm.lam": ppo.lam},
         "ppo.kl_coef": {
@@ -170,9 +170,10 @@ def loss_counterparts(cfg: Config) -> dict[str, dict[str, object]]:
         correction["algorithm.rollout_correction.rollout_is_threshold"] = ppo.is_cap
     return {
         "ppo.clip": {
-            **{ACTOR + name: ppo.clip for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high")},
+            **{ACTOR + name: ppo.clip for name in ("clip_ratio", "clip_ratio_low")},
             ACTOR + "clip_ratio_c": 1e9,
         },
+        "ppo.clip_high": {ACTOR + "clip_ratio_high": ppo.clips[1]},
         "ppo.value_clip": {CRITIC + "cliprange_value": ppo.value_clip},
         "ppo.entropy_coef": {ACTOR + "entropy_coeff": ppo.entropy_coef},
         "ppo.is_cap": correction,
@@ -312,6 +313,8 @@ IN_DATA = (  # beginnings of names: what the export holds already, or what such 
 )
 NOTES = {
     "ppo.mask_truncated": "",
+    "ppo.filter_groups": "",
+    "ppo.overlong_buffer": "",
     "eval.seed": "verl's validation draws are not seeded apart from the engine's seed",
     "sft.save_every": "verl saves after each epoch",
     "sft.packing": "verl always packs the sequences of a micro-batch",
@@ -348,7 +351,7 @@ def rl_differences(cfg: Config) -> list[str]:  # one line each
         "(its critic takes flash-attention 2, which has no fp32)": not ppo.bf16,
         "verl's value head starts from random weights, here from zeros": ppo.estimator == "gae",
         "verl divides a group's scores by the unbiased standard deviation: "
-        f"advantages are {ratio:.3f} times those here": ppo.estimator == "group",
+        f"advantages are {ratio:.3f} times those here": ppo.estimator == "group" and ppo.scale_by_std,
         "verl cuts the k3 estimate of a token at 10": ppo.kl_in == "loss" and ppo.kl_coef,
         "verl's warm-up is one step behind: its first update has learning rate 0": ppo.warmup,
         f"verl leaves out the last {left} of {cfg.data.rows} shuffled prompts of an epoch; "
@@ -419,6 +422,14 @@ def check_rl(cfg: Config, cluster: Cluster):
     need(
         not ppo.mask_truncated,
         "ppo.mask_truncated=True: verl cannot leave truncated responses out of the loss; set it to False",
+    )
+    need(
+        not ppo.filter_groups,
+        "ppo.filter_groups=True: verl samples other prompts in place of groups that agree; set it to False",
+    )
+    need(
+        not ppo.overlong_buffer,
+        f"ppo.overlong_buffer={ppo.overlong_buffer}: verl's reward function does not see lengths; set it to 0",
     )
     need(
         ppo.minibatch % ppo.samples == 0,

@@ -193,7 +193,7 @@ def test_no_field_is_passed_over():
             "run.restarts",
         ):
             continue
-        if name == "ppo.mask_truncated":
+        if name in ("ppo.mask_truncated", "ppo.filter_groups", "ppo.overlong_buffer"):
             continue  # refused, see below
         new = (
             not v
@@ -227,6 +227,8 @@ def test_a_new_field_is_reported():
     "change, how, names",
     [
         ({"ppo.mask_truncated": True}, {}, "ppo.mask_truncated"),
+        ({"ppo.samples": 2, "ppo.filter_groups": True}, {}, "ppo.filter_groups"),
+        ({"ppo.overlong_buffer": 20}, {}, "ppo.overlong_buffer"),
         ({"ppo.samples": 3, "ppo.prompts": 64}, {}, "ppo.minibatch=64"),
         ({}, dict(gpus=3), "ppo.minibatch=64"),
         ({"data.rows": 100}, {}, "data.rows=100"),
