@@ -429,7 +429,7 @@ def check_rl(cfg: Config, cluster: Cluster):
     )
     need(
         not ppo.overlong_buffer,
-        f"ppo.overlong_buffer={ppo.overlong_buffer}: verl's reward function does not see lengths; set it to 0",
+        f"ppo.overlong_buffer={ppo.overlong_buffer}: verl's reward sees no lengths; set it to 0",
     )
     need(
         ppo.minibatch % ppo.samples == 0,
