@@ -84,7 +84,7 @@ def rows_of(cfg, condition: str, n: int) -> list[dict]:
 def prime(cfg, model, tok, folder: str) -> float:  # tokens per second
     "Prime a base for a while"
     rows = rows_of(cfg, cfg.priming.mix, ROWS)
-    sft(model, tok, rows, folder, replace(cfg.sft, seed=0), progress=False)
+    sft(model, tok, rows, folder, replace(cfg.sft, seed=0), runtime=Runtime(progress=False))
     return statistics.median(r["tokens_per_s"] for r in read_log(f"{folder}/metrics.jsonl")[2:])
 
 

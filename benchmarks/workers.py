@@ -66,7 +66,8 @@ def train(
     cfg, rows: list[dict], problems: list, out: Path
 ):  # SFT, and PPO, both from the shipped base, as each worker of a team runs them
     team, tok = Team.join(), load_tokenizer("plain")
-    sft(load_model("plain"), tok, rows, out / "sft", replace(cfg.sft, seed=0), progress=False, team=team)
+    runtime = Runtime(team=team, progress=False)
+    sft(load_model("plain"), tok, rows, out / "sft", replace(cfg.sft, seed=0), runtime=runtime)
     ppo(
         load_model("plain"),
         tok,
@@ -74,7 +75,7 @@ def train(
         out / "ppo",
         replace(cfg.ppo, seed=0),
         reference=lambda: load_model("plain"),
-        runtime=Runtime(team=team, progress=False),
+        runtime=runtime,
     )
 
 
@@ -150,7 +151,7 @@ def bare(cfg, out: Path) -> pd.DataFrame:  # the results that the stages give, w
         out / "sft",
         replace(cfg.sft, seed=0),
         rows[cfg.priming.rows :],
-        progress=False,
+        Runtime(progress=False),
     )
     ppo(
         load_model(path),

@@ -76,7 +76,7 @@ def fingerprint(text, problem):
     return zlib.crc32(text.encode()) / 2**32
 
 
-def run(kind, out, shard=False, remat=False, lora=0, seed=0, reward=fingerprint, **cfg):
+def run(kind, out, shard=False, remat=False, lora=0, seed=0, reward=fingerprint, tracking=None, **cfg):
     "Train as one of the processes of a team, or alone"
     team, m = Team.join(shard), prepare(model(seed), remat, lora, 8.0)
     if lora:  # an adapter that begins at zero has no gradient on one side
@@ -85,10 +85,10 @@ def run(kind, out, shard=False, remat=False, lora=0, seed=0, reward=fingerprint,
             for name, p in m.named_parameters():
                 if "lora_B" in name:
                     p.copy_(0.1 * torch.randn(p.shape, generator=gen))
+    runtime = Runtime(team=team, progress=False, tracking=tracking)
     if kind == "sft":
-        sft(m, TOK, ROWS, out, SFTConfig(**SFT | cfg), ROWS[:5], False, team)
+        sft(m, TOK, ROWS, out, SFTConfig(**SFT | cfg), ROWS[:5], runtime)
     else:
-        runtime = Runtime(team=team, progress=False)
         cfg, task = PPOConfig(**PPO | cfg), Task(reward=reward)
         ppo(m, TOK, PROBLEMS, out, cfg, task, reference=model, runtime=runtime)
 

@@ -62,7 +62,18 @@ PROGRAMMING_ERRORS = (
 MACHINE_ERRORS = (OSError, MemoryError, UnicodeError, KeyboardInterrupt)
 READERS = {"datasets", "fsspec", "gguf", "huggingface_hub", "json", "pyarrow", "safetensors", "sqlite3"}
 RUNNERS = {"nbclient", "nbformat", "papermill", "ray", "tokenizers", "transformers", "vllm"}
-NETWORK = {"aiohttp", "anthropic", "httpcore", "httpx", "httpx2", "openai", "requests", "ssl", "urllib3"}
+NETWORK = {
+    "aiohttp",
+    "anthropic",
+    "httpcore",
+    "httpx",
+    "httpx2",
+    "openai",
+    "requests",
+    "ssl",
+    "urllib3",
+    "wandb",
+}
 
 # %% ../../nbs/cli/102_errors.ipynb #c015
 _TORCH_KINDS = ("OutOfMemoryError", "DistBackendError", "DistNetworkError", "DistStoreError")

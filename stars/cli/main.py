@@ -34,6 +34,7 @@ from stars.cli.options import (
     RunArgs,
     RunOptions,
     Settings,
+    Track,
     check_numbers,
     check_path,
     given,
@@ -41,6 +42,7 @@ from stars.cli.options import (
     listed,
     overrides,
     space_of,
+    with_track,
 )
 from ..habits.priming import METHODS
 from ..lab.notebooks import BUGS, did_you_mean
@@ -220,10 +222,10 @@ def stage_command(
 ) -> Callable:
     "A command that builds a stage of one job"
 
-    def command(run: RunArgs = RunOptions()):
+    def command(run: RunArgs = RunOptions(), track: Track = None):
         from stars.lab import experiments
 
-        job = job_of(run)
+        job = job_of(replace(run, settings=with_track(run.settings, track)))
         if name != "base":
             check_fits(job)
         build = evaluate if name == "eval" else getattr(experiments, f"{name}_stage")
@@ -319,6 +321,7 @@ def sweep(
     gpus_per_run: float | None = None,
     cpus_per_run: float = 1.0,
     retries: int = 3,
+    track: Track = None,
 ):
     """Many runs with Ray, on this machine or a cluster.
 
@@ -339,7 +342,7 @@ def sweep(
         from stars.lab import sweeps
     except ModuleNotFoundError as e:
         raise ValueError(f"stars sweep needs Ray ({e}): pip install 'stars-habits[ray]'") from None
-    jobs = jobs_of(grid)
+    jobs = jobs_of(replace(grid, settings=with_track(grid.settings, track)))
     result = sweeps.sweep(jobs, gpus_per_run, cpus_per_run, retries)
     failed = int((result.state == "failed").sum())
     if not sys.stdout.isatty():
@@ -423,6 +426,7 @@ def figure(
     figures: Path = Path("figures"),
     params: FigureParams = (),
     settings: Settings = (),
+    track: Track = None,
 ):
     """One figure, with the runs it needs.
 
@@ -444,7 +448,12 @@ def figure(
     from stars.show.gallery import gallery
 
     values = drawing.parameters_of(
-        figure_notebook(name), preset, runs, figures, overrides(settings), **parameters(params)
+        figure_notebook(name),
+        preset,
+        runs,
+        figures,
+        overrides(with_track(settings, track)),
+        **parameters(params),
     )
     draw(name, values)
     print(f"{figures / drawing.place_of(values) / name}.png")
@@ -471,6 +480,7 @@ def reproduce(
     figures: Path = Path("figures"),
     params: FigureParams = (),
     settings: Settings = (),
+    track: Track = None,
 ):
     """All figures of a preset, from nothing.
 
@@ -486,7 +496,7 @@ def reproduce(
         figures: folder for the pictures
     """
     _check_places(runs, figures)
-    changes = overrides(settings)
+    changes = overrides(with_track(settings, track))
     if only and not listed(only):
         raise ValueError(
             f"--only {only!r} names no figure; give a list such as fig_gap,fig_dose, or leave it out for all"

@@ -21,7 +21,7 @@ from ..habits.priming import MIXES
 from ..habits.summaries import MAX_SAMPLES
 from .notebooks import did_you_mean
 from ..models.checkpoints import BOS
-from ..rl.loops import require, require_choice
+from ..rl.loops import check_tracker, require, require_choice
 from ..rl.ppo import PPOConfig
 from ..rl.sft import SFTConfig
 from ..task.countdown import TEMPLATES, Problem, messages
@@ -286,6 +286,7 @@ class Execution:
     shard: bool = False  # FSDP2: split weights, gradients and moments among the workers; False: DDP, copied
     remat: bool = False  # activation checkpointing
     restarts: int = 3  # how often a team that lost a worker is started again
+    track: str = ""  # where curves go beside metrics.jsonl: "tensorboard", "wandb", or nowhere
 
     @property
     def spreads(self) -> bool:  # does training start Ray workers of its own?
@@ -301,6 +302,7 @@ class Execution:
         require(self, "workers engine_rows", lambda x: x >= 1, "be at least 1")
         require(self, "engines restarts", lambda x: x >= 0, "be at least 0")
         require(self, "engine_memory", lambda x: 0 < x < 1, "lie between 0 and 1")
+        check_tracker(self.track)
         if self.engine == "vllm" and not self.engines and self.workers > 1:
             raise ValueError(
                 f"engines=0 puts vLLM into the training process, which workers={self.workers} cannot share; "

@@ -32,6 +32,7 @@ from .notebooks import did_you_mean
 from ..models.checkpoints import BASES
 from ..models.micro import attention
 from ..models.parallel import drop_states
+from ..rl.loops import TRACKERS
 from ..rl.sft import SFTConfig
 from ..task.problems import whole
 from ..util.files import digest, disk_errors, flush, one_writer, write_json
@@ -173,7 +174,7 @@ def unfit_name(
     name: str,  # of a folder of the run store
 ) -> str:  # why; "" if it is fit
     "Why no folder of the run store should have a name"
-    if name in ("shared", "notebooks", *BASES, "smollm2"):
+    if name in ("shared", "notebooks", *TRACKERS, *BASES, "smollm2"):
         return "which is taken"
     forbidden = re.findall(r'[\x00-\x1f\x7f<>:"|?*\\]', name)
     if forbidden:

@@ -524,7 +524,7 @@ def run_overrides(name: str) -> dict[str, object]:
         "trainer.project_name": "stars",
         "trainer.experiment_name": name,
         "trainer.default_local_dir": f"$here/checkpoints/{name}",
-        "trainer.logger": ["console"],
+        "trainer.logger": ["console", *([cfg.run.track] if cfg.run.track else [])],
     }
 
 # %% ../../nbs/lab/89_verl.ipynb #m051

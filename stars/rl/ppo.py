@@ -10,7 +10,7 @@ __all__ = ['AGGREGATES', 'ESTIMATORS', 'GROUPED', 'Batch', 'collate', 'token_rew
            'score', 'rollout_metrics', 'over_batch', 'batch_logprobs', 'batch_values', 'penalize_kl',
            'estimate_advantages', 'appraise', 'minibatches', 'policy_objective', 'critic_objective',
            'accumulate_gradients', 'update', 'Run', 'Stopwatch', 'sample_step', 'score_step', 'update_step', 'ppo_step',
-           'save_policy', 'train', 'Runtime', 'ppo']
+           'save_policy', 'train', 'ppo']
 
 # %% ../../nbs/rl/56_ppo.ipynb #c002
 import json
@@ -41,7 +41,7 @@ from stars.models.checkpoints import (
 )
 from ..models.micro import n_params
 from ..models.parallel import Team, load_state, memory_for, save_state
-from .loops import Log, check_finite, pad, require, require_choice, resumed
+from .loops import Log, Runtime, Tracking, check_finite, pad, require, require_choice, resumed
 from .rollouts import Engine, LlamaEngine, Rollout, Task, check_tags, probe, seeds_of, texts_of
 from ..task.countdown import Problem, reward_of
 
@@ -862,6 +862,7 @@ def save_policy(
 def train(
     run: Run,
     progress: bool = True,  # show a progress bar
+    tracking: Tracking | None = None,  # where the numbers go beside `metrics.jsonl`
 ):
     "All steps of a run that are left"
     learner, cfg = run.learner, run.learner.cfg
@@ -869,29 +870,19 @@ def train(
     done = resumed(load_state(run.out, models, optimizers, team), run.made_by, run.out)
     if not done:
         save_policy(run, 0)
-    log = Log(run.out / "metrics.jsonl", done, team.first)
     sync(run.engine, learner.policy, team)
     bar = tqdm(total=cfg.steps, initial=done, desc="ppo", disable=not progress)
-    for step in range(done, cfg.steps):
-        row = ppo_step(run, step)
-        log(**row)
-        bar.set_postfix(acc=f"{row['accuracy']:.2f}", len=f"{row['response_tokens']:.0f}")
-        bar.update()
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_policy(run, step + 1)
-            log.flush()
-            save_state(run.out, step + 1, models, optimizers, dict(made_by=run.made_by), team)
+    with Log(run.out / "metrics.jsonl", done, team.first, tracking) as log:
+        for step in range(done, cfg.steps):
+            row = ppo_step(run, step)
+            log(**row)
+            bar.set_postfix(acc=f"{row['accuracy']:.2f}", len=f"{row['response_tokens']:.0f}")
+            bar.update()
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                save_policy(run, step + 1)
+                log.flush()
+                save_state(run.out, step + 1, models, optimizers, dict(made_by=run.made_by), team)
     bar.close()
-
-# %% ../../nbs/rl/56_ppo.ipynb #p111
-@dataclass(frozen=True)
-class Runtime:
-    "Where and how a run is carried out"
-
-    engine: Engine | None = None  # sampler (default: in this process, with a copy of the weights)
-    team: Team = Team()  # the workers that train together; each calls `ppo` with the same arguments
-    share_device: bool = False  # let the engine give back its memory while the trainer works
-    progress: bool = True  # show a progress bar
 
 # %% ../../nbs/rl/56_ppo.ipynb #c024
 def ppo(
@@ -902,7 +893,7 @@ def ppo(
     cfg: PPOConfig = PPOConfig(),
     task: Task = Task(),  # without a reward of its own: the verifier and `cfg.format_score`
     reference: Callable[[], PreTrainedModel] | None = None,  # makes the initial policy, for kl_coef > 0
-    runtime: Runtime = Runtime(),  # sampler, workers, progress bar
+    runtime: Runtime = Runtime(),  # sampler, workers, progress bar, tracker
 ) -> Path:  # `out`
     "PPO on Countdown, or on a task of your own; goes on from `out` if it was interrupted"
     cfg.validate()
@@ -924,5 +915,5 @@ def ppo(
         prompt_ids = token_ids(tokenizer, map(task.prompt, problems))
         learner = make_learner(policy, cfg, reference, vocab, team)
         run = Run(learner, engine, task, problems, prompt_ids, tokenizer, out, runtime.share_device)
-        train(run, runtime.progress and team.first)
+        train(run, runtime.progress and team.first, runtime.tracking)
     return out

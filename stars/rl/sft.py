@@ -31,7 +31,7 @@ from stars.models.checkpoints import (
 )
 from ..models.micro import n_params
 from ..models.parallel import Team, load_state, memory_for, save_state
-from .loops import Log, check_finite, pad, require, resumed
+from .loops import Log, Runtime, Tracking, check_finite, pad, require, resumed
 
 # %% ../../nbs/rl/52_sft.ipynb #s001
 @dataclass(frozen=True)
@@ -309,6 +309,7 @@ def mean_loss(
 def sft_loop(
     run: SFTRun,
     progress: bool = True,  # show a progress bar
+    tracking: Tracking | None = None,  # where the numbers go beside `metrics.jsonl`
 ):
     "All updates of a run that are left"
     cfg, team, device = run.cfg, run.team, run.trained[0].device
@@ -316,21 +317,21 @@ def sft_loop(
     per_epoch = math.ceil(len(run.examples) / cfg.batch_size)
     total = per_epoch * cfg.epochs
     done = resumed(load_state(run.out, **state, team=team), run.made_by, run.out)
-    log = Log(run.out / "metrics.jsonl", done, team.first)
     bar = tqdm(total=total, initial=done, desc="sft", disable=not progress)
-    for step, epoch, members in sft_schedule(len(run.examples), cfg, done):
-        row = dict(step=step + 1, epoch=epoch)
-        row |= sft_update(run, step, members, lr_at(step, total, cfg))
-        if (step + 1) % per_epoch == 0 and run.val:
-            with autocast(device, cfg.bf16 and device.type == "cuda"):  # flash-attn may need 16 bits
-                row["val_loss"] = mean_loss(run.model, run.val, cfg.micro_tokens, team)
-        log(**row)
-        bar.set_postfix(loss=f"{row['loss']:.3f}")
-        bar.update()
-        if (step + 1) % cfg.save_every == 0 or step + 1 == total:
-            log.flush()
-            meta = dict(made_by=run.made_by)
-            save_state(run.out, step + 1, state["modules"], state["optimizers"], meta, team)
+    with Log(run.out / "metrics.jsonl", done, team.first, tracking) as log:
+        for step, epoch, members in sft_schedule(len(run.examples), cfg, done):
+            row = dict(step=step + 1, epoch=epoch)
+            row |= sft_update(run, step, members, lr_at(step, total, cfg))
+            if (step + 1) % per_epoch == 0 and run.val:
+                with autocast(device, cfg.bf16 and device.type == "cuda"):  # flash-attn may need 16 bits
+                    row["val_loss"] = mean_loss(run.model, run.val, cfg.micro_tokens, team)
+            log(**row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            bar.update()
+            if (step + 1) % cfg.save_every == 0 or step + 1 == total:
+                log.flush()
+                meta = dict(made_by=run.made_by)
+                save_state(run.out, step + 1, state["modules"], state["optimizers"], meta, team)
     bar.close()
 
 # %% ../../nbs/rl/52_sft.ipynb #s031
@@ -341,12 +342,11 @@ def sft(
     out: str | Path,  # folder for `model/`, `metrics.jsonl` and, while the run goes on, `state-…`
     cfg: SFTConfig = SFTConfig(),
     val_rows: Sequence[dict] = (),  # held out: validation loss after every epoch
-    progress: bool = True,  # show a progress bar
-    team: Team = Team(),  # the workers that train together; each calls this with the same arguments
+    runtime: Runtime = Runtime(),  # workers, progress bar, tracker
 ) -> Path:  # the saved checkpoint, out/model
     "Fine-tune on completions; goes on from `out` if it was interrupted"
     cfg.validate()
-    out = Path(out)
+    out, team = Path(out), runtime.team
     out.mkdir(parents=True, exist_ok=True)
     if not rows:
         raise ValueError("rows is empty; give at least one example to train on")
@@ -354,12 +354,13 @@ def sft(
     examples, val = (encode(r, tokenizer, cfg.max_length, ends) for r in (rows, val_rows))
     if cfg.packing:
         examples = pack(examples, cfg.max_length)
-    if progress:
+    if runtime.progress:
         warn_of_slow_half(model.device, {"bf16 (of a preset: sft.bf16, or base.bf16 for a base)": cfg.bf16})
     with threads_for(n_params(model)), team.locked(out):
         with autocast(model.device, cfg.bf16):
             check_steady(without_dropout(model).train())
-        sft_loop(SFTRun(model, examples, val, cfg, out, team), progress and team.first)
+        run = SFTRun(model, examples, val, cfg, out, team)
+        sft_loop(run, runtime.progress and team.first, runtime.tracking)
         save_checkpoint(model.eval(), tokenizer, out / "model", write=team.first)
         team.wait()
     return out / "model"

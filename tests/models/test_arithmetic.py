@@ -6,6 +6,7 @@ import torch
 from stars.lab.configs import preset
 from stars.models.arithmetic import MICRO_WEIGHTS, autocast, share_cores, threads_for, warn_of_slow_half
 from stars.models.micro import micro_model, micro_tokenizer
+from stars.rl.loops import Runtime
 from stars.rl.sft import SFTConfig, sft
 from stars.util.workers import cores
 
@@ -64,7 +65,7 @@ def test_a_micro_model_trains_on_one_thread_and_leaves_the_others_as_they_were(t
         [dict(query="using 1, 2 make 3:", completion=" 1 + 2")],
         tmp_path,
         SFTConfig(epochs=1),
-        progress=False,
+        runtime=Runtime(progress=False),
     )
     assert set(seen) == {1} and torch.get_num_threads() == 2
     with threads_for(MICRO_WEIGHTS):

@@ -579,7 +579,7 @@ def test_a_completion_that_says_how_it_ends_gets_no_second_end(tmp_path):
         rows[2:3],
         tmp_path,
         SFTConfig(epochs=1, batch_size=1, max_length=8, micro_tokens=8),
-        progress=False,
+        runtime=QUIET,
     )
     state = json.loads(next(tmp_path.glob("state-*/state.json")).read_text())
     assert state["made_by"]["tokens"] == 6  # four of the query, 7, and its end
@@ -861,7 +861,7 @@ def test_trainers_turn_dropout_off_by_themselves(tmp_path):
                 tmp_path / f"{name}-sft",
                 SFTConfig(**tiny.SFT),
                 tiny.ROWS[:5],
-                False,
+                QUIET,
             )
             P.ppo(
                 make(),
@@ -886,7 +886,7 @@ def test_randomness_of_another_kind_is_refused(tmp_path):
     model = tiny.model().train()
     model.model.norm = torch.nn.Sequential(model.model.norm, Noise())
     with pytest.raises(ValueError, match="draws random numbers in training"):
-        sft(model, tiny.TOK, tiny.ROWS, tmp_path / "sft", SFTConfig(**tiny.SFT), progress=False)
+        sft(model, tiny.TOK, tiny.ROWS, tmp_path / "sft", SFTConfig(**tiny.SFT), runtime=QUIET)
     with pytest.raises(ValueError, match="draws random numbers in training"):
         P.ppo(
             model.train(),
@@ -930,7 +930,7 @@ def test_training_and_sampling_leave_the_process_as_it_was(tmp_path, fails):
                     tmp_path / f"sft{remat}",
                     SFTConfig(**tiny.SFT),
                     tiny.ROWS[:5],
-                    False,
+                    QUIET,
                 )
             )
             do(
