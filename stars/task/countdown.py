@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'TEMPLATES', 'MAX_CHARS', 'MAX_TOKENS', 'MAX_DIGITS', 'MAX_DEPTH', 'LAYOUTS', 'as_int', 'require', 'Problem',
            'solvable', 'solve', 'split_of', 'messages', 'chat_prompt', 'make_prompt', 'parse_expression', 'answer_of',
-           'parse_answer', 'Verdict', 'explain', 'score', 'reward_of']
+           'parse_answer', 'expression_of', 'Verdict', 'explain', 'score', 'reward_of']
 
 # %% ../../nbs/task/11_countdown.ipynb #c002
 import hashlib
@@ -565,6 +565,15 @@ def parse_answer(
         if other != value:
             raise ValueError(f"the stated result is wrong: the expression is {value}, not {side.strip()}")
     return value, used
+
+# %% ../../nbs/task/11_countdown.ipynb #n098
+def expression_of(
+    answer: str,  # content of an answer tag
+) -> str:  # in the signs of `parse_expression`, without results
+    "The expression that an answer states; `ValueError` where there is none, or a stated result is false"
+    parse_answer(answer)
+    text = answer if _ALREADY_PLAIN.fullmatch(answer) else _plain(answer)
+    return max(_EQUALS.split(text), key=lambda side: len(_side(side)[1])).strip()
 
 # %% ../../nbs/task/11_countdown.ipynb #n079
 @dataclass(frozen=True)
