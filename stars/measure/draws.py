@@ -218,7 +218,7 @@ def crossing(
 ) -> float | None:  # the k at which the sign changes for the first time; None: it does not
     "Where one curve begins to lie on the other side of another"
     off = np.asarray(gains) != 0  # a curve that only touches another does not cross it
-    x, y = np.log2(ks)[off], np.asarray(gains, float)[off]
+    x, y = np.log2(np.asarray(ks, float))[off], np.asarray(gains, float)[off]
     at = np.flatnonzero(y[:-1] * y[1:] < 0)
     if not len(at):
         return None

@@ -232,7 +232,7 @@ def test_what_cannot_be_compared_is_refused(study):
 
 def test_where_curves_cross():
     assert crossing([1, 2, 4], [0.1, 0.05, 0.01]) is None
-    assert crossing([1, 4], [-0.1, 0.1]) == pytest.approx(2)
+    assert crossing(pd.Series([1, 4], [7, 9]), pd.Series([-0.1, 0.1], [7, 9])) == pytest.approx(2)
     assert crossing([1, 2, 4, 8], [0.3, 0.1, -0.1, 0.2]) == pytest.approx(2 * 2**0.5)
     assert crossing([1, 2, 4], [0.1, 0.0, -0.1]) == pytest.approx(2)
     assert crossing([1, 2, 4], [0.1, 0.0, 0.1]) is None  # touching is no crossing
