@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['THIRDS', 'RUN', 'FIFTHS', 'COUNTS', 'RARE', 'COMPARISONS', 'first_try', 'thirds', 'prepared', 'by_count', 'weighed',
-           'Match', 'matched', 'unmatched', 'further_attempts', 'fresh_or_further', 'compare', 'habits_shown',
+           'Match', 'matched', 'unmatched', 'further_attempts', 'fresh_or_further', 'divided_at', 'compare',
            'groups_of', 'payoff', 'further_tries']
 
 # %% ../../nbs/measure/74_payoff.ipynb #p001
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -171,7 +172,21 @@ def fresh_or_further(
     return matched(both, pd.Series(np.arange(len(both)) < len(further)))
 
 # %% ../../nbs/measure/74_payoff.ipynb #p027
-RARE = 0.02  # share of responses that show a habit, or do not, at least
+RARE = 0.02  # share of responses that there must be on either side
+
+
+def divided_at(
+    rows: pd.DataFrame,  # responses of one condition, with a column of counts per habit
+) -> dict[str, int]:  # habit → the count from which on a response is said to show it: 1 or 2
+    "The habits that divide the responses of every step, and where"
+    found = {}
+    for least in (2, 1):
+        share = (rows[list(HABIT_NAMES)] >= least).groupby(rows.step).mean()
+        divides = share.ge(RARE).all() & share.le(1 - RARE).all()
+        found |= dict.fromkeys(divides.index[divides], least)
+    return {h: found[h] for h in HABIT_NAMES if h in found}
+
+# %% ../../nbs/measure/74_payoff.ipynb #p028
 COMPARISONS = ("raw", "problem", "length", "missed")
 
 
@@ -179,32 +194,26 @@ def compare(
     rows: pd.DataFrame,  # from `prepared`, of one condition and step
     habit: str,
     comparison: str,  # one of `COMPARISONS`
+    least: int = 1,  # count from which on a response shows the habit
 ) -> Match:
     "Accuracy with and without a habit, compared in one of four ways"
     if comparison not in COMPARISONS:
         raise ValueError(f"comparison={comparison!r}: choose one of {', '.join(COMPARISONS)}")
     if comparison == "missed":
         rows = rows[rows.first_try == "missed"]
-    shows = rows[habit] > 0
+    shows = rows[habit] >= least
     if comparison == "raw":
         return unmatched(rows, shows)
     return matched(rows, shows, ("seed", "length") if comparison == "length" else ("seed",))
 
-# %% ../../nbs/measure/74_payoff.ipynb #p028
-def habits_shown(
-    rows: pd.DataFrame,  # responses, with a column of counts per habit
-) -> list[str]:
-    "The habits that enough responses show, and enough do not, to be compared"
-    return [h for h in HABIT_NAMES if RARE <= (rows[h] > 0).mean() <= 1 - RARE]
-
-
+# %% ../../nbs/measure/74_payoff.ipynb #p029
 def groups_of(
     rows: pd.DataFrame,  # from `prepared`
 ) -> dict[str, pd.DataFrame]:  # "all", and each third there is
     "All problems, and each third of them"
     return {"all": rows} | {t: rows[rows.difficulty == t] for t in THIRDS if (rows.difficulty == t).any()}
 
-# %% ../../nbs/measure/74_payoff.ipynb #p029
+# %% ../../nbs/measure/74_payoff.ipynb #p030
 def _as_row(match, **about):
     "A match as a row of the table"
     estimate, *more = match
@@ -216,23 +225,23 @@ def payoff(
     comparisons: Sequence[str] = COMPARISONS,
 ) -> pd.DataFrame:  # value, lo, hi: the difference; with_, without, problems; share: responses with the habit
     "Accuracy with a habit minus without, for everything that can be compared"
-    table = []
-    for (model, condition, step), run in rows.groupby(["model", "condition", "step"], sort=False):
-        for habit in habits_shown(run):
-            for group, part in groups_of(run).items():
-                about = dict(model=model, condition=condition, step=step, habit=habit, difficulty=group)
-                about |= dict(share=float((part[habit] > 0).mean()), responses=len(part))
-                table += [_as_row(compare(part, habit, c), **about, comparison=c) for c in comparisons]
+    table, keys = [], ["model", "condition"]
+    divided = {key: divided_at(part) for key, part in rows.groupby(keys)}
+    for (*key, step), run in rows.groupby([*keys, "step"], sort=False):
+        for (habit, least), (group, part) in product(divided[*key].items(), groups_of(run).items()):
+            about = dict(zip(keys, key)) | dict(step=step, habit=habit, least=least, difficulty=group)
+            about |= dict(share=float((part[habit] >= least).mean()), responses=len(part))
+            table += [_as_row(compare(part, habit, c, least), **about, comparison=c) for c in comparisons]
     return pd.DataFrame(table)
 
-# %% ../../nbs/measure/74_payoff.ipynb #p031
+# %% ../../nbs/measure/74_payoff.ipynb #p032
 def further_tries(
     rows: pd.DataFrame,  # from `prepared`, of any conditions and steps
 ) -> pd.DataFrame:  # value, lo, hi: the difference; with_: further tries, without: a fresh one
     "`fresh_or_further` for every condition, step and group of problems, per response and per try"
     table = []
     for (model, condition, step), run in rows.groupby(["model", "condition", "step"], sort=False):
-        if "backtracking" not in habits_shown(run):
+        if not (run.backtracking > 0).any():
             continue
         for group, part in groups_of(run).items():
             for per in ("response", "try"):

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from stars.measure.payoff import (
     by_count,
     compare,
+    divided_at,
     first_try,
     fresh_or_further,
     further_tries,
-    habits_shown,
     matched,
     payoff,
     prepared,
@@ -143,11 +143,24 @@ def test_unknown_comparisons_are_named():
         fresh_or_further(rows, per="token")
 
 
-def test_habits_that_hardly_any_or_nearly_all_show_are_left_out():
+def test_habits_divide_responses_where_both_sides_have_some():
     shown = dict(
-        verification=[1] * 100, backtracking=[1] * 50 + [0] * 50, subgoal=[1] + [0] * 99, backward=[0] * 100
+        verification=[1] * 50 + [2] * 50,  # all show it: more or less
+        backtracking=[1] * 50 + [0] * 50,
+        subgoal=[1] + [0] * 99,  # too rare
+        backward=[1] * 100,  # always the same
     )
-    assert habits_shown(pd.DataFrame(shown)) == ["backtracking"]
+    before = pd.DataFrame(shown).assign(step=0)
+    assert divided_at(before) == dict(verification=2, backtracking=1)
+    after = before.assign(step=60, backtracking=1)  # nobody is left without
+    assert divided_at(pd.concat([before, after])) == dict(verification=2)
+
+
+def test_more_or_less_of_a_habit_is_compared_from_a_count_on():
+    rows = table([(i, 0, n == 2, True) for i in range(12) for n in (1, 2)])
+    rows = rows.assign(subgoal=[1, 2] * 12, first_try="missed", length=1)
+    assert compare(rows, "subgoal", "problem", least=2).difference.value == 1
+    assert compare(rows, "subgoal", "problem").problems == 0
 
 
 def test_the_table_has_every_comparison_in_every_group():
