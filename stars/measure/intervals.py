@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['NEW_PROBLEMS', 'NEW_SEEDS', 'BOTH', 'NOTHING', 'Estimate', 'outcomes', 'Term', 'seeds_margin', 'binomial_noise',
            'half_width', 'of_means', 'residual', 'Variances', 'problem_variances', 'margin', 'contrast', 'difference',
-           'bent', 'mean_interval', 'problem_weights', 'check_ratio', 'resampled', 'sure_margins', 'ratio_interval',
-           'ratio_difference', 'relation']
+           'bent', 'mean_interval', 'Runs', 'solved_shares', 'compare', 'estimate', 'problem_weights', 'check_ratio',
+           'resampled', 'sure_margins', 'ratio_interval', 'ratio_difference', 'relation']
 
 # %% ../../nbs/measure/71_intervals.ipynb #ja003
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
 from ..habits.behaviors import wilson
+from ..habits.summaries import solved_counts
 
 # %% ../../nbs/measure/71_intervals.ipynb #ja006
 NEW_PROBLEMS = "new problems"
@@ -204,6 +205,56 @@ def mean_interval(
     return e
 
 # %% ../../nbs/measure/71_intervals.ipynb #ja042
+@dataclass(frozen=True)
+class Runs:
+    "One quantity of one condition, measured on a run per seed"
+
+    values: tuple[float, ...]  # of each seed
+    n: float = np.nan  # completions behind each value
+    share: bool = False  # right or wrong, so n says how much a value varies by the draw
+    outcomes: tuple[tuple[float, ...], ...] = field(
+        default=(), repr=False
+    )  # [seeds, problems]; () if unknown
+
+    def term(self, weight: float = 1.0) -> Term:  # of a weighted sum, outcomes left aside
+        values = np.asarray(self.values, float)
+        return Term(values, binomial_noise(values.mean(), self.n) if self.share else np.nan, weight)
+
+# %% ../../nbs/measure/71_intervals.ipynb #ja044
+def solved_shares(
+    solved: Sequence[str],  # the column of that name, a text per seed; something else where it is missing
+    n: Sequence[int],  # completions of each seed
+) -> tuple[tuple[float, ...], ...]:  # [seeds, problems]; () where they are not known
+    "The share of right responses to each problem, seed by seed"
+    if not all(isinstance(text, str) and text for text in solved) or len(set(map(len, solved))) > 1:
+        return ()
+    return tuple(tuple((solved_counts(text) * len(text) / k).tolist()) for text, k in zip(solved, n))
+
+# %% ../../nbs/measure/71_intervals.ipynb #ja047
+def compare(
+    cells: Sequence[Runs],
+    weights: Sequence[float] = (1.0, -1.0),  # one per cell; as they are: the first minus the second
+) -> Estimate:
+    "A weighted sum of what was measured, by outcomes where they are known"
+    problems = {len(c.outcomes[0]) if c.outcomes else 0 for c in cells}
+    if len(problems) == 1 and 0 not in problems:
+        return contrast([c.outcomes for c in cells], weights)
+    return of_means([c.term(w) for c, w in zip(cells, weights, strict=True)])
+
+# %% ../../nbs/measure/71_intervals.ipynb #ja048
+def estimate(
+    runs: Runs,
+) -> Estimate:
+    "The mean over seeds, by outcomes where they are known"
+    if runs.outcomes:
+        return mean_interval(runs.outcomes)
+    e = of_means([runs.term()])
+    if not runs.share:
+        return e
+    ends = wilson(e.value * runs.n, runs.n) if len(runs.values) == 1 else np.clip(e[1:3], 0, 1)
+    return e._replace(lo=float(ends[0]), hi=float(ends[1]))
+
+# %% ../../nbs/measure/71_intervals.ipynb #ja051
 def problem_weights(
     problems: int,
     draws: int = 1000,  # resamples
@@ -214,7 +265,7 @@ def problem_weights(
         raise ValueError(f"{problems} problems and {draws} resamples: give at least 1 of each")
     return np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), size=draws)
 
-# %% ../../nbs/measure/71_intervals.ipynb #ja045
+# %% ../../nbs/measure/71_intervals.ipynb #ja054
 def check_ratio(
     numerators: ArrayLike,  # [problems]
     denominators: ArrayLike,  # [problems]
@@ -231,7 +282,7 @@ def check_ratio(
         raise ValueError(f"the denominators sum to {den.sum():g}, so there is no ratio; leave it out")
     return num, den
 
-# %% ../../nbs/measure/71_intervals.ipynb #ja046
+# %% ../../nbs/measure/71_intervals.ipynb #ja055
 def resampled(
     num: np.ndarray,  # [problems]
     den: np.ndarray,  # [problems]
@@ -241,7 +292,7 @@ def resampled(
     below = weights @ den
     return np.divide(weights @ num, below, out=np.full(len(weights), np.nan), where=below > 0)
 
-# %% ../../nbs/measure/71_intervals.ipynb #ja048
+# %% ../../nbs/measure/71_intervals.ipynb #ja057
 def sure_margins(
     num: np.ndarray,  # [problems]
     den: np.ndarray,  # [problems]
@@ -253,7 +304,7 @@ def sure_margins(
     lo, hi = wilson(problems * min(max(share, 0.0), 1.0), problems)
     return max(share - lo, 0.0), max(hi - share, 0.0)
 
-# %% ../../nbs/measure/71_intervals.ipynb #ja049
+# %% ../../nbs/measure/71_intervals.ipynb #ja058
 def ratio_interval(
     numerators: ArrayLike,  # [problems], e.g. right responses that turn back, seeds summed
     denominators: ArrayLike,  # [problems], e.g. responses that turn back
@@ -267,7 +318,7 @@ def ratio_interval(
     (lo, hi), (below, above) = np.nanquantile(ratios, (0.025, 0.975)), sure_margins(num, den)
     return Estimate(float(value), float(lo - below), float(hi + above), NEW_PROBLEMS)
 
-# %% ../../nbs/measure/71_intervals.ipynb #ja051
+# %% ../../nbs/measure/71_intervals.ipynb #ja060
 def ratio_difference(
     num_a: ArrayLike,  # [problems]
     den_a: ArrayLike,
@@ -288,7 +339,7 @@ def ratio_difference(
     hi = value + np.sqrt((hi - value) ** 2 + above_a**2 + below_b**2)
     return Estimate(float(value), float(lo), float(hi), NEW_PROBLEMS)
 
-# %% ../../nbs/measure/71_intervals.ipynb #ja057
+# %% ../../nbs/measure/71_intervals.ipynb #ja066
 def relation(
     e: Estimate,  # of a difference
     margin: float = 0.0,  # within which two things count as equal; 0: never

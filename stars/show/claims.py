@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Cell', 'MIXED', 'RICH_BASE', 'SEARCH', 'PLANNING', 'CLAIMS', 'VERDICTS', 'LONG_STATEMENT', 'VERDICT_AT',
            'MARGIN_REACH', 'CLAIM_DOTS', 'UNITS', 'VERDICT_RULE', 'CLAIM_HEIGHT', 'SOURCE_HEIGHT', 'STATEMENT_ROOM',
-           'Claim', 'plain', 'claimed_cells', 'run_value', 'cell_term', 'effect', 'verdict', 'verdict_text',
-           'family_models', 'own_rows', 'published_rows', 'seeds_told', 'replication', 'effect_text',
+           'Claim', 'plain', 'claimed_cells', 'at_time', 'run_value', 'run_outcomes', 'cell_runs', 'effect', 'verdict',
+           'verdict_text', 'family_models', 'own_rows', 'published_rows', 'seeds_told', 'replication', 'effect_text',
            'replication_table', 'replication_title', 'halves', 'draw_outcome', 'draw_claims', 'claims_by_unit',
-           'replication_figure']
+           'populations_told', 'replication_figure']
 
 # %% ../../nbs/show/94_claims.ipynb #ie003
 from collections.abc import Sequence
@@ -23,9 +23,10 @@ from ..habits.priming import MIXES
 from ..habits.summaries import read_results
 from ..lab.configs import Config
 from ..lab.experiments import grid, is_built, run_jobs
+from ..measure.intervals import NOTHING, Estimate, Runs, compare, relation, solved_shares
 from ..models.checkpoints import BASES
 from .figures import SERIES, interval_dots, make_room, row_offset
-from .plots import CAPTION, DARK, Layout, Term, binomial_noise, half_width, page, span, styled
+from .plots import CAPTION, DARK, EQUAL, GOOD_FOR, Layout, listed, page, span, styled
 from .sources import PARTS, published_results
 
 # %% ../../nbs/show/94_claims.ipynb #ie006
@@ -91,7 +92,7 @@ CLAIMS = (
         "as far as with right ones (within .05)",
         plain("incorrect_only"),
         plain("all_strategies", "backtracking_verification"),
-        margin=0.05,
+        margin=EQUAL,
     ),
 )
 
@@ -135,6 +136,15 @@ def claimed_cells() -> list[Cell]:
     return list(dict.fromkeys(cell for claim in CLAIMS for cell in claim.cells))
 
 # %% ../../nbs/show/94_claims.ipynb #ie016
+def at_time(
+    first: float | np.ndarray,  # at the first step
+    last: float | np.ndarray,  # at the last
+    when: str,  # last, first, gain or fade
+) -> float | np.ndarray:
+    "What a claim reads from two steps"
+    return dict(first=first, last=last, gain=last - first, fade=first - last)[when]
+
+
 def run_value(
     rows: pd.DataFrame,  # tidy results of one run
     claim: Claim,
@@ -142,38 +152,48 @@ def run_value(
     "What a claim reads from a run: its columns summed, at the step or over the time that it names"
     rows, columns = rows.drop_duplicates("step").sort_values("step"), list(claim.columns)
     values = rows[columns].astype(float).sum(axis=1, min_count=len(columns))
-    first, last = values.iloc[0], values.iloc[-1]
-    return dict(first=first, last=last, gain=last - first, fade=first - last)[claim.when]
+    return at_time(values.iloc[0], values.iloc[-1], claim.when)
 
 # %% ../../nbs/show/94_claims.ipynb #ie018
-def cell_term(
+def run_outcomes(
+    runs: Sequence[pd.DataFrame],  # tidy results of each seed
+    claim: Claim,
+) -> tuple[tuple[float, ...], ...]:  # [seeds, problems]; () where they are not known
+    "What a claim reads from each problem"
+    if claim.columns != ("accuracy",) or not all("solved" in run for run in runs):
+        return ()
+    ends = [run.sort_values("step").iloc[[0, -1]] for run in runs]
+    first, last = (solved_shares(*zip(*((e.solved.iloc[i], e.n.iloc[i]) for e in ends))) for i in (0, 1))
+    if not (first and last):
+        return ()
+    return tuple(map(tuple, at_time(np.array(first), np.array(last), claim.when).tolist()))
+
+# %% ../../nbs/show/94_claims.ipynb #iec002
+def cell_runs(
     results: pd.DataFrame,  # tidy results of one condition of one model
     claim: Claim,
-    weight: float,  # in the difference
-) -> Term:
+) -> Runs:
     "What a claim reads from a cell"
     runs = [run for _, run in results.groupby("seed")]
-    values = np.array([run_value(run, claim) for run in runs])
     n = np.mean([run.sort_values("step").n.iloc[-1] for run in runs])
-    known = claim.columns == ("accuracy",) and claim.when in ("first", "last")
-    return Term(values, binomial_noise(values.mean(), n) if known else np.nan, weight)
+    share = claim.columns == ("accuracy",) and claim.when in ("first", "last")
+    return Runs(tuple(run_value(run, claim) for run in runs), n, share, run_outcomes(runs, claim))
 
 # %% ../../nbs/show/94_claims.ipynb #ie020
 def effect(
     results: pd.DataFrame,  # tidy results of one source, with a column `family`
     claim: Claim,
-) -> dict | None:  # value, lo, hi, seeds; None: a cell is missing
+) -> dict | None:  # value, lo, hi, population, seeds; None: a cell is missing
     "The difference that a claim is about, with its 95 % interval (nan where there is none)"
-    terms = []
-    for sign, cells in ((1.0, claim.plus), (-1.0, claim.minus)):
-        for family, condition in cells:
+    cells, weights = [], []
+    for sign, side in ((1.0, claim.plus), (-1.0, claim.minus)):
+        for family, condition in side:
             rows = results[(results.family == family) & (results.condition == condition)]
             if not len(rows):
                 return None
-            terms.append(cell_term(rows, claim, sign / len(cells)))
-    value, half = sum(t.weight * t.values.mean() for t in terms), half_width(terms)
-    seeds = min(len(t.values) for t in terms)
-    return dict(value=value, lo=value - half, hi=value + half, seeds=seeds)
+            cells.append(cell_runs(rows, claim))
+            weights.append(sign / len(side))
+    return compare(cells, weights)._asdict() | dict(seeds=min(len(c.values) for c in cells))
 
 # %% ../../nbs/show/94_claims.ipynb #ie025
 VERDICTS = ("shown", "reversed", "not shown", "no interval", "not run")
@@ -186,14 +206,12 @@ def verdict(
     "Does an effect bear a claim out?"
     if e is None:
         return "not run"
-    lo, hi, margin = e["lo"], e["hi"], claim.margin
-    if not np.isfinite(lo):
+    if not np.isfinite(e["lo"]):
         return "no interval"
-    if (-margin < lo and hi < margin) if margin else lo > 0:
-        return "shown"
-    if hi < -margin or (margin and lo > margin):
-        return "reversed"
-    return "not shown"
+    way = relation(Estimate(*(e[k] for k in Estimate._fields)), claim.margin)
+    if way == "undecided":
+        return "not shown"
+    return "shown" if way == ("level" if claim.margin else "above") else "reversed"
 
 # %% ../../nbs/show/94_claims.ipynb #ie028
 def verdict_text(
@@ -249,9 +267,9 @@ def seeds_told(
 # %% ../../nbs/show/94_claims.ipynb #ie038
 def replication(
     tables: dict[str, pd.DataFrame],  # source → rows with `family`
-) -> pd.DataFrame:  # a row per claim and source: value, lo, hi, seeds, verdict
+) -> pd.DataFrame:  # a row per claim and source: value, lo, hi, population, seeds, verdict
     "Every claim, held against every source"
-    rows, nothing = [], dict(value=np.nan, lo=np.nan, hi=np.nan, seeds=0)
+    rows, nothing = [], Estimate(np.nan, np.nan, np.nan, NOTHING)._asdict() | dict(seeds=0)
     for claim in CLAIMS:
         unit = "accuracy" if claim.columns == ("accuracy",) else "per completion"
         for source, results in tables.items():
@@ -366,12 +384,24 @@ def claims_by_unit(
 
 # %% ../../nbs/show/94_claims.ipynb #ie057
 VERDICT_RULE = (
-    "Bars: 95 % intervals; of single runs they leave out how training would have gone with another seed. "
-    "Shown: the interval lies on the claimed side of zero, or within ± .05 where the claim is equality; "
-    "reversed: on the other; not shown: neither."
+    "Shown: the 95 % interval (bar) of the difference lies on the claimed side of zero, or within ± .05 "
+    "where the claim is equality; reversed: on the other; not shown: neither."
 )
 
 
+def populations_told(
+    r: pd.DataFrame,  # from `replication`
+) -> str:  # a sentence per source; "" for tables that do not say
+    "What the intervals of each source are good for"
+    names, said = {"accuracy": "accuracies", "per completion": "habits"}, []
+    known = r[r.lo.notna()] if "population" in r else r[:0]
+    for source, rows in known.groupby("source", sort=False):
+        units = rows.groupby("unit", sort=False).population.unique()
+        parts = [f"{names[u]} {listed([GOOD_FOR[p] for p in ps])}" for u, ps in units.items()]
+        said.append(f"Intervals of {source}: {'; '.join(parts)}.")
+    return " ".join(said)
+
+# %% ../../nbs/show/94_claims.ipynb #ief003
 CLAIM_HEIGHT, SOURCE_HEIGHT = 0.3, 0.16  # inches of a row, and for each further source
 STATEMENT_ROOM = 2.5  # inches at the left
 
@@ -389,7 +419,8 @@ def replication_figure(
     heights = tuple(row_height * len(claims) + 0.15 for claims in groups.values())
     layout = Layout(heights, width=8.4, gap=0.62, right=1.6)
     with styled(**{"axes.grid.axis": "x"}):
-        fig, axes = page([replication_title(r)], f"{VERDICT_RULE} {note}".strip(), layout)
+        foot = " ".join(filter(None, [VERDICT_RULE, populations_told(r), note]))
+        fig, axes = page([replication_title(r)], foot, layout)
         for (unit, claims), ax in zip(groups.items(), axes[0, :, 0]):
             make_room(ax, STATEMENT_ROOM)
             draw_claims(ax, claims, seen, sources)

@@ -785,7 +785,7 @@ def test_accuracy_and_n_are_those_of_the_whole_checkpoint(tmp_path):
     shared = interval(both)  # raters share accuracy, so figures need not choose one
     assert (
         len(shared) == 1
-        and shared.kind.item() == "wilson"
+        and shared.population.item() == "new problems"
         and len(interval(both, "avg_subgoals", "rules")) == 1
     )
 

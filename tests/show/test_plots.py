@@ -18,12 +18,16 @@ from matplotlib.colors import to_rgb
 from scipy import stats
 
 from stars.habits.behaviors import HABITS, wilson
+from stars.habits.summaries import solved_text
+from stars.measure.intervals import BOTH, NEW_PROBLEMS, NEW_SEEDS, difference
 from stars.show.figures import (
     base_behaviors,
+    changes,
     controls,
     curated,
     dose,
     dynamics,
+    findings,
     gap,
     incorrect,
     pretraining,
@@ -32,9 +36,11 @@ from stars.show.figures import (
 from stars.show.plots import (
     CONDITIONS,
     figure_text,
+    gap_between,
     interval,
     interval_note,
     save_figure,
+    signed,
     spread_labels,
     summary_table,
 )
@@ -121,10 +127,10 @@ def test_wilson_known_values():
 
 def test_one_seed_is_wilson():
     a = interval(table(dict(base=0.4), n=50)).iloc[-1]
-    assert (a.lo, a.hi) == pytest.approx(wilson(20, 50)) and a.kind == "wilson"
+    assert (a.lo, a.hi) == pytest.approx(wilson(20, 50)) and a.population == NEW_PROBLEMS
     assert (
         interval_note(interval(table(dict(base=0.4), n=50)))
-        == "shaded: 95 % Wilson interval over 50 completions, 1 seed"
+        == "shaded: 95 % interval for new problems, not for another training (1 seed of 50 completions)"
     )
 
 
@@ -133,13 +139,17 @@ def test_several_seeds_give_students_interval():
     r = table(dict(base=0.4, dots=0.5), seeds=(0, 1, 2, 3, 4), jitter=0.04)
     a, b = interval(r), interval(r.sample(frac=1, random_state=3))
     pd.testing.assert_frame_equal(a, b)
-    assert set(a.kind) == {"student"} and set(a.seeds) == {5} and ((a.lo < a.value) & (a.value < a.hi)).all()
+    assert (
+        set(a.population) == {NEW_SEEDS}
+        and set(a.seeds) == {5}
+        and ((a.lo < a.value) & (a.value < a.hi)).all()
+    )
     v = r[(r.condition == "dots") & (r.step == 20)].accuracy
     lo, hi = stats.t.interval(0.95, 4, v.mean(), stats.sem(v))
     last = a[(a.condition == "dots") & (a.step == 20)].iloc[0]
     assert (last.lo, last.hi) == pytest.approx(
         (lo, hi)
-    ) and "95 % t interval over 5 seeds of 300 completions" in interval_note(a)
+    ) and "for new seeds, not for new problems (5 seeds of 300 completions)" in interval_note(a)
     alike = interval(table(dict(base=0.4), seeds=(0, 1, 2))).iloc[-1]
     assert (alike.hi - alike.lo) / 2 == pytest.approx(
         1.96 * math.sqrt(0.4 * 0.6 / 900), rel=0.02
@@ -220,11 +230,11 @@ def test_controls_title_follows_the_data():
     )
     assert (
         there == "Primed with backtracking + verification: .10 → .61, "
-        "above base (.30) and empty CoT (.32); level with incorrect only (.58)"
+        "above base (.30) and empty CoT (.32); not told apart from incorrect only (.58)"
     )
     assert (
         title(controls(table(dict(base=0.3, backtracking_verification=0.31))))
-        == "Primed with backtracking + verification: .10 → .31, level with base (.30)"
+        == "Primed with backtracking + verification: .10 → .31, not told apart from base (.30)"
     )
     assert (
         title(controls(table(dict(base=0.6, backtracking_verification=0.3))))
@@ -234,7 +244,7 @@ def test_controls_title_follows_the_data():
 
 def test_fewer_completions_take_the_claim_back():
     last = dict(base=0.3, backtracking_verification=0.45)
-    assert "above base" in title(controls(table(last, n=1000))) and "level with base" in title(
+    assert "above base" in title(controls(table(last, n=1000))) and "not told apart from base" in title(
         controls(table(last, n=50))
     )
 
@@ -245,14 +255,14 @@ def test_priming_title_follows_the_data():
         "All 5 mixes end above base (.30)"
     )
     assert title(priming(table(base | dict.fromkeys(MIXES, 0.3)))).startswith(
-        "All 5 mixes end level with base (.30)"
+        "None of 5 mixes is told apart from base (.30)"
     )
     assert title(priming(table(base | dict.fromkeys(MIXES, 0.1)))).startswith(
         "All 5 mixes end below base (.30)"
     )
     some = title(priming(table(base | dict(zip(MIXES, (0.5, 0.3, 0.3, 0.1, 0.1)), negative_control=0.5))))
     assert (
-        some == "Of 5 mixes, 1 ends above, 2 end level with and 2 end below base (.30); "
+        some == "Of 5 mixes, 1 ends above, 2 end below and 2 are not told apart from base (.30); "
         "0 of 5 above negative control (.50); highest all strategies, .10 → .50"
     )
 
@@ -276,7 +286,7 @@ def test_one_title_per_model():
         one.startswith("plain – ")
         and "above base" in one
         and two.startswith("rich – ")
-        and "level with base" in two
+        and "not told apart from base" in two
     )
 
 
@@ -287,7 +297,7 @@ def test_caption_says_what_it_is():
         "Preset cpu",
         "model plain",
         "seed 0",
-        "95 % Wilson interval over 336 completions, 1 seed",
+        "95 % interval for new problems, not for another training (1 seed of 336 completions)",
         "Mind this.",
     ):
         assert part in c
@@ -470,7 +480,7 @@ def test_summary_table():
     t = summary_table(r)
     assert list(t.index) == [(m, c) for m in ("plain", "rich") for c in ("base", "backtracking_verification")]
     row = t.loc[("rich", "backtracking_verification")]
-    assert (row.step_first, row.step_last, row.seeds, row.interval) == (0, 20, 3, "student")
+    assert (row.step_first, row.step_last, row.seeds, row.interval) == (0, 20, 3, NEW_SEEDS)
     assert (
         row.accuracy_first == pytest.approx(0.1)
         and row.accuracy_last_lo < row.accuracy_last < row.accuracy_last_hi
@@ -570,8 +580,9 @@ def test_two_sources_stand_beside_each_other():
     assert {line.get_color() for line in acc[0].lines} == {line.get_color() for line in acc[1].lines}
     said = figure_text(fig, "caption")
     assert (
-        "Preset cpu · model plain · seeds 0, 1, 2 · shaded: 95 % t interval over 3 seeds of 300" in said
-        and "Published results · model Llama-3.2-3B · shaded: 95 % Wilson" in said
+        "Preset cpu · model plain · seeds 0, 1, 2 · shaded: 95 % interval for new seeds, not for new problems"
+        in said
+        and "Published results · model Llama-3.2-3B · shaded: 95 % interval for new problems, not" in said
     )
 
 
@@ -603,9 +614,9 @@ def test_incorrect_title_follows_the_data():
     assert (
         title(incorrect(table(rest | dict(incorrect_only=0.59))))
         == "Primed with wrong answers only: .10 → .59, "
-        "above base (.30); level with backtracking + verification (.60)"
+        "above base (.30); not told apart from backtracking + verification (.60)"
     )
-    assert "level with base (.30); " not in title(
+    assert "not told apart from base (.30); " not in title(
         incorrect(table(rest | dict(incorrect_only=0.59)))
     ) and "below backtracking + verification" in title(incorrect(table(rest | dict(incorrect_only=0.4))))
 
@@ -671,3 +682,96 @@ def test_what_a_figure_is_not_about_is_refused():
         gap(rows, ["plain"])
     with pytest.raises(ValueError, match="a gap is between two models"):
         gap(table(dict(base=0.3), models=("plain", "rich", "third"), source="cpu"), ["plain"])
+
+
+# ---- outcomes
+
+
+def answered(chances, seeds=(0, 1, 2), problems=400, model="plain", spread=0.0):
+    "Results of two steps in which each problem of a condition is solved with its chance, outcomes included"
+    rng, rows = np.random.default_rng(0), []
+    for c, chance in chances.items():
+        for s in seeds:
+            for t in (0, 10):
+                lift = rng.normal(0, spread)
+                right = rng.random(problems) < (np.asarray(chance) + lift if t else np.full(problems, 0.1))
+                row = dict(model=model, condition=c, seed=s, step=t, rater="rules", n=problems)
+                row |= dict(accuracy=right.mean(), solved=solved_text(right), response_length=50.0)
+                rows.append(row | {f"avg_{h.column}": float(s) for h in HABITS})
+    return pd.DataFrame(rows)
+
+
+HARD = np.repeat([0.02, 0.3, 0.95], [150, 100, 150])  # problems that are hard or easy for every model
+
+
+def counts_of(results, condition):
+    last = results[(results.condition == condition) & (results.step == 10)]
+    return np.array([[int(x) for x in text] for text in last.solved])
+
+
+def test_titles_and_sentences_go_by_the_difference_problem_by_problem():
+    "Both accuracies are uncertain by their problems, so their intervals overlap; the difference is sure"
+    r = answered(dict(base=HARD, backtracking_verification=HARD + 0.05))
+    f = interval(r).query("step == 10").set_index("condition")
+    base, primed = f.loc["base"], f.loc["backtracking_verification"]
+    assert base.population == primed.population == BOTH and primed.lo < base.hi
+    want = difference(counts_of(r, "backtracking_verification"), counts_of(r, "base"))
+    assert gap_between(primed, base) == want and want.lo > 0
+    assert "above base" in title(controls(r))
+    said = findings(r, [("backtracking_verification", "base"), ("base", "base"), ("base", "dots")])
+    assert said == (
+        f"Backtracking + verification ends {signed(want.value)} above base (95 % interval "
+        f"{signed(want.lo)} to {signed(want.hi)}; new problems and new seeds)."
+    )
+    without = r.drop(columns="solved")
+    assert "new seeds, these problems" in findings(without, [("backtracking_verification", "base")])
+
+
+def test_outcomes_are_used_only_where_every_seed_has_the_same_problems():
+    r = answered(dict(base=HARD))
+    assert set(interval(r).population) == {BOTH}
+    assert set(interval(r[r.seed == 0]).population) == {NEW_PROBLEMS}
+    missing = r.assign(solved=r.solved.where(r.seed < 2))
+    shorter = r.assign(solved=r.solved.where(r.seed < 2, r.solved.str[:300]))
+    for rows in (missing, shorter):
+        assert set(interval(rows).population) == {NEW_SEEDS}
+    assert set(interval(r, "avg_backtracking").population) == {NEW_SEEDS}
+
+
+def test_several_draws_per_problem_count_as_shares():
+    r = answered(dict(base=HARD), seeds=(0,))
+    many = r.assign(n=1600, solved=[solved_text(4 * np.array(list(map(int, s)))) for s in r.solved])
+    pd.testing.assert_frame_equal(
+        interval(r).drop(columns=["n", "runs"]), interval(many).drop(columns=["n", "runs"])
+    )
+
+
+def test_level_is_said_only_where_equality_is_claimed():
+    r = answered(dict(base=HARD / 2, incorrect_only=HARD, backtracking_verification=HARD), seeds=range(5))
+    assert "level (within ±.05) with backtracking + verification" in title(incorrect(r))
+    assert "above base" in title(incorrect(r)) and "Level: the interval lies within ±.05" in figure_text(
+        incorrect(r), "caption"
+    )
+    assert "not told apart from incorrect only" in title(controls(r))
+    pair = [("incorrect_only", "backtracking_verification")]
+    assert "level within ±.05" in findings(r, pair, equals=pair)
+    assert "not told apart from it" in findings(r, pair)
+
+
+def test_changes_are_read_seed_by_seed():
+    r = answered(dict(base=HARD))
+    r.loc[r.step == 10, "avg_backtracking"] += 1.0 + 0.1 * r.seed
+    said = changes(r, ["avg_backtracking", "accuracy"], ["base"]).split("\n")
+    lo, hi = stats.t.interval(0.95, 2, 1.1, 0.1 / math.sqrt(3))
+    assert said[0] == (
+        f"Base: the backtracking count ends 1.10 above its start (95 % interval {signed(lo)} to "
+        f"{signed(hi)}; new seeds, these problems)."
+    )
+    assert said[1].startswith("Base: the accuracy ends") and said[1].endswith("new problems and new seeds).")
+
+
+def test_sentences_name_the_model_where_there_are_several():
+    r = pd.concat([answered(dict(base=HARD, dots=HARD), model=m) for m in ("plain", "rich")])
+    first, second = findings(r, [("dots", "base")]).split("\n")
+    assert first.startswith("plain – Dots ends") and second.startswith("rich – Dots ends")
+    assert findings(r, [("dots", "base")], before=True).startswith("plain – Dots begins")
