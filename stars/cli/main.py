@@ -216,16 +216,18 @@ def evaluate(job: "Job") -> Path:  # folder of its results
 
 # %% ../../nbs/cli/106_main.ipynb #c020
 def stage_command(
-    name: str,  # base, sft, ppo or eval
+    name: str,  # base, sft, ppo, star or eval
     summary: str,  # first line of its help
     example: str,  # options of the example in its help
 ) -> Callable:
     "A command that builds a stage of one job"
 
     def command(run: RunArgs = RunOptions(), track: Track = None):
-        from stars.lab import experiments
+        from stars.lab import configs, experiments
 
         job = job_of(replace(run, settings=with_track(run.settings, track)))
+        if name in configs.TRAINERS:
+            job = experiments.trained_by(job, name)
         if name != "base":
             check_fits(job)
         build = evaluate if name == "eval" else getattr(experiments, f"{name}_stage")
@@ -243,6 +245,7 @@ STAGES = dict(
     base=stage_command("base", BASE, "--model plain --condition base --seed 1"),
     sft=stage_command("sft", "Prime the base: supervised fine-tuning on the priming data.", PRIMED),
     ppo=stage_command("ppo", "Reinforcement learning from the primed model.", PRIMED),
+    star=stage_command("star", "STaR instead: fine-tune on its own right answers, and repeat.", PRIMED),
     eval=stage_command("eval", "Completions and results of every checkpoint.", PRIMED),
 )
 
@@ -591,7 +594,13 @@ def watch(run: tyro.conf.Positional[Path], every: float = 2.0, once: bool = Fals
 GROUPS = {
     "Figures": dict(reproduce=reproduce, figure=figure, watch=watch, inspect=inspect),
     "The steps of a run": dict(
-        data=data, base=STAGES["base"], prime=prime, sft=STAGES["sft"], ppo=STAGES["ppo"], eval=STAGES["eval"]
+        data=data,
+        base=STAGES["base"],
+        prime=prime,
+        sft=STAGES["sft"],
+        ppo=STAGES["ppo"],
+        star=STAGES["star"],
+        eval=STAGES["eval"],
     ),
     "Language models as judges, and what was paid": dict(judge=judge, ledger=ledger),
     "Pretraining text": dict(label=label, curate=curate),

@@ -9,7 +9,8 @@ __all__ = ['LABEL_ROWS', 'ENGINE_SHARE', 'NEED_THEIR_KIND', 'data_stage', 'base_
            'priming_source', 'priming_set', 'priming_settings', 'prime_stage', 'corpus_stage', 'label_stage',
            'curate_stage', 'curated_folder', 'matched_rows', 'pretraining_stage', 'save_texts',
            'engines_beside_workers', 'run_training', 'trainable', 'sft_worker', 'sft_stage', 'vllm_engine',
-           'make_engine', 'ppo_worker', 'ppo_stage', 'Questions', 'answers', 'ask', 'asking_settings', 'read_answers',
+           'make_engine', 'shares_device', 'trained_by', 'ppo_worker', 'ppo_stage', 'star_worker', 'star_stage',
+           'trained_stage', 'Questions', 'answers', 'ask', 'asking_settings', 'read_answers', 'tokens_sampled',
            'eval_stage', 'asked_checkpoints', 'draws_stage', 'space_problems', 'transfer_stage', 'last_stage',
            'is_built', 'grid', 'quiet', 'quietly', 'progress_of', 'attempt', 'build_one_by_one', 'build_shared',
            'start_worker', 'build_side_by_side', 'build_all', 'report_failures', 'run_jobs', 'results', 'manifest']
@@ -75,10 +76,11 @@ from ..models.gguf import convert_gguf, smollm2_gguf
 from ..models.micro import attention, check_spells, micro_model, micro_tokenizer
 from ..models.parallel import Team, on_workers, prepare, start_ray
 from ..rl.evals import Sampling, complete, failures, write_completions
-from ..rl.loops import Runtime, Tracking
+from ..rl.loops import Runtime, Tracking, read_log
 from ..rl.ppo import ppo
 from ..rl.rollouts import Engine, LlamaEngine, RemoteEngine, Task
 from ..rl.sft import sft
+from ..rl.star import star
 from ..task.countdown import Problem, make_prompt, score, split_of
 from ..task.datasets import from_parquet, to_parquet
 from ..task.problems import Space, Stream, needs_product, sample_problems
@@ -638,7 +640,7 @@ def vllm_engine(
         VLLMEngine,
         path.resolve() if path.exists() else path,
         tokenizer,
-        dtype="bfloat16" if cfg.ppo.bf16 else "float32",
+        dtype="bfloat16" if cfg.rl.bf16 else "float32",
         context=context,
         memory=cfg.run.engine_memory,
     )
@@ -658,13 +660,26 @@ def make_engine(
 ) -> Engine:
     "The sampler that a configuration asks for, with the model's weights"
     if cfg.run.engine == "default":
-        half = torch.bfloat16 if cfg.ppo.bf16 else None
+        half = torch.bfloat16 if cfg.rl.bf16 else None
         ids = known_ids(tokenizer)
         return LlamaEngine(model, tokenizer.eos_token_id, cfg.run.engine_rows, ids, half)
     if not team.first:
         return RemoteEngine()
     longest = max(map(len, token_ids(tokenizer, prompts)))
-    return vllm_engine(cfg, path, tokenizer, longest + cfg.ppo.max_tokens)
+    return vllm_engine(cfg, path, tokenizer, longest + cfg.rl.max_tokens)
+
+# %% ../../nbs/lab/85_experiments.ipynb #r102
+def shares_device(cfg: Config) -> bool:
+    "Are a GPU's sampler and trainer in each other's way?"
+    return cfg.run.engine == "vllm" or cfg.run.shard
+
+# %% ../../nbs/lab/85_experiments.ipynb #r104
+def trained_by(
+    job: Job,
+    trainer: str,  # one of `TRAINERS`
+) -> Job:
+    "The same job with a trainer"
+    return replace(job, cfg=replace(job.cfg, trainer=trainer))
 
 # %% ../../nbs/lab/85_experiments.ipynb #x162
 def ppo_worker(
@@ -682,8 +697,7 @@ def ppo_worker(
     def reference() -> PreTrainedModel:
         return load_model(start, device(), number_type(cfg.ppo.bf16))
 
-    share_device = cfg.run.engine == "vllm" or cfg.run.shard
-    runtime = Runtime(engine, team, share_device, job.progress, tracking_of(job, out))
+    runtime = Runtime(engine, team, shares_device(cfg), job.progress, tracking_of(job, out))
     try:
         ppo(
             trainable(job, policy),
@@ -701,6 +715,7 @@ def ppo_worker(
 # %% ../../nbs/lab/85_experiments.ipynb #x163
 def ppo_stage(job: Job) -> Path:
     "PPO from the primed model: checkpoints step-NNNN/ and metrics.jsonl"
+    job = trained_by(job, "ppo")
     start, data = sft_stage(job), data_stage(job)
 
     def fill(out: Path):
@@ -708,6 +723,47 @@ def ppo_stage(job: Job) -> Path:
 
     settings = dict(seed=job.seed) | job.cfg.settings("world.template", "ppo", "lora")
     return job.stage("ppo", settings, dict(data=data.name, start=model_digest(start)), fill)
+
+# %% ../../nbs/lab/85_experiments.ipynb #r106
+def star_worker(
+    job: Job,
+    start: Path,  # primed model
+    data: Path,  # stage of the problems
+    out: Path,  # folder of the stage
+):
+    "STaR, as each worker runs it"
+    cfg, team, tokenizer = job.cfg, Team.join(job.cfg.run.shard), load_tokenizer(start)
+    problems, prompt = readable_problems(job, data, "train", tokenizer), prompt_for(cfg, tokenizer)
+
+    def loaded(path: Path) -> PreTrainedModel:
+        return load_model(path, device(), bf16=cfg.star.bf16 and not cfg.star.packing)
+
+    def load(path: Path) -> PreTrainedModel:
+        return trainable(job, loaded(path))
+
+    engine = make_engine(cfg, loaded(start), start, tokenizer, map(prompt, problems), team)
+    runtime = Runtime(engine, team, shares_device(cfg), job.progress, tracking_of(job, out))
+    try:
+        star(start, problems, out, replace(cfg.star, seed=job.seed), Task(prompt), load, runtime)
+    finally:
+        engine.close()
+
+# %% ../../nbs/lab/85_experiments.ipynb #r108
+def star_stage(job: Job) -> Path:
+    "STaR from the primed model: checkpoints step-NNNN/, one per round, and metrics.jsonl"
+    job = trained_by(job, "star")
+    start, data = sft_stage(job), data_stage(job)
+
+    def fill(out: Path):
+        run_training(star_worker, job, start, data, out)
+
+    settings = dict(seed=job.seed) | job.cfg.settings("world.template", "star", "lora")
+    return job.stage("star", settings, dict(data=data.name, start=model_digest(start)), fill)
+
+# %% ../../nbs/lab/85_experiments.ipynb #r111
+def trained_stage(job: Job) -> Path:
+    "The trained checkpoints of a job, by the trainer of its settings"
+    return dict(ppo=ppo_stage, star=star_stage)[job.cfg.trainer](job)
 
 # %% ../../nbs/lab/85_experiments.ipynb #e201
 @dataclass(frozen=True)
@@ -734,7 +790,7 @@ def answers(
     cfg = job.cfg
     named = f"/{questions.name}" if questions.name else ""
     sampling = Sampling(
-        max_tokens=cfg.ppo.max_tokens,
+        max_tokens=cfg.rl.max_tokens,
         samples=questions.samples,
         temperature=cfg.eval.temperature,
         seed=f"{cfg.eval.seed}/{job.seed}/{step}{named}",
@@ -745,7 +801,7 @@ def answers(
 # %% ../../nbs/lab/85_experiments.ipynb #x166
 def ask(
     job: Job,
-    checkpoints: Sequence[Path],  # of PPO
+    checkpoints: Sequence[Path],  # of the training
     questions: Sequence[Questions],
     out: Path,  # folder for the completions
 ):
@@ -756,7 +812,7 @@ def ask(
     left = {c: [q for q in questions if not (out / q.file(c)).exists()] for c in checkpoints}
     try:
         for path in tqdm([c for c in checkpoints if left[c]], desc=job.last, disable=not job.progress):
-            model = load_model(path, device(), number_type(cfg.ppo.bf16))
+            model = load_model(path, device(), number_type(cfg.rl.bf16))
             if engine is None:
                 engine = make_engine(cfg, model, path, tokenizer, prompts)
             else:
@@ -777,7 +833,7 @@ def asking_settings(
     "The settings of a stage that asks checkpoints"
     fields = [f"eval.{name}" for name in ("temperature", "seed", *names)]
     asked = job.cfg.settings("world.template", *fields)
-    return dict(seed=job.seed, max_tokens=job.cfg.ppo.max_tokens, rules=RULES_VERSION) | asked
+    return dict(seed=job.seed, max_tokens=job.cfg.rl.max_tokens, rules=RULES_VERSION) | asked
 
 # %% ../../nbs/lab/85_experiments.ipynb #e222
 def read_answers(
@@ -787,24 +843,38 @@ def read_answers(
     parts = [pd.read_parquet(path) for path in sorted(folder.glob("completions-*.parquet"))]
     return pd.concat(parts, ignore_index=True)
 
+# %% ../../nbs/lab/85_experiments.ipynb #r112
+def tokens_sampled(
+    cfg: Config,
+    run: Path,  # stage of the training
+) -> dict[int, int]:  # step → response tokens
+    "How much training had sampled up to each step"
+    rollouts, total, tokens = cfg.rl.prompts * cfg.rl.samples, 0, {0: 0}
+    for row in read_log(run / "metrics.jsonl"):
+        total += round(row["response_tokens"] * rollouts)
+        tokens[row["step"]] = total
+    return tokens
+
 # %% ../../nbs/lab/85_experiments.ipynb #x168
 def eval_stage(job: Job) -> Path:
     "Completions of every checkpoint on the eval split, and results.csv"
-    run, data = ppo_stage(job), data_stage(job)
+    run, data = trained_stage(job), data_stage(job)
     questions = Questions(from_parquet(data / "eval.parquet"), job.cfg.eval.samples)
 
     def fill(out: Path):
         ask(job, sorted(run.glob("step-*")), [questions], out)
+        table = summarize(read_answers(out))
+        table["tokens_sampled"] = table.step.map(tokens_sampled(job.cfg, run))
         with replacing(out / "results.csv") as tmp:
-            summarize(read_answers(out)).to_csv(tmp, index=False)
+            table.to_csv(tmp, index=False)
 
     settings = asking_settings(job, "samples")
-    return job.stage("eval", settings, dict(data=data.name, ppo=run.name), fill)
+    return job.stage("eval", settings, {"data": data.name, job.cfg.trainer: run.name}, fill)
 
 # %% ../../nbs/lab/85_experiments.ipynb #e211
 def asked_checkpoints(
     job: Job,
-    run: Path,  # stage of PPO
+    run: Path,  # stage of the training
 ) -> list[Path]:  # in the order of their steps
     "The checkpoints that draws and transfer are about"
     checkpoints = sorted(run.glob("step-*"))
@@ -813,14 +883,14 @@ def asked_checkpoints(
 # %% ../../nbs/lab/85_experiments.ipynb #e212
 def draws_stage(job: Job) -> Path:
     "Many completions per problem of the eval split"
-    run, data = ppo_stage(job), data_stage(job)
+    run, data = trained_stage(job), data_stage(job)
     questions = Questions(from_parquet(data / "eval.parquet"), job.cfg.eval.draws, "draws")
 
     def fill(out: Path):
         ask(job, asked_checkpoints(job, run), [questions], out)
 
     settings = asking_settings(job, "draws", "drawn")
-    return job.stage("draws", settings, dict(data=data.name, ppo=run.name), fill)
+    return job.stage("draws", settings, {"data": data.name, job.cfg.trainer: run.name}, fill)
 
 # %% ../../nbs/lab/85_experiments.ipynb #e215
 def space_problems(
@@ -843,7 +913,7 @@ def space_problems(
 # %% ../../nbs/lab/85_experiments.ipynb #e217
 def transfer_stage(job: Job) -> Path:
     "Completions of problems of other spaces, a file per space and checkpoint"
-    cfg, run = job.cfg, ppo_stage(job)
+    cfg, run = job.cfg, trained_stage(job)
     questions = [
         Questions(space_problems(cfg, name), cfg.eval.space_draws, name, dict(space=name))
         for name in cfg.eval.spaces
@@ -854,7 +924,7 @@ def transfer_stage(job: Job) -> Path:
 
     settings = asking_settings(job, "spaces", "space_problems", "space_draws", "drawn")
     settings |= dict(world=cfg.world.ranges | dict(top=cfg.world.top), data=dict(seed=cfg.data.seed))
-    return job.stage("transfer", settings, dict(ppo=run.name), fill)
+    return job.stage("transfer", settings, {cfg.trainer: run.name}, fill)
 
 # %% ../../nbs/lab/85_experiments.ipynb #e220
 def last_stage(job: Job) -> Path:
@@ -988,7 +1058,7 @@ def build_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress) ->
 def build_all(jobs: Sequence[Job], workers: int, progress: Progress | None) -> dict[Job, Future]:
     "Build jobs one by one or side by side, and say how far they are"
     for cfg in dict.fromkeys(job.cfg for job in jobs):
-        warn_of_slow_half(device(), {"sft.bf16": cfg.sft.bf16, "ppo.bf16": cfg.ppo.bf16})
+        warn_of_slow_half(device(), {"sft.bf16": cfg.sft.bf16, f"{cfg.trainer}.bf16": cfg.rl.bf16})
     if progress is None or not set(jobs) <= progress.chains.keys():
         progress = progress_of(jobs)
     progress.workers = max(1, workers)

@@ -128,8 +128,9 @@ def step_count(
     rows: list[dict],  # of its metrics so far
 ) -> int | None:  # None: not known yet
     "How many updates a training will make, from what lies in its folder"
-    if "ppo.steps" in config:
-        return config["ppo.steps"]
+    for steps in ("ppo.steps", "star.rounds"):
+        if steps in config:
+            return config[steps]
     epochs = next((config[k] for k in ("sft.epochs", "cpt.epochs", "base.epochs") if k in config), None)
     second = next((row["step"] for row in rows if row.get("epoch", 0) > 0), None)
     return epochs * (second - 1) if epochs and second else None
@@ -256,8 +257,8 @@ def units(
 ) -> int:  # 0: it has no steps that are logged
     "Updates, steps or checkpoints of a job's stage"
     cfg = job.cfg
-    if kind == "ppo":
-        return cfg.ppo.steps
+    if kind == cfg.trainer:
+        return cfg.steps
     if kind in ASKING:
         asked = cfg.checkpoints if kind == "eval" or cfg.eval.drawn == "all" else 2
         return asked * (len(cfg.eval.spaces) if kind == "transfer" else 1)
@@ -272,7 +273,7 @@ def units(
 
 # %% ../../nbs/lab/84_progress.ipynb #c038
 RATIO = dict(
-    base=0.6, sft=0.4, ppo=4.0, eval=2.0, draws=20.0, transfer=3.0
+    base=0.6, sft=0.4, ppo=4.0, star=50.0, eval=2.0, draws=20.0, transfer=3.0
 )  # of an update, a step and a checkpoint, very roughly
 
 
@@ -324,7 +325,7 @@ class Chain:
         base: bool = False,  # does it train its base first?
     ):
         primed = [] if job.condition == "base" else ["prime", "sft"]
-        self.job, self.kinds = job, ["base"] * base + primed + ["ppo", job.last]
+        self.job, self.kinds = job, ["base"] * base + primed + [job.cfg.trainer, job.last]
         self.settings = job_settings(job)
         self.stages: dict[str, Stage] = {}  # one of each kind, as far as they are there
         self.known: dict[Path, Stage] = {}  # also those of other settings

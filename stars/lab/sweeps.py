@@ -148,15 +148,15 @@ def logged_rows(stage: Path) -> list[dict]:  # its folder, without ".partial"
 def progress_of(
     stage: Path,  # folder of the run store, without ".partial"
     job: Job,  # whose stage
-) -> tuple[str, float | None]:  # e.g. "34/100", and the accuracy of the last PPO step
+) -> tuple[str, float | None]:  # e.g. "34/100", and the accuracy of the last step of RL
     "How far a stage is"
     kind, rows = stage.name.split("-")[0], logged_rows(stage)
     if kind == "eval":
         files = list(stage.parent.glob(f"{stage.name}*/completions-*.parquet"))
         return f"{len(files)}/{job.cfg.checkpoints}", None
-    if kind == "ppo":
+    if kind == job.cfg.trainer:
         last = rows[-1] if rows else dict(step=0, accuracy=None)
-        return f"{last['step']}/{job.cfg.ppo.steps}", last["accuracy"]
+        return f"{last['step']}/{job.cfg.steps}", last["accuracy"]
     if kind in ("sft", "base") and rows:
         epochs = (job.sft if kind == "sft" else job.cfg.base).epochs
         return f"{rows[-1]['step']}, epoch {rows[-1]['epoch'] + 1}/{epochs}", None
@@ -231,7 +231,7 @@ def done(self: Run, folder: str):
         return self.fail(f"NotShared: {reason}", "")
     last = read_results(Path(folder) / "results.csv").sort_values("step").iloc[-1]
     self.state, self.folder = "done", folder
-    self.step = f"{last.step}/{self.job.cfg.ppo.steps}"
+    self.step = f"{last.step}/{self.job.cfg.steps}"
     self.accuracy = float(last.accuracy)
     if self.started:
         self.seconds = time.time() - self.started

@@ -309,7 +309,7 @@ def sft_counterparts(
 # %% ../../nbs/lab/89_verl.ipynb #m031
 IN_DATA = (  # beginnings of names: what the export holds already, or what such a run never needs
     *("preset", "world.", "data.", "base.", "priming.", "models", "seeds", "figures"),
-    *("corpus.", "curation.", "cpt.", "run.restarts"),
+    *("corpus.", "curation.", "cpt.", "run.restarts", "trainer", "star."),
 )
 NOTES = {
     "ppo.mask_truncated": "",
@@ -419,6 +419,7 @@ def need(ok: bool, message: str):
 def check_rl(cfg: Config, cluster: Cluster):
     "Raise ValueError naming a setting of RL that verl cannot follow"
     ppo, gpus = cfg.ppo, cluster.gpus * cluster.nodes
+    need(cfg.trainer == "ppo", f"trainer={cfg.trainer}: verl has no such trainer; set it to ppo")
     need(
         not ppo.mask_truncated,
         "ppo.mask_truncated=True: verl cannot leave truncated responses out of the loss; set it to False",

@@ -214,8 +214,9 @@ def title(runs: Sequence[Run]) -> str:
 # %% ../../nbs/show/97_live.ipynb #ih027
 def lines_note(runs: Sequence[Run]) -> str:
     "What the lines of a figure are"
-    configs = [stage.config for run in runs for stage in run.stages if "ppo.prompts" in stage.config]
-    batches = {c["ppo.prompts"] * c.get("ppo.samples", 1) for c in configs}
+    configs = [stage.config for run in runs for stage in run.stages]
+    sizes = [(c.get(f"{t}.prompts"), c.get(f"{t}.samples", 1)) for c in configs for t in ("ppo", "star")]
+    batches = {prompts * samples for prompts, samples in sizes if prompts}
     said = "Lines: running mean over steps"
     if len(batches) == 1:
         said += f" of {batches.pop()} rollouts"

@@ -28,7 +28,7 @@ from ..habits.behaviors import HABITS
 from ..lab.progress import STAGE_NAME, Stage, duration
 
 # %% ../../nbs/show/96_watching.ipynb #ig006
-STAGE_ORDER = dict(prime=0, sft=1, ppo=2, eval=3)  # within a run
+STAGE_ORDER = dict(prime=0, sft=1, ppo=2, star=2, eval=3)  # within a run
 
 
 def stage_order(stage: Stage) -> int:
@@ -70,8 +70,10 @@ class Run:
 
 # %% ../../nbs/show/96_watching.ipynb #ig010
 def checkpoints(run: Run) -> int | None:
-    "How many checkpoints an evaluation has to do; without a PPO before it, what it says itself"
+    "How many checkpoints an evaluation has to do; without a training before it, what it says itself"
     for stage in run.stages:
+        if "star.rounds" in stage.config:
+            return 1 + stage.config["star.rounds"]
         if "ppo.save_every" in stage.config:
             steps, every = stage.config["ppo.steps"], stage.config["ppo.save_every"]
             return 1 + -(-steps // every)  # rounded up

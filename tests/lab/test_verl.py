@@ -173,6 +173,8 @@ OTHER = {
     "ppo.kl_in": "loss",
     "ppo.aggregate": "sequence-mean",
     "run.engine": "vllm",
+    "eval.drawn": "all",
+    "eval.spaces": ("world",),
     "ppo.samples": 2,
 }
 
