@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'FEWEST', 'Tree', 'weight', 'joined', 'tree_of', 'pattern', 'shape', 'operations', 'multiplies', 'solutions',
-           'problem_table', 'per_problem', 'bounded', 'success', 'tried', 'leaves', 'shares_tried']
+           'problem_table', 'per_problem', 'bounded', 'success', 'leaves', 'answer_tree', 'tried', 'shares_tried']
 
 # %% ../../nbs/measure/73_trees.ipynb #t001
 import ast
@@ -276,37 +276,44 @@ def success(
     return pd.DataFrame(table)
 
 # %% ../../nbs/measure/73_trees.ipynb #t041
-def tried(
-    draws: pd.DataFrame,  # responses, with `generated` and `numbers`
-) -> pd.Series:  # shape of each answer; missing where it is no expression over the problem's numbers
-    "The shape of every answer"
-
-    def shape_of(text, numbers):
-        try:
-            tree = tree_of(answer_of(text) or "")
-        except ValueError:
-            return None
-        return shape(tree) if sorted(leaves(tree)) == sorted(numbers) else None
-
-    pairs = zip(draws.generated, draws.numbers)
-    return pd.Series([shape_of(*pair) for pair in pairs], index=draws.index, dtype=object)
-
-
 def leaves(tree: Tree | int) -> list[int]:
     "The numbers of a tree"
     return [n for t in tree.first + tree.second for n in leaves(t)] if isinstance(tree, Tree) else [tree]
 
-# %% ../../nbs/measure/73_trees.ipynb #t043
+
+def answer_tree(
+    response: str,  # what a model wrote
+    numbers: Sequence[int],  # of the problem
+) -> Tree | int | None:  # None where the answer is no expression over exactly these numbers
+    "The tree of a response's answer, right or wrong"
+    try:
+        tree = tree_of(answer_of(response) or "")
+    except ValueError:
+        return None
+    return tree if sorted(leaves(tree)) == sorted(numbers) else None
+
+# %% ../../nbs/measure/73_trees.ipynb #t042
+def tried(
+    draws: pd.DataFrame,  # responses, with `generated` and `numbers`
+) -> pd.DataFrame:  # shape; multiplies: "yes" or "no"; both missing where there is no tree
+    "What kind of tree every answer is"
+    trees = list(map(answer_tree, draws.generated, draws.numbers))
+    kinds = [(shape(t), "yes" if multiplies(t) else "no") if t is not None else (None, None) for t in trees]
+    return pd.DataFrame(kinds, index=draws.index, columns=["shape", "multiplies"], dtype=object)
+
+# %% ../../nbs/measure/73_trees.ipynb #t044
 def shares_tried(
     draws: pd.DataFrame,  # responses: model, condition, seed, step, index, generated, numbers
-) -> pd.DataFrame:  # a row per model, condition, step and shape
-    "Which shapes a model's answers have"
-    rows, table = draws.assign(shape=tried(draws)).dropna(subset="shape"), []
+    by: str = "shape",  # or "multiplies"
+) -> pd.DataFrame:  # a row per model, condition, step and group; responses: with an answer that counts
+    "Which kinds of trees a model's answers are"
+    rows, table = draws.assign(kind=tried(draws)[by]).dropna(subset="kind"), []
+    groups = sorted(rows.kind.unique())
     for (model, condition, step), part in rows.groupby(["model", "condition", "step"], sort=False):
         problems = part["index"].unique()
         answers = per_problem(part, part.score >= 0, problems)
-        for name in (s for s in SHAPES if (rows["shape"] == s).any()):
-            share = ratio_interval(per_problem(part, part["shape"] == name, problems), answers)
-            about = dict(model=model, condition=condition, step=step, shape=name, answers=len(part))
+        for group in groups:
+            share = ratio_interval(per_problem(part, part.kind == group, problems), answers)
+            about = dict(model=model, condition=condition, step=step, by=by, group=group, responses=len(part))
             table.append(about | bounded(share, len(problems))._asdict())
     return pd.DataFrame(table)

@@ -141,9 +141,9 @@ def test_an_answer_is_read_and_never_run():
     draws = pd.DataFrame(
         dict(generated=[f"<answer>{t}</answer>" for t in texts] + ["no tag"], numbers=[(3, 4, 10)] * 7)
     )
-    assert tried(draws).isna().all()
+    assert tried(draws).isna().all(axis=None)
     draws = pd.DataFrame(dict(generated=["<answer>10 × 3 + 4 = 34</answer>"], numbers=[np.array([3, 4, 10])]))
-    assert tried(draws).tolist() == ["left"]
+    assert tried(draws).to_numpy().tolist() == [["left", "yes"]]
 
 
 def responses(scores, index, step=0, **columns):
@@ -214,10 +214,12 @@ def test_shares_of_shapes_sum_to_one_over_the_answers_that_count(problems):
         generated=[f"<answer>{a}</answer>" for a in answers] * 12,
     )
     shares = shares_tried(draws)
-    assert shares.set_index("shape")["value"].round(6).to_dict() == dict(
+    assert shares.set_index("group")["value"].round(6).to_dict() == dict(
         chain=0.333333, left=0.333333, right=0.333333
     )
-    assert (shares.answers == 36).all()
+    assert (shares.responses == 36).all()
+    uses = shares_tried(draws, "multiplies").set_index("group")["value"]
+    assert uses.round(6).to_dict() == dict(no=0.333333, yes=0.666667)
 
 
 @given(expressions)
