@@ -6,14 +6,14 @@
 __all__ = ['RIGHT_ANSWERS', 'COUNTS', 'LENGTH', 'STROKE', 'SERIES', 'DOT_SIZE', 'BAR_WIDTH', 'BAR_OPACITY', 'DOTS_SHARE', 'ROWS',
            'NAME_AT', 'NUMBER_ROOM', 'HABIT_ROOM', 'ROW_HEIGHT', 'ROW_GROWS', 'AXIS_HEIGHT', 'TICKS_NOTE', 'FLOOR_NOTE',
            'TICK_REACH', 'FLOOR_HEIGHT', 'DOSE', 'NONE_BESIDE', 'BEFORE_COLOR', 'first_to_last', 'against', 'compared',
-           'controls_title', 'incorrect_title', 'mixes_that', 'mixes_against_base', 'priming_title', 'both_in',
-           'findings', 'change', 'changes', 'Guard', 'models_beside', 'draw_guard', 'over_steps', 'controls',
-           'incorrect', 'curated', 'priming', 'check_families', 'as_families', 'called', 'gap', 'habits_focus',
-           'dynamics_title', 'raters_note', 'habit_heading', 'draw_habits', 'dynamics', 'interval_dots', 'row_offset',
-           'draw_series', 'name_series', 'habit_rows', 'make_room', 'rows_layout', 'untrained', 'base_behaviors_title',
-           'base_behaviors', 'base_findings', 'pretraining_title', 'pretraining_caption', 'habit_marks', 'pretraining',
-           'pretraining_findings', 'percent', 'dose_title', 'dose_curves', 'share_places', 'dose_response',
-           'check_shares', 'dose', 'dose_findings']
+           'controls_focus', 'controls_title', 'incorrect_title', 'mixes_that', 'mixes_against_base', 'priming_title',
+           'both_in', 'sides', 'findings', 'change', 'changes', 'Guard', 'models_beside', 'draw_guard', 'over_steps',
+           'controls', 'incorrect', 'curated', 'priming', 'check_families', 'as_families', 'called', 'gap',
+           'habits_focus', 'dynamics_title', 'raters_note', 'habit_heading', 'draw_habits', 'dynamics', 'interval_dots',
+           'row_offset', 'draw_series', 'name_series', 'habit_rows', 'make_room', 'rows_layout', 'untrained',
+           'base_behaviors_title', 'base_behaviors', 'base_findings', 'pretraining_title', 'pretraining_caption',
+           'habit_marks', 'pretraining', 'pretraining_findings', 'percent', 'dose_title', 'dose_curves', 'share_places',
+           'dose_response', 'check_shares', 'dose', 'dose_findings']
 
 # %% ../../nbs/show/93_figures.ipynb #id003
 from collections.abc import Callable, Sequence
@@ -94,13 +94,20 @@ def compared(
     return ", ".join(filter(None, [f"{who}: {first_to_last(e, focus)}", against(e, focus, equals)]))
 
 # %% ../../nbs/show/93_figures.ipynb #id015
+def controls_focus(
+    conditions: Sequence[str],  # that are shown
+) -> str | None:  # one of them, None where none has habits
+    "The condition that is compared with base and controls"
+    candidates = ("curated", "backtracking_verification", *(c for c, habits in MIXES.items() if habits))
+    return next((c for c in candidates if c in conditions), None)
+
+# %% ../../nbs/show/93_figures.ipynb #idc002
 def controls_title(
     frame: pd.DataFrame,  # accuracy from `interval`, one model
 ) -> str:  # one sentence
     "Where the primed model ends against base and controls"
     e = ends(frame)
-    candidates = ("curated", "backtracking_verification", *(c for c, habits in MIXES.items() if habits))
-    focus = next((c for c in candidates if c in e), None)
+    focus = controls_focus(list(e))
     if focus is None:
         return capital("; ".join(f"{label(c)} {first_to_last(e, c)}" for c in e))
     who = f"primed with {label(focus)}" if focus in MIXES else label(focus)
@@ -162,12 +169,25 @@ def priming_title(
     return capital("; ".join(parts))
 
 # %% ../../nbs/show/93_figures.ipynb #idf002
+COUNTS = {f"avg_{h.column}": f"{h.name} count" for h in HABITS}  # columns, as sentences call them
+
+
 def both_in(
     e: dict,  # from `ends`
     pairs: Sequence[tuple[str, str]],  # of conditions
 ) -> list[tuple[str, str]]:
     "The pairs of two different conditions that a table has"
     return [(a, b) for a, b in pairs if a != b and a in e and b in e]
+
+# %% ../../nbs/show/93_figures.ipynb #ide004
+def sides(
+    column: str,  # that is compared
+    names: tuple[str, str],  # of the two conditions
+) -> tuple[str, str]:  # as a sentence has them
+    "What stands on the two sides of a comparison"
+    if column == "accuracy":
+        return names
+    return f"the {COUNTS.get(column, column.replace('_', ' '))} of {names[0]}", f"that of {names[1]}"
 
 # %% ../../nbs/show/93_figures.ipynb #idf003
 def findings(
@@ -184,7 +204,7 @@ def findings(
         e, verb = ends(rows), "begins" if before else "ends"
         for a, b in both_in(e, pairs):
             gap = gap_between(*(e[c][0 if before else 1] for c in (a, b)))
-            names = name(model, a), name(model, b)
+            names = sides(column, (name(model, a), name(model, b)))
             said.append((model, finding(names, gap, verb, (a, b) in equals)))
     several = frame.model.nunique() > 1
     return "\n".join(f"{model} – {sentence}" if several else sentence for model, sentence in said)
@@ -202,9 +222,6 @@ def change(
     return Runs(tuple(values.tolist()), last.n, False, outcomes)
 
 # %% ../../nbs/show/93_figures.ipynb #idf008
-COUNTS = {f"avg_{h.column}": f"{h.name} count" for h in HABITS}  # columns, as sentences call them
-
-
 def changes(
     results: pd.DataFrame,  # tidy results
     columns: Sequence[str],
@@ -639,11 +656,10 @@ def base_findings(
     first, said = untrained(results), []
     for rows in by_source(first).values():
         one, *others = dict.fromkeys(rows.model)
-        for habit in HABITS:
-            at = interval(rows, f"avg_{habit.column}").set_index("model")
+        for column in COUNTS:
+            at = interval(rows, column).set_index("model")
             gaps = {m: gap_between(at.loc[m], at.loc[one]) for m in others}
-            what = f"the {habit.name} count of"
-            said += [finding((f"{what} {m}", f"that of {one}"), e, "is") for m, e in gaps.items()]
+            said += [finding(sides(column, (m, one)), e, "is") for m, e in gaps.items()]
     return "\n".join(said)
 
 # %% ../../nbs/show/93_figures.ipynb #id089
