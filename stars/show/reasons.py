@@ -360,11 +360,12 @@ def when_title(
 
 # %% ../../nbs/show/99_reasons.ipynb #wh012
 WHEN_NOTES = (
-    "Dots: accuracy of responses with a habit minus those without; grey: before RL, colour: after. "
-    "2+: nearly all show the habit, so twice or more is compared with less. Hard, middle, easy: thirds of "
-    "the problems by the chance that a random combination hits. No dot: fewer than 10 problems have both "
-    "kinds of response. Where the first try missed, a text that stops there is wrong by construction. No habit "
-    "was assigned by chance, so none of this is an experiment. Values in the title: in the order of the rows."
+    "Dots: accuracy of responses with a habit minus those without; grey: before RL, colour: after. 2+: "
+    "nearly all show the habit, so twice or more is compared with less. Hard, middle, easy: thirds of "
+    "the problems by the chance that a random combination hits. No dot: fewer than 10 problems have "
+    "both kinds of response. Where the first try missed, a text that stops there is wrong by "
+    "construction. No habit was assigned by chance, so none of this is an experiment. Values in the "
+    "title: in the order of the rows."
 )
 
 
@@ -484,12 +485,12 @@ def trees_title(
 
 # %% ../../nbs/show/99_reasons.ipynb #tr006
 TREES_NOTES = (
-    "Grey: before RL, colour: after. Kinds of problems at the left, with their number in brackets: those "
-    "whose solutions are all of one shape, and those that need × or ÷, or do not. Chain: one kind of "
-    "operation; left: a compound comes first, as in A*B+C; right: it is taken away or divided by, as in A-B*C. "
-    "Open circle: fewer than 10 problems, no interval. At the right, kinds of answers instead of problems: "
-    "all answers that use the problem's numbers, right or wrong. More/less often: the 95 % interval of the gain, paired by problem, lies "
-    "above/below 0."
+    "Grey: before RL, colour: after. Kinds of problems at the left, with their number in brackets: "
+    "those whose solutions are all of one shape, and those that need × or ÷, or do not. Chain: one kind"
+    " of operation; left: a compound comes first, as in A*B+C; right: it is taken away or divided by, "
+    "as in A-B*C. Open circle: fewer than 10 problems, no interval. At the right, kinds of answers "
+    "instead of problems: all answers that use the problem's numbers, right or wrong. More/less often: "
+    "the 95 % interval of the gain, paired by problem, lies above/below 0."
 )
 
 
