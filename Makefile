@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 RAY := RAY_worker_niceness=0 RAY_DASHBOARD_STARTUP_TIMEOUT_S=600
 
 .DEFAULT_GOAL := setup
-.PHONY: setup dev help reproduce test test-faults test-verl prepare lab docs bench clean
+.PHONY: setup dev help reproduce test test-faults test-verl prepare lab docs bench gpu clean
 
 setup: .venv/.cpu ## the environment that runs everything (default)
 dev: .venv/.dev ## the same, with notebooks, tests, docs, Ray and vLLM
@@ -47,7 +47,10 @@ docs: .venv/.dev ## the site, in _docs
 	$(BIN)/python .ci/docs.py
 
 bench: .venv/.dev ## the speed comparisons
-	set -e; for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python "$$f"; done
+	set -e; for f in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python "$$f"; done
+
+gpu: .venv-gpu/.done ## on one card, nine minutes: speed, memory, vLLM, time for every figure; benchmarks/results/gpu.md (GPUFLAGS=)
+	.venv-gpu/bin/python benchmarks/gpu.py $(GPUFLAGS)
 
 clean: ## drop what can be built again, but no runs
 	rm -rf build dist *.egg-info _docs
@@ -64,6 +67,14 @@ clean: ## drop what can be built again, but no runs
 .venv/.dev: requirements/dev.lock .venv/.cpu
 	@echo "installing notebooks, tests, docs, Ray and vLLM into .venv: 2 GB more, some minutes"
 	$(PIP) --no-deps -r requirements/dev.lock
+	@touch $@
+
+.venv-gpu/.done: requirements/gpu.lock setup.py settings.ini
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the locks need Python 3.11 or newer: make PYTHON=...")'
+	@echo "installing PyTorch for CUDA, vLLM and the rest of requirements/gpu.lock into .venv-gpu: several GB"
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/gpu.lock
+	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 .venv-verl/.done: requirements/verl.lock

@@ -86,6 +86,12 @@ def sample(engine, prompts: list, tokens: int, seed: str) -> int:  # tokens samp
     return sum(len(r.ids) for r in engine.generate(prompts, tokens, 1.0, seeds_of(seed, len(prompts))))
 
 
+def unending(engine: LlamaEngine) -> LlamaEngine:
+    "Our engine, whose responses are cut, but never end: at an id that no model draws"
+    engine.ends = torch.full_like(engine.ends[:1], -1)
+    return engine
+
+
 def endless(engine, prompts: list, tokens: int, seed: str) -> int:  # tokens sampled
     "vLLM asked as VLLMEngine asks it, but without an id to stop at: it takes no id that cannot occur"
     from vllm import SamplingParams, TokensPrompt
@@ -129,11 +135,8 @@ def compare(size: str, rows: int, tokens: int, ends: bool, args, cuda: bool) -> 
                 print(f"without vLLM: {e}")
 
         def sides():
-            eos = tok.eos_token_id if ends else -1  # which no model draws
-
             def ours(p, seed):
-                engine.eos = eos
-                return sample(engine, p, tokens, seed)
+                return sample(engine if ends else unending(engine), p, tokens, seed)
 
             def theirs(p, seed):
                 return (sample if ends else endless)(vllm, p, tokens, seed)
@@ -206,7 +209,7 @@ def scaling(args, cuda: bool) -> list[list]:  # table rows
     rows = []
     for size in (SMALL, LARGE):
         model, tok = make(size, args.device)
-        engine = LlamaEngine(model, -1, vocab=known_ids(tok))
+        engine = unending(LlamaEngine(model, tok.eos_token_id, vocab=known_ids(tok)))
         for b in args.batches:
             cells = []
             for n in args.lengths:

@@ -28,6 +28,7 @@ import warnings
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import torch
 from common.report import report
+from rollouts import unending
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
@@ -98,7 +99,7 @@ def ours(
 ) -> tuple[list, list]:  # (wall, CPU) seconds of each step, rows of metrics
     torch.set_num_threads(args.threads)
     model, n = COUNT.watch(load_model("plain", args.device)), args.prompts * args.samples
-    engine = Timed(model, -1, vocab=known_ids(tok))
+    engine = unending(Timed(model, tok.eos_token_id, vocab=known_ids(tok)))
     engine.at = []
     width = len(tok(make_prompt(problems[0]), add_special_tokens=False).input_ids) + args.tokens
     cfg = PPOConfig(
