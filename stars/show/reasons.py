@@ -6,10 +6,10 @@
 __all__ = ['RUNS', 'CHANGES', 'CURVES', 'PASSK_RULE', 'ACCURACY', 'HOME', 'TRANSFER_WIDTH', 'AXES_AT', 'TRANSFER_RULE', 'APART',
            'ROW', 'NAMES', 'BETWEEN', 'WHEN', 'RIGHT', 'TRIES', 'WHEN_NOTES', 'KINDS', 'OFTEN', 'TREES_NOTES',
            'about_draws', 'passk_table', 'change_at', 'change_said', 'passk_title', 'curves_of', 'draw_column',
-           'draw_passk', 'Stacked', 'draws_caption', 'passk', 'transfer_table', 'in_words', 'signed', 'places',
+           'draw_passk', 'Stacked', 'draws_caption', 'passk', 'transfer_table', 'in_words', 'with_sign', 'places',
            'carried_by', 'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows', 'name_conditions',
            'draw_transfer', 'place_axes', 'transfer', 'two_steps', 'before_after', 'side_by_side', 'write_above',
-           'when_table', 'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'when',
+           'when_table', 'signed', 'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'when',
            'undivided_note', 'one_model', 'trees_table', 'trees_title', 'open_circles', 'trees_rows', 'trees']
 
 # %% ../../nbs/show/99_reasons.ipynb #dr001
@@ -252,7 +252,7 @@ def in_words(space: str) -> str:  # "more numbers"
     return "the training world" if space == HOME else space.replace("_", " ")
 
 # %% ../../nbs/show/99_reasons.ipynb #tf011
-def signed(x: float) -> str:  # "+.21", "−.05"
+def with_sign(x: float) -> str:  # "+.21", "−.05"
     return f"{'+' if x >= 0 else '−'}{num(abs(x))}"
 
 
@@ -273,7 +273,7 @@ def carried_by(
     said = []
     if home:
         apart = " (not told apart from 0)" if relation(home) == "undecided" else ""
-        said.append(f"{signed(home.value)} in {in_words(HOME)}{apart}")
+        said.append(f"{with_sign(home.value)} in {in_words(HOME)}{apart}")
     if ways:
         said.append(f"gains in {places(gained, len(ways))}")
     return ", ".join(said + ([f"losses in {places(lost, len(ways))}"] if lost else []))
@@ -310,7 +310,7 @@ def draw_change(
     place = dict(textcoords="offset points", va="center", annotation_clip=False)
     for at, value, hi in zip(rows["at"], rows.value, rows.hi):
         end = np.nanmax([value, hi])
-        ax.annotate(signed(value), (end, at), xytext=(6, 0), size=7, color=ink(hue), **place)
+        ax.annotate(with_sign(value), (end, at), xytext=(6, 0), size=7, color=ink(hue), **place)
 
 # %% ../../nbs/show/99_reasons.ipynb #tf023
 def transfer_rows(
