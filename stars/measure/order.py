@@ -7,8 +7,8 @@ __all__ = ['START', 'FAILED', 'REACHED', 'ANSWER', 'NO_ANSWER', 'ATTEMPTS', 'NEE
            'made_from', 'made_by', 'Attempt', 'habits_between', 'attempt_equations', 'attempt_of', 'find_attempts',
            'repeated', 'Order', 'read_order', 'placed_states', 'states', 'read_orders', 'state_names',
            'transition_counts', 'transitions', 'matrix', 'shared_problems', 'transition_changes', 'place_counts',
-           'places', 'attempt_numbers', 'tries', 'problem_sums', 'attempt_means', 'attempt_shares', 'attempt_changes',
-           'pairs_won', 'pair_counts', 'predictors']
+           'state_places', 'attempt_numbers', 'tries', 'problem_sums', 'attempt_means', 'attempt_shares',
+           'attempt_changes', 'pairs_won', 'pair_counts', 'predictors']
 
 # %% ../../nbs/measure/75_order.ipynb #or003
 import ast
@@ -333,19 +333,21 @@ def transition_changes(
 # %% ../../nbs/measure/75_order.ipynb #or057
 def place_counts(
     orders: pd.DataFrame,  # from `read_orders`
-    state: str,  # a habit, `FAILED` or `REACHED`
     problems: pd.Index,
+    kept: Sequence[str] = HABIT_NAMES,  # habits, `FAILED` or `REACHED`
     bins: int = 10,
-) -> np.ndarray:  # [problems, bins]
-    "How often a state begins in each part of a text, problem by problem"
-    counts = np.zeros((len(problems), bins))
+) -> np.ndarray:  # [problems, kept, bins]
+    "How often each state begins in each part of a text, problem by problem"
+    at = {state: i for i, state in enumerate(kept)}
+    counts = np.zeros((len(problems), len(kept), bins))
     for problem, order in zip(problems.get_indexer(orders["index"]), orders.order):
-        parts = [int(place * bins) for place, found in placed_states(order) if found == state]
-        np.add.at(counts, (problem, parts), 1)
+        for place, state in placed_states(order):
+            if state in at:
+                counts[problem, at[state], int(place * bins)] += 1
     return counts
 
 # %% ../../nbs/measure/75_order.ipynb #or058
-def places(
+def state_places(
     orders: pd.DataFrame,  # from `read_orders`
     kept: Sequence[str] = HABIT_NAMES,  # habits, `FAILED` or `REACHED`
     bins: int = 10,
@@ -353,12 +355,11 @@ def places(
     "Where in a text each state stands, with 95 % intervals over new problems"
     if bins < 1:
         raise ValueError(f"bins={bins}: cut a text into at least 1 part")
-    problems, rows = pd.Index(orders["index"].unique()), []
-    for state in kept:
-        counts = place_counts(orders, state, problems, bins)
-        for i in range(bins) if counts.sum() else ():
-            e = ratio_interval(counts[:, i], counts.sum(axis=1))
-            rows.append((state, (i + 0.5) / bins, e.value, e.lo, e.hi, int(counts.sum())))
+    rows, counts = [], place_counts(orders, pd.Index(orders["index"].unique()), kept, bins)
+    for i, part in np.ndindex(len(kept), bins):
+        if n := int(counts[:, i].sum()):
+            e = ratio_interval(counts[:, i, part], counts[:, i].sum(axis=1))
+            rows.append((kept[i], (part + 0.5) / bins, e.value, e.lo, e.hi, n))
     return pd.DataFrame(rows, columns=["state", "place", "value", "lo", "hi", "n"])
 
 # %% ../../nbs/measure/75_order.ipynb #or061

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'CHANGES', 'CURVES', 'PASSK_RULE', 'ACCURACY', 'HOME', 'TRANSFER_WIDTH', 'AXES_AT', 'TRANSFER_RULE', 'APART',
-           'ROW', 'NAMES', 'BETWEEN', 'WHEN', 'RIGHT', 'TRIES', 'WHEN_NOTES', 'KINDS', 'OFTEN', 'TREES_NOTES',
-           'about_draws', 'passk_table', 'change_at', 'change_said', 'passk_title', 'curves_of', 'draw_column',
-           'draw_passk', 'Stacked', 'draws_caption', 'passk', 'transfer_table', 'in_words', 'with_sign', 'places',
-           'carried_by', 'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows', 'name_conditions',
-           'draw_transfer', 'place_axes', 'transfer', 'two_steps', 'before_after', 'side_by_side', 'write_above',
-           'when_table', 'signed', 'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'when',
-           'undivided_note', 'one_model', 'trees_table', 'trees_title', 'open_circles', 'trees_rows', 'trees']
+           'ROW', 'NAMES', 'BETWEEN', 'WHEN', 'RIGHT', 'TRIES', 'WHEN_NOTES', 'SHOWN_STATES', 'WAYS', 'SAID', 'NODES',
+           'ROOM', 'NAMED', 'LEAST', 'WIDEST', 'BEND', 'LOOP', 'MOST_ROWS', 'SURE', 'STATE_COLORS', 'STRIP', 'TENTH',
+           'ORDER_NOTE', 'KINDS', 'OFTEN', 'TREES_NOTES', 'about_draws', 'passk_table', 'change_at', 'change_said',
+           'passk_title', 'curves_of', 'draw_column', 'draw_passk', 'Stacked', 'draws_caption', 'passk',
+           'transfer_table', 'in_words', 'with_sign', 'places', 'carried_by', 'transfer_title', 'draw_levels',
+           'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer', 'place_axes', 'transfer', 'two_steps',
+           'before_after', 'side_by_side', 'write_above', 'when_table', 'signed', 'verdict', 'differences_said',
+           'when_title', 'when_rows', 'draw_when', 'when', 'undivided_note', 'one_model', 'order_rows', 'change_rows',
+           'condition_rows', 'order_table', 'Followed', 'said_change', 'order_title', 'arrow_course', 'draw_arrow',
+           'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares', 'place_states', 'draw_places',
+           'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles', 'trees_rows', 'trees']
 
 # %% ../../nbs/show/99_reasons.ipynb #dr001
 from collections.abc import Callable, Sequence
@@ -612,6 +616,335 @@ def one_model(table: pd.DataFrame):
     if table.model.nunique() > 1:
         named = ", ".join(dict.fromkeys(table.model))
         raise ValueError(f"models {named}: the figure shows one; draw it once for each")
+
+# %% ../../nbs/show/99_reasons.ipynb #wo000
+from dataclasses import dataclass
+
+from matplotlib.colors import to_rgba
+from matplotlib.patches import FancyArrowPatch
+
+from ..habits.behaviors import COLORS, HABIT_NAMES
+from ..measure.intervals import NEW_PROBLEMS
+from stars.measure.order import (
+    ANSWER,
+    ATTEMPTS,
+    FAILED,
+    REACHED,
+    START,
+    attempt_changes,
+    attempt_shares,
+    read_orders,
+    state_places,
+    transition_changes,
+    transitions,
+    tries,
+)
+from .figures import BEFORE_COLOR
+from .plots import QUIET, arrow, span
+
+# %% ../../nbs/show/99_reasons.ipynb #wo002
+SHOWN_STATES = (FAILED, REACHED, *HABIT_NAMES)
+
+
+def order_rows(
+    orders: pd.DataFrame,  # from `read_orders`, one model, condition and step
+) -> pd.DataFrame:  # part, state, to, value, lo, hi, n
+    "What is shown of one checkpoint"
+    next_attempt = transitions(orders, ATTEMPTS).rename(columns={"from": "state"}).assign(part="attempt")
+    next_habit = transitions(orders).rename(columns={"from": "state"}).assign(part="habit")
+    stands = state_places(orders, SHOWN_STATES).rename(columns=dict(place="to")).assign(part="place")
+    table = tries(orders)
+    shares = [
+        dict(part="share", state=name, value=e.value, lo=e.lo, hi=e.hi, n=len(table))
+        for name, e in attempt_shares(table).items()
+    ]
+    return pd.concat([next_attempt, next_habit, pd.DataFrame(shares), stands], ignore_index=True)
+
+# %% ../../nbs/show/99_reasons.ipynb #wo003
+def change_rows(
+    before: pd.DataFrame,  # from `read_orders`
+    after: pd.DataFrame,  # from `read_orders`, the same problems
+) -> pd.DataFrame:  # part, state, to, value (after - before), lo, hi
+    "What is shown of the difference of two checkpoints"
+    next_attempt, next_habit = (
+        transition_changes(before, after, kept).rename(columns={"from": "state"}).assign(part=part)
+        for part, kept in (("attempt", ATTEMPTS), ("habit", HABIT_NAMES))
+    )
+    changes = attempt_changes(tries(before), tries(after))
+    shares = [dict(part="share", state=k, value=e.value, lo=e.lo, hi=e.hi) for k, e in changes.items()]
+    return pd.concat([next_attempt, next_habit, pd.DataFrame(shares)], ignore_index=True)
+
+# %% ../../nbs/show/99_reasons.ipynb #wo005
+def condition_rows(
+    orders: pd.DataFrame,  # from `read_orders`, one model and condition
+    condition: str,  # named where something is wrong
+) -> pd.DataFrame:  # rows of `order_rows` and `change_rows`, with `when` (before, after, change) and step
+    "First step, last step, and what changed"
+    first, last = orders.step.min(), orders.step.max()
+    if first == last:
+        raise ValueError(f"{condition} has draws at step {first} only; give them before and after training")
+    before, after = orders[orders.step == first], orders[orders.step == last]
+    parts = [
+        order_rows(before).assign(when="before", step=first),
+        order_rows(after).assign(when="after", step=last),
+        change_rows(before, after).assign(when="change"),
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+# %% ../../nbs/show/99_reasons.ipynb #wo006
+def order_table(
+    draws: pd.DataFrame,  # from `Study.draws`, or completions of several steps
+) -> pd.DataFrame:  # `condition_rows`, with model, condition, source, seeds, problems, texts (per step)
+    "What follows what before and after training, condition by condition"
+    orders, tables = read_orders(draws), []
+    source = draws["source"].iloc[0] if "source" in draws else ""
+    for (model, condition), rows in orders.groupby(["model", "condition"], sort=False):
+        about = dict(model=model, condition=condition, source=source)
+        about |= dict(seeds=", ".join(map(str, sorted(rows.seed.unique()))))
+        about |= dict(problems=rows["index"].nunique(), texts=len(rows) // rows.step.nunique())
+        tables.append(condition_rows(rows, condition).assign(**about))
+    return pd.concat(tables, ignore_index=True)
+
+# %% ../../nbs/show/99_reasons.ipynb #wo009
+@dataclass
+class Followed:
+    "The rows of one model and condition"
+
+    rows: pd.DataFrame  # from `order_table`
+
+    def part(self, name: str, when: str) -> pd.DataFrame:
+        return self.rows[(self.rows.part == name) & (self.rows.when == when)]
+
+    def find(self, part: str, state: str, to: str | None, when: str) -> Estimate | None:
+        "One number; None where the state never came"
+        rows = self.part(part, when)
+        rows = rows[(rows.state == state) & (rows.to.isna() if to is None else rows.to == to)]
+        return Estimate(*rows[["value", "lo", "hi"]].iloc[0], NEW_PROBLEMS) if len(rows) else None
+
+# %% ../../nbs/show/99_reasons.ipynb #wo011
+WAYS = dict(above="more often", below="less often")
+SAID = (  # in the title: part, state, next state, verb, the same as a noun, circumstance
+    ("attempt", FAILED, ANSWER, "gives up", "giving up", " after a failed attempt"),
+    ("attempt", REACHED, ANSWER, "stops", "stopping", " after a right one"),
+    ("share", "failed", None, "fails", "failing", " per attempt"),
+    ("share", "repeated", None, "repeats itself", "repeating itself", ""),
+)
+
+
+def said_change(
+    found: Followed,
+    said: tuple,  # one of `SAID`
+) -> str:  # "stops more often after a right one (76 → 89 %)", or "" where one side has none
+    "How one number changed, in words"
+    *where, verb, noun, circumstance = said
+    change = found.find(*where, "change")
+    if change is None:
+        return ""
+    first, last = (f"{100 * found.find(*where, when).value:.0f}" for when in ("before", "after"))
+    way = WAYS.get(relation(change))
+    words = f"{verb} {way}{circumstance}" if way else f"{noun}{circumstance} not told apart"
+    return f"{words} ({arrow(first, last)}\u00a0%)"
+
+# %% ../../nbs/show/99_reasons.ipynb #wo012
+def order_title(
+    found: Followed,
+) -> str:  # one sentence
+    "What changed with training"
+    changes = [change for said in SAID if (change := said_change(found, said))]
+    return capital(f"{label(found.rows.condition.iloc[0])} after PPO: {'; '.join(changes) or 'no attempts'}")
+
+# %% ../../nbs/show/99_reasons.ipynb #wo015
+NODES = {START: (0.06, 0.44), FAILED: (0.48, 0.67), REACHED: (0.48, 0.21), ANSWER: (0.93, 0.44)}  # of axes
+ROOM = {START: 15, FAILED: 21, REACHED: 21, ANSWER: 18}  # points around the middle of a name
+NAMED = {FAILED: "failed\nattempt", REACHED: "right\nattempt"}
+LEAST, WIDEST = 0.02, 7  # probability of an arrow that is drawn; points of one that is sure
+BEND, LOOP = 0.35, (0.2, 0.17, 1.5)  # of arrows both ways; half width and foot of a loop (inches), its bend
+
+
+def arrow_course(
+    ax: Axes,  # in inches
+    ends: tuple[str, str],  # states
+) -> tuple[np.ndarray, np.ndarray, float]:  # where an arrow begins, where it ends, its bend
+    "The way of an arrow between two states, or of a loop above or below one"
+    size = np.array([ax.get_xlim()[1], ax.get_ylim()[1]])
+    a, b = (np.array(NODES[state]) * size for state in ends)
+    if ends[0] != ends[1]:
+        return a, b, BEND if set(ends) == set(ATTEMPTS) else 0.0
+    half, foot, bend = LOOP
+    side = 1 if ends[0] == FAILED else -1
+    return a + [-half, foot * side], b + [half, foot * side], -bend * side
+
+# %% ../../nbs/show/99_reasons.ipynb #wo016
+def draw_arrow(
+    ax: Axes,  # in inches
+    ends: tuple[str, str],  # states
+    share: float,  # probability
+    tint: str,
+):
+    "An arrow between two states, and its probability in percent"
+    a, b, bend = arrow_course(ax, ends)
+    loop, width = ends[0] == ends[1], max(WIDEST * share, 0.6)
+    shrink = dict(shrinkA=0 if loop else ROOM[ends[0]], shrinkB=0 if loop else ROOM[ends[1]])
+    head = dict(arrowstyle="-|>,head_length=.45,head_width=.32", mutation_scale=6 + 1.6 * width)
+    look = dict(connectionstyle=f"arc3,rad={bend}", linewidth=width, color=tint, capstyle="butt")
+    arrow = FancyArrowPatch(a, b, **shrink, **head, **look, joinstyle="miter", clip_on=False, zorder=1)
+    ax.add_patch(arrow)
+    dx, dy = b - a
+    middle = (a + b) / 2 + bend / 2 * np.array([dy, -dx])
+    paper = dict(boxstyle="round,pad=.12", facecolor="white", linewidth=0, alpha=0.9)
+    words = f"{100 * share:.0f}\u00a0%"
+    ax.text(*middle, words, size=LABEL, ha="center", va="center", bbox=paper, zorder=3)
+
+# %% ../../nbs/show/99_reasons.ipynb #wo017
+def draw_graph(
+    ax: Axes,
+    found: Followed,
+    when: str,  # "before" or "after"
+    tint: str,  # of arrows that changed
+):
+    "What comes after a failed and after a right attempt"
+    make_room(ax, -0.45)
+    width, height = ax.bbox.size / ax.figure.dpi
+    ax.set(xlim=(0, width), ylim=(0, height))
+    ax.axis("off")
+    for row in found.part("attempt", when).itertuples():
+        if row.value < LEAST or not {row.state, row.to} <= set(NODES):
+            continue
+        change = found.find("attempt", row.state, row.to, "change")
+        changed = when == "after" and change and relation(change) != "undecided"
+        draw_arrow(ax, (row.state, row.to), row.value, tint if changed else "#b0b0b0")
+    box = dict(boxstyle="round,pad=.35", facecolor="white", edgecolor=DARK, linewidth=0.8)
+    for state, (x, y) in NODES.items():
+        name = NAMED.get(state, state)
+        ax.text(x * width, y * height, name, size=LABEL, ha="center", va="center", bbox=box, zorder=2)
+
+# %% ../../nbs/show/99_reasons.ipynb #wo019
+MOST_ROWS = 6
+SURE = 0.95
+
+
+def habit_transitions(
+    found: Followed,
+) -> list[tuple[str, str]]:  # (habit, next state), the most frequent first
+    "Which transitions between habits are worth a row"
+    rows = pd.concat([found.part("habit", when) for when in ("before", "after")])
+    rows = rows[rows.state != START].assign(times=rows.n * rows.value)
+    pairs = rows.groupby(["state", "to"])
+    pairs = pairs.agg(least=("value", "min"), most=("value", "max"), times=("times", "sum"))
+    open_ones = pairs[(pairs.least < SURE) & (pairs.most > 1 - SURE)]
+    often = open_ones[open_ones.times > 0.01 * open_ones.times.sum()]
+    return list(often.sort_values("times", ascending=False).index[:MOST_ROWS])
+
+# %% ../../nbs/show/99_reasons.ipynb #wo020
+def share_rows(
+    found: Followed,
+) -> dict[str, tuple]:  # name of a row → part, state, next state
+    "The rows of shares, from top to bottom"
+    named = {f"{state} → {to}": ("habit", state, to) for state, to in habit_transitions(found)}
+    return named | {"attempts that fail": SAID[2][:3], "attempts made before": SAID[3][:3]}
+
+# %% ../../nbs/show/99_reasons.ipynb #wo021
+def draw_shares(
+    ax: Axes,
+    found: Followed,
+    tint: str,  # of what is after training
+):
+    "Shares before and after training, with their intervals"
+    rows = share_rows(found)
+    make_room(ax, 0.95)
+    for offset, when, tone in ((0.17, "before", BEFORE_COLOR), (-0.17, "after", tint)):
+        known = {i: found.find(*where, when) for i, where in enumerate(rows.values())}
+        there = [i for i, e in known.items() if e is not None]
+        frame = pd.DataFrame([known[i] for i in there], columns=Estimate._fields)
+        frame[["value", "lo", "hi"]] *= 100
+        interval_dots(ax, offset - np.array(there, float), frame, tone)
+    ax.set_yticks(-np.arange(len(rows)), list(rows))
+    ax.set(xlim=(0, 100), ylim=(0.5 - len(rows), 0.5), xlabel="%")
+    ax.axhline(2.5 - len(rows), color=QUIET, linewidth=0.5)
+    ax.grid(axis="x")
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+
+# %% ../../nbs/show/99_reasons.ipynb #wo023
+STATE_COLORS = {FAILED: "#777777", REACHED: "#222222"} | COLORS
+STRIP, TENTH = 0.34, 0.1  # height of a strip, as a share of the row; width of a part
+
+
+def place_states(
+    found: Followed,
+) -> list[str]:  # in the order of `SHOWN_STATES`
+    "States with enough acts to speak of their places: one in fifty texts"
+    rows = pd.concat([found.part("place", when) for when in ("before", "after")])
+    often = rows.groupby("state").n.max() >= found.rows.texts.iloc[0] / 50
+    return [state for state in SHOWN_STATES if often.get(state, False)]
+
+# %% ../../nbs/show/99_reasons.ipynb #wo024
+def draw_places(
+    ax: Axes,
+    found: Followed,
+):
+    "Where in the text each state stands"
+    names = place_states(found)
+    make_room(ax, 0.25)
+    stands = pd.concat([found.part("place", when) for when in ("before", "after")])
+    most = stands.groupby("state").value.max()
+    for row in stands[stands.state.isin(names)].itertuples():
+        at = (0.02 if row.when == "before" else -0.02 - STRIP) - names.index(row.state)
+        tint = to_rgba(STATE_COLORS[row.state], row.value / most[row.state])
+        look = dict(align="edge", color=tint, linewidth=0)
+        ax.barh(at, TENTH, STRIP, row.to - TENTH / 2, **look)
+    ax.set_yticks(-np.arange(len(names)), names)
+    ax.set(xlim=(0, 1), ylim=(0.45 - max(len(names), 1), 0.45), xlabel="share of the text")
+    ax.grid(visible=False)
+    ax.tick_params(axis="y", length=0)
+
+# %% ../../nbs/show/99_reasons.ipynb #wo026
+ORDER_NOTE = (
+    "95 % intervals over new problems (bootstrap; the seeds as they are), of an arrow at most "
+    "±{widest:.0f} points. A failed attempt is arithmetic that does not really make the target of all the "
+    "numbers. Coloured arrows, more and less: the interval of the change excludes 0. Arrows below 2 % are "
+    "not drawn. Strips: upper before, lower after, darkest where most of a state's acts begin."
+)
+
+
+def order_caption(
+    table: pd.DataFrame,  # from `order_table`
+    note: str = "",  # added at the end
+) -> str:
+    "What a reader must know to judge the figure"
+    drawn = table[(table.part == "attempt") & (table.when != "change") & (table.value > LEAST)]
+    widest = 100 * ((drawn.hi - drawn.lo) / 2).max()
+    first, last = (span(table[table.when == w].step.astype(int).tolist()) for w in ("before", "after"))
+    source, models = table["source"].iloc[0], listed(sorted(set(table.model)))
+    about = [f"preset {source}"] if source else []
+    about += [f"model {models}", f"seeds {listed(sorted(set(table.seeds)))}", f"steps {first} and {last}"]
+    about += [f"{span(table.texts)} responses to {span(table.problems)} problems at each step"]
+    return f"{capital(' · '.join(about))}. {ORDER_NOTE.format(widest=widest)} {note}".strip()
+
+# %% ../../nbs/show/99_reasons.ipynb #wo027
+def order_figure(
+    table: pd.DataFrame,  # from `order_table`
+    note: str = "",  # added to the caption
+) -> Figure:
+    "What follows what, before and after training"
+    groups = [Followed(rows) for _, rows in table.groupby(["model", "condition"], sort=False)]
+    several = table.model.nunique() > 1
+    titles = [f"{f.rows.model.iloc[0]} – " * several + order_title(f) for f in groups]
+    rows = max(max(len(share_rows(f)), len(place_states(f))) for f in groups)
+    layout = Stacked((1.9, 0.25 * rows + 0.3), 7.2, gap=0.42, right=0.2, head=0.3, columns=2)
+    with styled(**{"axes.grid.axis": "x"}):
+        fig, axes = page(titles, order_caption(table, note), layout)
+        for found, grid in zip(groups, axes):
+            tint = color(found.rows.condition.iloc[0])
+            for ax, when in zip(grid[0], ("before", "after")):
+                draw_graph(ax, found, when, tint)
+                mean = found.find("share", "attempts", None, when).value
+                ax.set_title(f"{when} PPO: {mean:.1f} attempts per response", loc="left", pad=5)
+            draw_shares(grid[1, 0], found, tint)
+            draw_places(grid[1, 1], found)
+            grid[1, 0].set_title("grey before, coloured after PPO", loc="left", pad=5)
+            grid[1, 1].set_title("where in the text", loc="left", pad=5)
+    return fig
 
 # %% ../../nbs/show/99_reasons.ipynb #tr002
 KINDS = {  # what kinds are by, and kind → name of the row

@@ -25,11 +25,11 @@ from stars.measure.order import (
     made_from,
     matrix,
     pairs_won,
-    places,
     predictors,
     read_order,
     read_orders,
     repeated,
+    state_places,
     states,
     transition_changes,
     transitions,
@@ -193,7 +193,7 @@ def test_a_text_without_habits_goes_from_start_to_answer():
     t = transitions(orders_of(["3 + 5 = 8, 8 + 14 = 22. <answer> 3 + 5 + 14 </answer>"]))
     assert matrix(t).loc[START, ANSWER] == 1 and list(matrix(t).index) == [START]
     assert states(read_order("3 + 5 =", NUMBERS, TARGET)) == [START, NO_ANSWER]
-    assert len(places(orders_of(["", "22."]))) == 0
+    assert len(state_places(orders_of(["", "22."]))) == 0
 
 
 @st.composite
@@ -238,7 +238,7 @@ def test_a_change_has_the_difference_and_its_own_interval():
 
 def test_places():
     text = "x" * 90 + ". let me try something else"
-    p = places(orders_of([text] * 3), bins=4).set_index(["state", "place"]).value
+    p = state_places(orders_of([text] * 3), bins=4).set_index(["state", "place"]).value
     assert p["backtracking"].tolist() == [0, 0, 0, 1] and list(p["backtracking"].index) == [
         0.125,
         0.375,
@@ -246,7 +246,7 @@ def test_places():
         0.875,
     ]
     with pytest.raises(ValueError, match="bins=0"):
-        places(orders_of([text]), bins=0)
+        state_places(orders_of([text]), bins=0)
 
 
 # ---- many texts
