@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'CHANGES', 'CURVES', 'PASSK_RULE', 'ACCURACY', 'HOME', 'TRANSFER_WIDTH', 'AXES_AT', 'TRANSFER_RULE', 'APART',
-           'ROW', 'NAMES', 'BETWEEN', 'WHEN', 'RIGHT', 'TRIES', 'WHEN_NOTES', 'SHOWN_STATES', 'WAYS', 'SAID', 'NODES',
-           'ROOM', 'NAMED', 'LEAST', 'WIDEST', 'BEND', 'LOOP', 'MOST_ROWS', 'SURE', 'STATE_COLORS', 'STRIP', 'TENTH',
-           'ORDER_NOTE', 'KINDS', 'OFTEN', 'TREES_NOTES', 'about_draws', 'passk_table', 'change_at', 'change_said',
-           'passk_title', 'curves_of', 'draw_column', 'draw_passk', 'Stacked', 'draws_caption', 'passk',
-           'transfer_table', 'in_words', 'with_sign', 'places', 'carried_by', 'transfer_title', 'draw_levels',
-           'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer', 'place_axes', 'transfer', 'two_steps',
-           'before_after', 'side_by_side', 'write_above', 'when_table', 'signed', 'verdict', 'differences_said',
-           'when_title', 'when_rows', 'draw_when', 'when', 'undivided_note', 'one_model', 'order_rows', 'change_rows',
-           'condition_rows', 'order_table', 'Followed', 'said_change', 'order_title', 'arrow_course', 'draw_arrow',
-           'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares', 'place_states', 'draw_places',
-           'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles', 'trees_rows', 'trees']
+           'ROW', 'NAMES', 'BETWEEN', 'WHEN', 'RIGHT', 'TRIES', 'WHEN_NOTES', 'WAYS', 'SAID', 'NODES', 'ROOM', 'NAMED',
+           'LEAST', 'WIDEST', 'BEND', 'LOOP', 'MOST_ROWS', 'SURE', 'STATE_COLORS', 'STRIP', 'TENTH', 'ORDER_NOTE',
+           'KINDS', 'OFTEN', 'TREES_NOTES', 'about_draws', 'passk_table', 'change_at', 'change_said', 'passk_title',
+           'curves_of', 'draw_column', 'draw_passk', 'Stacked', 'draws_caption', 'passk', 'transfer_table', 'in_words',
+           'with_sign', 'places', 'carried_by', 'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows',
+           'name_conditions', 'draw_transfer', 'place_axes', 'transfer', 'two_steps', 'before_after', 'side_by_side',
+           'write_above', 'when_table', 'signed', 'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when',
+           'when', 'undivided_note', 'one_model', 'order_rows', 'change_rows', 'condition_rows', 'order_table',
+           'Followed', 'said_change', 'order_title', 'arrow_course', 'draw_arrow', 'draw_graph', 'habit_transitions',
+           'share_rows', 'draw_shares', 'place_states', 'draw_places', 'order_caption', 'order_figure', 'trees_table',
+           'trees_title', 'open_circles', 'trees_rows', 'trees']
 
 # %% ../../nbs/show/99_reasons.ipynb #dr001
 from collections.abc import Callable, Sequence
@@ -623,11 +623,12 @@ from dataclasses import dataclass
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyArrowPatch
 
-from ..habits.behaviors import COLORS, HABIT_NAMES
+from ..habits.behaviors import COLORS
 from ..measure.intervals import NEW_PROBLEMS
 from stars.measure.order import (
     ANSWER,
     ATTEMPTS,
+    EVENTS,
     FAILED,
     REACHED,
     START,
@@ -639,20 +640,17 @@ from stars.measure.order import (
     transitions,
     tries,
 )
-from .figures import BEFORE_COLOR
-from .plots import QUIET, arrow, span
+from .figures import BEFORE_COLOR, interval_dots, make_room
+from .plots import DARK, LABEL, QUIET, arrow, span
 
 # %% ../../nbs/show/99_reasons.ipynb #wo002
-SHOWN_STATES = (FAILED, REACHED, *HABIT_NAMES)
-
-
 def order_rows(
     orders: pd.DataFrame,  # from `read_orders`, one model, condition and step
 ) -> pd.DataFrame:  # part, state, to, value, lo, hi, n
     "What is shown of one checkpoint"
     next_attempt = transitions(orders, ATTEMPTS).rename(columns={"from": "state"}).assign(part="attempt")
     next_habit = transitions(orders).rename(columns={"from": "state"}).assign(part="habit")
-    stands = state_places(orders, SHOWN_STATES).rename(columns=dict(place="to")).assign(part="place")
+    stands = state_places(orders, EVENTS).rename(columns=dict(place="to")).assign(part="place")
     table = tries(orders)
     shares = [
         dict(part="share", state=name, value=e.value, lo=e.lo, hi=e.hi, n=len(table))
@@ -666,13 +664,13 @@ def change_rows(
     after: pd.DataFrame,  # from `read_orders`, the same problems
 ) -> pd.DataFrame:  # part, state, to, value (after - before), lo, hi
     "What is shown of the difference of two checkpoints"
-    next_attempt, next_habit = (
-        transition_changes(before, after, kept).rename(columns={"from": "state"}).assign(part=part)
-        for part, kept in (("attempt", ATTEMPTS), ("habit", HABIT_NAMES))
-    )
+    next_attempt = transition_changes(before, after, ATTEMPTS).assign(part="attempt")
+    next_habit = transition_changes(before, after).assign(part="habit")
     changes = attempt_changes(tries(before), tries(after))
     shares = [dict(part="share", state=k, value=e.value, lo=e.lo, hi=e.hi) for k, e in changes.items()]
-    return pd.concat([next_attempt, next_habit, pd.DataFrame(shares)], ignore_index=True)
+    parts = [next_attempt, next_habit]
+    parts = [part.rename(columns={"from": "state"}) for part in parts] + [pd.DataFrame(shares)]
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/show/99_reasons.ipynb #wo005
 def condition_rows(
@@ -872,11 +870,11 @@ STRIP, TENTH = 0.34, 0.1  # height of a strip, as a share of the row; width of a
 
 def place_states(
     found: Followed,
-) -> list[str]:  # in the order of `SHOWN_STATES`
+) -> list[str]:  # in the order of `EVENTS`
     "States with enough acts to speak of their places: one in fifty texts"
     rows = pd.concat([found.part("place", when) for when in ("before", "after")])
     often = rows.groupby("state").n.max() >= found.rows.texts.iloc[0] / 50
-    return [state for state in SHOWN_STATES if often.get(state, False)]
+    return [state for state in EVENTS if often.get(state, False)]
 
 # %% ../../nbs/show/99_reasons.ipynb #wo024
 def draw_places(

@@ -15,6 +15,7 @@ from stars.habits.behaviors import HABIT_NAMES
 from stars.measure.order import (
     ANSWER,
     ATTEMPTS,
+    EVENTS,
     FAILED,
     NO_ANSWER,
     REACHED,
@@ -37,7 +38,6 @@ from stars.measure.order import (
 )
 from stars.task.countdown import parse_expression
 
-EVENTS = (*ATTEMPTS, *HABIT_NAMES)
 TURNS = ("let me try something else :", "so try another way :", "start over :", "go back and try again :")
 NUMBERS, TARGET = (3, 5, 14), 22  # 3 + 5 + 14
 
