@@ -640,8 +640,8 @@ from stars.measure.order import (
     transitions,
     tries,
 )
-from .figures import BEFORE_COLOR, interval_dots, make_room
-from .plots import DARK, LABEL, QUIET, arrow, span
+from .figures import BEFORE_COLOR, make_room
+from .plots import QUIET, arrow, span
 
 # %% ../../nbs/show/99_reasons.ipynb #wo002
 def order_rows(
