@@ -616,7 +616,7 @@ def extrapolate(sheet: Sheet, pace_: dict[str, dict[str, float]]):
     note = (
         "An extrapolation, not a measurement: unit by unit, each at the slowest pace above, with what "
         "starting and saving cost in a short run. Responses of a model that has hardly been trained are "
-        "longer than later ones. Labelling and rewriting the corpus of fig_pretraining and fig_curated is not in it."
+        "longer than later ones. Labelling and rewriting a corpus is not in it (fig_pretraining, fig_curated)."
     )
     sheet.table("Every figure of preset `gpu`", head, rows, note)
 

@@ -542,3 +542,36 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch
         main(["ppo", "--preset", "smollm2"])
     assert e.value.code == 2 and not list(tmp_path.iterdir())
     assert "These settings make it smaller: " in capsys.readouterr().err
+
+
+def table_of(text: str) -> list[list[str]]:  # rows, without their names
+    "The numbers of the table in a plan's text"
+    lines = text.split("\n\n")[1].splitlines()[2:]
+    return [line.replace("ppo ", "ppo-").replace("vllm engine", "vllm-engine").split()[1:] for line in lines]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_what_no_gpu_has_confirmed_says_so(name):
+    cfg = PRESETS[name]
+    p = plan(cfg, cfg.models[0], cfg.run.devices)
+    text, rows = show_plan(p), table_of(show_plan(p))
+    assert len(rows) == len(p.phases) and all(len(r) == len(rows[0]) for r in rows)
+    if name in ("cpu", "smoke"):  # no device is meant, so nothing that only CUDA has
+        assert not [w for w in ("CUDA", "NCCL", "GPU", "graphs", "headroom", "reserve", "~") if w in text]
+        for row, phase in zip(rows, p.phases):
+            assert float(row[-1]) == pytest.approx((phase.total - phase.parts["graphs"]) / GIB, abs=0.006)
+            assert sum(map(float, row[:-1])) == pytest.approx(float(row[-1]), abs=0.006 * len(row))
+        return
+    assert all(cell == "0" or cell[0] == "~" for row in rows for cell in row)
+    shown = [[float(cell.removeprefix("~")) for cell in row] for row in rows]
+    assert shown == [pytest.approx(list(r), abs=0.06) for r in plan_table(p).to_numpy()]
+    reserve = text.split("reserve, ")[1].split("\n")[0]
+    assert "~6%" in reserve and "~1.5 GiB" in reserve
+    assert text.splitlines()[-1].startswith("~ counted, not measured on a GPU")
+
+
+def test_a_refusal_marks_its_numbers_too():
+    with pytest.raises(ValueError, match="not measured on a GPU") as e:
+        check(plan(PAPER, QWEN, 4))
+    sizes = str(e.value).split("per device")
+    assert sizes[0].split()[-2].startswith("~") and "are ~" in sizes[1]
