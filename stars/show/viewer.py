@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'NO_PICTURE', 'REPLACED', 'SHOWN', 'GREY', 'HTML_PAGE', 'LINE_HEIGHT', 'TINT', 'TRACE_HTML', 'CHIPS_HTML',
-           'NOT_HABITS', 'SHOWN_PROMPT', 'CARD_HTML', 'HYPHENATED', 'visible', 'rest_note', 'segments', 'habit_color',
-           'habits_found_by', 'mark_style', 'highlight', 'chips_html', 'legend', 'whole_number', 'problem_of',
+           'TIMELINE_HTML', 'NOT_HABITS', 'SHOWN_PROMPT', 'CARD_HTML', 'HYPHENATED', 'visible', 'rest_note', 'segments',
+           'habit_color', 'habits_found_by', 'mark_style', 'highlight', 'chips_html', 'legend', 'Stretch', 'stretches',
+           'outcome', 'timeline_words', 'attempt_marks', 'timeline', 'attempts_in', 'whole_number', 'problem_of',
            'text_of', 'check_completions', 'complete', 'decoded', 'read_parquet', 'completion_files',
            'checkpoint_columns', 'without_needless_folder', 'read_completions', 'choices', 'rows_with', 'rows_scored',
            'rows_showing', 'select', 'score_text', 'origin', 'Reading', 'read_row', 'card', 'control_values',
            'make_controls', 'Browser', 'viewer', 'checkpoint_summary', 'summary', 'percent_text', 'mean_text',
-           'number_columns', 'checkpoint_table', 'append_segment', 'on_color', 'trace_text', 'trace', 'inspect']
+           'number_columns', 'checkpoint_table', 'append_segment', 'on_color', 'trace_text', 'habit_between',
+           'TimelineText', 'trace', 'inspect']
 
 # %% ../../nbs/show/95_viewer.ipynb #if003
 from collections import Counter
@@ -18,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Number
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -161,6 +164,110 @@ def legend(
     meaning = {h.name: h.meaning for h in HABITS}
     chips = chips_html([(h, h, meaning.get(h, "")) for h in habits_found_by(rules)])
     return f'<div style="line-height:2">{chips}</div>'
+
+# %% ../../nbs/show/95_viewer.ipynb #tl001
+class Stretch(NamedTuple):
+    "A coloured part of the bar; numbers are percent of its length and height"
+
+    left: float
+    width: float
+    top: float
+    height: float
+    habit: str
+    said: str  # when hovering
+
+
+def stretches(
+    text: str,
+    spans: Sequence[Span],
+) -> list[Stretch]:
+    "The bar of a text"
+    found, at, whole = [], 0, max(len(text), 1) / 100
+    for piece, here in segments(text, spans):
+        said = {s.habit: f"{s.habit}: {visible(text[s.start : s.end], 60)}" for s in reversed(here)}
+        for i, habit in enumerate(dict.fromkeys(s.habit for s in here)):
+            part = 100 / len(said)
+            found.append(Stretch(at / whole, len(piece) / whole, i * part, part, habit, said[habit]))
+        at += len(piece)
+    return found
+
+# %% ../../nbs/show/95_viewer.ipynb #tl004
+def outcome(attempt) -> str:
+    return "right" if attempt.reached else "failed"
+
+
+def timeline_words(
+    spans: Sequence[Span],
+    attempts: Sequence,  # from `find_attempts`
+) -> str:  # "6 attempts: failed, failed, right; verification 6, backtracking 5"
+    "What the bar shows, as a screen reader says it"
+    acts = Counter(s.habit for s in spans)
+    tried = ", ".join(map(outcome, attempts))
+    parts = [f"{len(attempts)} attempts: {tried}"] if attempts else []
+    habits = ", ".join(f"{habit} {n}" for habit, n in acts.items())
+    return "; ".join(parts + [habits] * bool(habits)) or "no habits"
+
+# %% ../../nbs/show/95_viewer.ipynb #tl005
+TIMELINE_HTML = HTML_PAGE.from_string("""
+<div role="img" aria-label="{{ words }}" style="margin:.4em 0;max-width:60em">
+<div style="position:relative;height:10px;background:{{ grey }}33;overflow:hidden">
+{%- for s in stretches -%}
+<span title="{{ s.said }}" style="position:absolute;left:{{ '%.2f' % s.left }}%;
+{{- 'width:max(2px,%.2f%%);top:%.0f%%;height:%.0f%%' % (s.width, s.top, s.height) }};background:
+{{- color(s.habit) }}"></span>
+{%- endfor -%}
+</div>
+{%- if attempts -%}
+<div style="position:relative;height:15px">
+{%- for a in attempts -%}
+<span title="{{ a.said }}" style="position:absolute;left:{{ '%.2f' % a.left }}%;
+{{- 'width:%.2f%%' % a.width }};top:2px;height:13px;border-top:2px solid {{ grey }};box-sizing:border-box;
+{{- 'font:bold 11px/11px sans-serif;text-align:right' }}">{{ '✓' if a.reached else '×' }}</span>
+{%- endfor -%}
+</div>
+{%- endif -%}
+</div>""")
+
+# %% ../../nbs/show/95_viewer.ipynb #tl006
+def attempt_marks(
+    text: str,
+    attempts: Sequence,  # from `find_attempts`
+) -> list[dict]:
+    "Attempts as the template wants them"
+    whole, seen, marks = max(len(text), 1) / 100, set(), []
+    for i, a in enumerate(attempts, 1):
+        again = ", made before" if a.expression in seen else ""
+        said = f"attempt {i}, {outcome(a)}{again}: {visible(text[a.start : a.end], 80)}"
+        place = dict(left=a.start / whole, width=(a.end - a.start) / whole)
+        marks.append(place | dict(said=said, reached=a.reached))
+        seen.add(a.expression)
+    return marks
+
+# %% ../../nbs/show/95_viewer.ipynb #tl007
+def timeline(
+    text: str,  # a trace, as far as it is shown
+    spans: Sequence[Span],  # habits found in it
+    attempts: Sequence = (),  # from `find_attempts`
+) -> str:  # HTML
+    "A bar above a text: where habits and attempts stand"
+    return TIMELINE_HTML.render(
+        words=timeline_words(spans, attempts),
+        stretches=stretches(text, spans),
+        attempts=attempt_marks(text, attempts),
+        color=habit_color,
+        grey=GREY,
+    )
+
+# %% ../../nbs/show/95_viewer.ipynb #tl009
+def attempts_in(
+    text: str,
+    problem: tuple,  # numbers and target, None where they are not known
+    spans: Sequence[Span],  # habits found in it
+) -> list:
+    "The attempts in a text; none where the problem is not known"
+    from stars.measure.order import find_attempts  # scipy comes with it, and only a trace needs it
+
+    return [] if None in problem else find_attempts(text, *problem, spans)
 
 # %% ../../nbs/show/95_viewer.ipynb #if026
 def whole_number(x) -> int:
@@ -425,6 +532,7 @@ class Reading:
     prompt: str
     spans: list[Span]  # habits in the part that is shown
     counts: list[tuple[str, str]]  # habit, count in words
+    attempts: list  # from `find_attempts`; none where the problem is not known
 
 # %% ../../nbs/show/95_viewer.ipynb #if064
 SHOWN_PROMPT = 2_000  # characters
@@ -438,13 +546,15 @@ def read_row(
     prompt = row.get("prompt")
     prompt = "" if prompt is None or pd.isna(prompt) else str(prompt)
     problem = problem_of(row.get("numbers"), row.get("target"))
-    spans = find_behaviors(row["generated"][:SHOWN], *problem, rules)
+    text = row["generated"][:SHOWN]
+    spans = find_behaviors(text, *problem, rules)
     marked, counts = Counter(span.habit for span in spans), []
     for habit in habits_found_by(rules):
         n = int(row[habit]) if pd.notna(row.get(habit)) else marked[habit]
         note = f" ({marked[habit]} marked)" if n != marked[habit] else ""
         counts.append((habit, f"{habit} {n}{note}"))
-    return Reading(visible(prompt, SHOWN_PROMPT) + rest_note(prompt, SHOWN_PROMPT), spans, counts)
+    shown = visible(prompt, SHOWN_PROMPT) + rest_note(prompt, SHOWN_PROMPT)
+    return Reading(shown, spans, counts, attempts_in(text, problem, spans))
 
 # %% ../../nbs/show/95_viewer.ipynb #if066
 CARD_HTML = HTML_PAGE.from_string("""
@@ -453,7 +563,7 @@ CARD_HTML = HTML_PAGE.from_string("""
 <div style="margin:.5em 0"><div style="white-space:pre-wrap;opacity:.75">{{ prompt }}</div></div>
 <div style="margin:.5em 0"><b>{{ score }}</b></div>
 <div style="margin:.5em 0">{{ chips | safe }}</div>
-<div style="margin:.5em 0">{{ trace | safe }}</div>
+<div style="margin:.5em 0">{{ timeline | safe }}{{ trace | safe }}</div>
 </div>""")
 
 
@@ -471,6 +581,7 @@ def card(
         prompt=reading.prompt,
         score=score_text(row),
         chips=chips_html([(habit, text, "") for habit, text in reading.counts]),
+        timeline=timeline(row["generated"][:SHOWN], reading.spans, reading.attempts),
         trace=highlight(row["generated"], reading.spans),
     )
 
@@ -700,6 +811,37 @@ def trace_text(
     body.append(rest_note(text) if text else "(empty)", "italic")
     return body
 
+# %% ../../nbs/show/95_viewer.ipynb #tl013
+def habit_between(
+    spans: Sequence[Span],
+    low: float,  # of a column, in characters of the text
+    high: float,
+) -> str | None:
+    "The habit that fills most of a column"
+    filled = Counter()
+    for s in spans:
+        filled[s.habit] += max(0.0, min(s.end, high) - max(s.start, low))
+    habit, most = filled.most_common(1)[0] if filled else (None, 0)
+    return habit if most > 0 else None
+
+# %% ../../nbs/show/95_viewer.ipynb #tl014
+@dataclass
+class TimelineText:
+    "The bar of a text for the terminal, as wide as there is room"
+
+    length: int  # of the text, characters
+    spans: Sequence[Span]
+    attempts: Sequence  # from `find_attempts`
+
+    def __rich_console__(self, console, options):
+        bar, column = Text(no_wrap=True), max(self.length, 1) / options.max_width
+        ends = {int((a.end - 1) / column): a.reached for a in sorted(self.attempts, key=lambda a: a.reached)}
+        for i in range(options.max_width):
+            habit = habit_between(self.spans, i * column, (i + 1) * column)
+            mark = "✓" if ends.get(i) else "×" if i in ends else " " if habit else "·"
+            bar.append(mark, on_color(habit) if habit else "bold" if i in ends else "dim")
+        yield bar
+
 # %% ../../nbs/show/95_viewer.ipynb #if096
 def trace(
     row: pd.Series,  # a completion
@@ -711,8 +853,9 @@ def trace(
     reading = read_row(row, rules)
     chips = Text("  ").join(Text(text, on_color(habit)) for habit, text in reading.counts)
     head = Text(origin(row), "bold"), Text(reading.prompt, "dim"), Text(score_text(row), "bold")
+    bar = TimelineText(len(row["generated"][:SHOWN]), reading.spans, reading.attempts)
     body = trace_text(row["generated"], reading.spans, names)
-    return Panel(Group(*head, chips, Text(), body), width=width)
+    return Panel(Group(*head, chips, Text() if names else bar, body), width=width)
 
 # %% ../../nbs/show/95_viewer.ipynb #if098
 def inspect(
