@@ -87,7 +87,8 @@ def entropy(
     counts: np.ndarray,  # how often each answer was given, [answers]
 ) -> float:  # nats
     "Entropy of the answers to one problem, nearly unbiased for few draws (Zhang 2012)"
-    counts = np.asarray(counts)[np.asarray(counts) > 0]
+    counts = np.asarray(counts)
+    counts = counts[counts > 0]
     drawn = counts.sum()
     return float(counts @ (digamma(drawn) - digamma(counts)) / drawn)
 
