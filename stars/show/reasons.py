@@ -455,7 +455,7 @@ def side_by_side(
         ax.set_ylim(min(names) - 0.6, max(names) + 0.6)
         ax.tick_params(axis="y", length=0)
     look = dict(size=plots.LABEL + 0.5, weight="bold", color=plots.ink(plots.color(condition)))
-    write_above(axes[0], plots.label(condition), 5 - 72 * NAMES, **look)
+    write_above(axes[0], plots.two_lines(plots.label(condition)), 5 - 72 * NAMES, **look)
 
 
 def write_above(
@@ -589,7 +589,7 @@ def when(
     one_model(table)
     parts = [table[table.condition == c] for c in plots.order(table.condition)]
     heights = tuple(ROW * (1.2 - min(when_rows(part)[1])) for part in parts)
-    layout = plots.Layout(heights, 7.2, gap=0.34, right=0.1, head=0.46, columns=len(WHEN))
+    layout = plots.Layout(heights, 7.2, gap=0.42, right=0.1, head=0.46, columns=len(WHEN))
     thirds = table[table.difficulty.isin(THIRDS)]
     with plots.styled(**{"axes.grid.axis": "x"}):
         foot = draws_caption(table, WHEN_NOTES, undivided_note(table), note)
@@ -1039,7 +1039,7 @@ def trees(
     rows, names = trees_rows(table)
     conditions = plots.order(table.condition)
     layout = plots.Layout(
-        (ROW * (1.2 - min(names)),) * len(conditions), 6.4, gap=0.34, right=0.1, head=0.36, columns=2
+        (ROW * (1.2 - min(names)),) * len(conditions), 6.4, gap=0.42, right=0.1, head=0.36, columns=2
     )
     keyed = table.assign(key=table.by + " " + table.group).set_index(["key", "step"])
     with plots.styled(**{"axes.grid.axis": "x"}):

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stars.measure.payoff import (
@@ -40,6 +40,7 @@ def test_the_first_try_is_the_first_line_that_uses_all_numbers(text, wanted):
     assert first_try(text, np.array([3, 4, 10]), np.int64(34)) == wanted
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=60))
 def test_equal_chances_fall_into_the_same_third(chances):
     chance = pd.Series(chances) / 100
@@ -62,6 +63,7 @@ def table(rows):
     return pd.DataFrame(rows, columns=["index", "seed", "right", "shows"])
 
 
+@settings(deadline=None)
 @given(responses)
 def test_a_matched_difference_is_that_of_a_regression_with_a_constant_per_problem(rows):
     rows = table(rows)
@@ -76,6 +78,7 @@ def test_a_matched_difference_is_that_of_a_regression_with_a_constant_per_proble
         assert np.isnan(match.difference.value)
 
 
+@settings(deadline=None)
 @given(responses)
 def test_problems_with_one_kind_of_response_do_not_matter(rows):
     rows = table(rows)

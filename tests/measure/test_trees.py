@@ -43,6 +43,7 @@ def value(text):
         return None
 
 
+@settings(deadline=None)
 @given(expressions)
 def test_the_normal_form_keeps_value_and_numbers(text):
     if value(text) is None:
@@ -54,6 +55,7 @@ def test_the_normal_form_keeps_value_and_numbers(text):
     assert len(operations(tree)) == weight(tree) - 1
 
 
+@settings(deadline=None)
 @given(expressions, expressions, expressions)
 def test_writing_the_same_calculation_otherwise_makes_no_other_tree(a, b, c):
     for one, other in (
@@ -125,6 +127,7 @@ def test_shape_and_pattern(text, wanted):
     assert f"{shape(tree_of(text))} {pattern(tree_of(text))}" == wanted
 
 
+@settings(deadline=None)
 @given(st.tuples(numbers, numbers, numbers), *[st.sampled_from("+-*/")] * 2, st.booleans())
 def test_three_numbers_lean_right_where_a_compound_is_taken_away_or_divided_by(n, p, q, left):
     a, b, c = n
@@ -222,6 +225,7 @@ def test_shares_of_shapes_sum_to_one_over_the_answers_that_count(problems):
     assert uses.round(6).to_dict() == dict(no=0.333333, yes=0.666667)
 
 
+@settings(deadline=None)
 @given(expressions)
 def test_a_tree_multiplies_where_a_sign_says_so(text):
     if value(text) is not None:
