@@ -6,15 +6,17 @@
 __all__ = ['RUNS', 'CHANGES', 'CURVES', 'PASSK_RULE', 'ACCURACY', 'HOME', 'TRANSFER_WIDTH', 'AXES_AT', 'TRANSFER_RULE', 'APART',
            'ROW', 'NAMES', 'BETWEEN', 'WHEN', 'RIGHT', 'TRIES', 'WHEN_NOTES', 'WAYS', 'SAID', 'NODES', 'ROOM', 'NAMED',
            'LEAST', 'WIDEST', 'BEND', 'LOOP', 'MOST_ROWS', 'SURE', 'STATE_COLORS', 'STRIP', 'TENTH', 'ORDER_NOTE',
-           'KINDS', 'OFTEN', 'TREES_NOTES', 'about_draws', 'passk_table', 'change_at', 'change_said', 'passk_title',
-           'curves_of', 'draw_column', 'draw_passk', 'Stacked', 'draws_caption', 'passk', 'transfer_table', 'in_words',
-           'with_sign', 'places', 'carried_by', 'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows',
-           'name_conditions', 'draw_transfer', 'place_axes', 'transfer', 'two_steps', 'before_after', 'side_by_side',
-           'write_above', 'when_table', 'signed', 'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when',
-           'when', 'undivided_note', 'one_model', 'order_rows', 'change_rows', 'condition_rows', 'order_table',
-           'Followed', 'said_change', 'order_title', 'arrow_course', 'draw_arrow', 'draw_graph', 'habit_transitions',
-           'share_rows', 'draw_shares', 'place_states', 'draw_places', 'order_caption', 'order_figure', 'trees_table',
-           'trees_title', 'open_circles', 'trees_rows', 'trees']
+           'KINDS', 'OFTEN', 'TREES_NOTES', 'SIDES', 'TRAINER_RULE', 'about_draws', 'passk_table', 'change_at',
+           'change_said', 'passk_title', 'curves_of', 'draw_column', 'draw_passk', 'Stacked', 'draws_caption', 'passk',
+           'transfer_table', 'in_words', 'with_sign', 'places', 'carried_by', 'transfer_title', 'draw_levels',
+           'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer', 'place_axes', 'transfer', 'two_steps',
+           'before_after', 'side_by_side', 'write_above', 'when_table', 'signed', 'verdict', 'differences_said',
+           'when_title', 'when_rows', 'draw_when', 'when', 'undivided_note', 'one_model', 'order_rows', 'change_rows',
+           'condition_rows', 'order_table', 'Followed', 'said_change', 'order_title', 'arrow_course', 'draw_arrow',
+           'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares', 'place_states', 'draw_places',
+           'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles', 'trees_rows', 'trees',
+           'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title', 'draw_trainer',
+           'token_unit', 'trainer_heading', 'algorithms']
 
 # %% ../../nbs/show/99_reasons.ipynb #dr001
 from collections.abc import Callable, Sequence
@@ -1055,4 +1057,144 @@ def trees(
             axes[0, 0], ("problems: share of right responses", "answers: share of this kind")
         ):
             write_above(ax, head)
+    return fig
+
+# %% ../../nbs/show/99_reasons.ipynb #al001
+from ..measure.intervals import compare
+from .plots import BAND as SHADE
+from .plots import DOT, caption, ends, in_brackets, interval
+from .sources import ALGORITHMS
+
+# %% ../../nbs/show/99_reasons.ipynb #al005
+def over_tokens(
+    results: pd.DataFrame,  # tidy results, with the columns algorithm and tokens_sampled
+) -> pd.DataFrame:  # from `interval`, with the algorithm as model, and tokens
+    "Accuracy of each algorithm, condition and step, and the response tokens sampled until then"
+    for column in ("algorithm", "tokens_sampled"):
+        if column not in results or results[column].isna().any():
+            raise ValueError(f"results lack the column {column}; they are those of a `Study` with algorithms")
+    rows = results.assign(model=results.algorithm)
+    means = rows.groupby(["model", "condition", "step"]).tokens_sampled.mean().rename("tokens")
+    return interval(rows).join(means, ["model", "condition", "step"])
+
+# %% ../../nbs/show/99_reasons.ipynb #al006
+def primed_of(
+    frame: pd.DataFrame,  # from `over_tokens`
+) -> str:  # the condition beside `base`
+    "Which condition is compared with the base; ValueError if there is not exactly one"
+    others = [c for c in order(frame.condition) if c != "base"]
+    if len(others) != 1 or "base" not in set(frame.condition):
+        raise ValueError(f"conditions={order(frame.condition)}: give base and one other")
+    return others[0]
+
+# %% ../../nbs/show/99_reasons.ipynb #al007
+def priming_gains(
+    frame: pd.DataFrame,  # from `over_tokens`
+) -> dict[str, Estimate]:  # algorithm → how far the primed model ends above the base
+    "The difference in accuracy after the last step, paired by problem"
+    primed, found = primed_of(frame), {}
+    for name in [name for name in ALGORITHMS if name in set(frame.model)]:
+        last = {c: row for c, (_, row) in ends(frame[frame.model == name]).items()}
+        found[name] = compare([last[primed].runs, last["base"].runs])
+    return found
+
+# %% ../../nbs/show/99_reasons.ipynb #al010
+def algorithms_table(
+    results: pd.DataFrame,  # tidy results, with the columns algorithm and tokens_sampled
+) -> pd.DataFrame:  # algorithm, condition, what, step, tokens, value, lo, hi, population
+    "Accuracy over sampled tokens, and how far the primed model ends above the base"
+    frame = over_tokens(results)
+    points = frame.drop(columns=["runs", "n"]).rename(columns=dict(model="algorithm")).assign(what="accuracy")
+    apart = [
+        dict(algorithm=name, condition=primed_of(frame), what="difference", **e._asdict())
+        for name, e in priming_gains(frame).items()
+    ]
+    return pd.concat([points, pd.DataFrame(apart)], ignore_index=True)
+
+# %% ../../nbs/show/99_reasons.ipynb #al012
+SIDES = dict(
+    above="ends above base under {}",
+    below="ends below it under {}",
+    undecided="is not told apart from base under {}",
+)
+
+
+def algorithms_title(
+    frame: pd.DataFrame,  # from `over_tokens`
+) -> str:  # one sentence
+    "Under which trainers priming helps"
+    found, said = priming_gains(frame), []
+    for way, words in SIDES.items():
+        those = [
+            f"{ALGORITHMS[n].label}\u00a0({signed(e.value)})" for n, e in found.items() if relation(e) == way
+        ]
+        if those:
+            said.append(words.format(listed(those)))
+    return capital(f"{label(primed_of(frame))} {', and '.join(said)}")
+
+# %% ../../nbs/show/99_reasons.ipynb #al015
+def draw_trainer(
+    ax: Axes,
+    results: pd.DataFrame,  # of one algorithm
+    frame: pd.DataFrame,  # from `over_tokens`, of one algorithm
+    unit: float,  # tokens that the axis counts as one
+):
+    "Accuracy over sampled tokens: seeds thin, their mean thick, its interval shaded"
+    labels = {}
+    for c in order(frame.condition):
+        mean = frame[frame.condition == c].sort_values("step")
+        for _, run in results[results.condition == c].sort_values("step").groupby("seed"):
+            ax.plot(run.tokens_sampled / unit, run.accuracy, color=color(c), linewidth=0.6, alpha=0.6)
+        tokens, last = mean.tokens / unit, mean.iloc[-1]
+        ax.fill_between(tokens, mean.lo, mean.hi, color=color(c), alpha=SHADE, linewidth=0)
+        ax.plot(tokens, mean.value, color=color(c))
+        ax.scatter(tokens.iloc[-1], last.value, s=DOT, color=color(c), linewidth=0, zorder=4, clip_on=False)
+        labels[c] = EndLabel(f"{'base' if c == 'base' else 'primed'} {num(last.value)}", last.value, color(c))
+    end_labels(ax, labels)
+
+# %% ../../nbs/show/99_reasons.ipynb #al016
+def token_unit(tokens: float) -> tuple[float, str]:  # divisor, its name
+    "What an axis of so many tokens is counted in"
+    return (1e6, "millions") if tokens >= 2e6 else (1e3, "thousands")
+
+
+def trainer_heading(
+    ax: Axes,
+    name: str,  # of `ALGORITHMS`
+    gain: Estimate,
+):
+    "The trainer, and how far the primed model ends above the base"
+    ax.set_title(ALGORITHMS[name].label, loc="left", weight="bold", pad=16)
+    interval_text = f" ({signed(gain.lo)} to {signed(gain.hi)})" if gain.lo == gain.lo else ""
+    place = dict(xycoords="axes fraction", textcoords="offset points", xytext=(0, 5))
+    ax.annotate(f"primed − base: {signed(gain.value)}{interval_text}", (0, 1), size=LABEL, **place)
+
+# %% ../../nbs/show/99_reasons.ipynb #al017
+TRAINER_RULE = (
+    "Primed − base: difference after the last step, with its 95 % interval, paired by problem. Above/below: "
+    "the interval lies on that side of 0; otherwise not told apart. Tokens: of the responses that training "
+    "had sampled. Thin lines: seeds. Primed: {}."
+)
+
+
+def algorithms(
+    results: pd.DataFrame,  # tidy results of base and one primed condition, with the column algorithm
+    note: str = "",  # added to the caption
+) -> Figure:
+    "Which trainer? Accuracy over sampled tokens, base and primed, an axes per trainer"
+    frame = over_tokens(results)
+    found, top = priming_gains(frame), 1.08 * np.nanmax([frame.hi.max(), results.accuracy.max(), 1e-3])
+    unit, unit_name = token_unit(frame.tokens.max())
+    foot = caption(
+        results, frame.assign(model=results.model.iloc[0]), TRAINER_RULE.format(label(primed_of(frame))), note
+    )
+    layout = Layout((1.8,), 2.75 * max(2, len(found)), right=0.82, head=0.42, columns=len(found))
+    with styled():
+        fig, axes = page([algorithms_title(frame)], foot, layout)
+        for ax, (name, gain) in zip(axes[0, 0], found.items()):
+            ax.set(xlim=(0, results.tokens_sampled.max() / unit), ylim=(0, top))
+            draw_trainer(ax, results[results.algorithm == name], frame[frame.model == name], unit)
+            trainer_heading(ax, name, gain)
+            ax.set_xlabel(f"tokens sampled, {unit_name}")
+        axes[0, 0, 0].set_ylabel("accuracy")
     return fig
