@@ -161,6 +161,14 @@ def test_a_run_that_began_without_it(tmp_path, library):
     assert_same(TOLD[library](tmp_path), logged(tmp_path / "run"))
 
 
+def test_what_a_state_goes_on_from_is_in_the_file(tmp_path):
+    "The rows before a state would otherwise be lost with the process, and nobody tells them again"
+    log = Log(tmp_path / "metrics.jsonl", tracking=tracking("tensorboard", tmp_path))
+    log(step=1, loss=0.5)
+    log.flush()
+    assert told_tensorboard(tmp_path) == dict(loss=[(1, 0.5)])
+
+
 def test_offline_sessions_are_one_run(tmp_path):
     "One id; the newest session holds the whole curve, the others are put aside"
     tiny.cut_short("ppo", tmp_path / "run", 2, tracking=tracking("wandb", tmp_path))
@@ -256,7 +264,7 @@ def test_stages_are_found_with_and_without(tmp_path):
     names = {str(path.parent.relative_to(curves)) for path in curves.rglob("events.*")}
     base = next((tmp_path / "smoke/plain").glob("base-*")).name
     assert names == {f"plain/{base}", f"plain/empty_cot/seed0/{folder.name}"}
-    assert {run.model for run in Watch(tmp_path / "smoke").look()} == {"plain"}
+    assert [run.name for run in Watch(tmp_path / "smoke").look()] == ["plain/empty_cot/0"]
     with pytest.raises(ValueError, match="which is taken"):
         Job(with_it, str(_model_named(tmp_path / "tensorboard")), "base")
 
