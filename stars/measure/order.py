@@ -7,8 +7,8 @@ __all__ = ['START', 'FAILED', 'REACHED', 'ANSWER', 'NO_ANSWER', 'ATTEMPTS', 'EVE
            'combined', 'made_from', 'made_by', 'Attempt', 'habits_between', 'attempt_equations', 'attempt_of',
            'find_attempts', 'repeated', 'Order', 'read_order', 'placed_states', 'states', 'read_orders', 'state_names',
            'transition_counts', 'transitions', 'matrix', 'shared_problems', 'transition_changes', 'place_counts',
-           'state_places', 'attempt_numbers', 'tries', 'problem_sums', 'attempt_means', 'attempt_shares',
-           'attempt_changes', 'pairs_won', 'pair_counts', 'predictors']
+           'state_places', 'attempt_numbers', 'repeats_by_chance', 'tries', 'problem_sums', 'attempt_means',
+           'attempt_shares', 'attempt_changes', 'memory', 'pairs_won', 'pair_counts', 'predictors']
 
 # %% ../../nbs/measure/75_order.ipynb #or003
 import ast
@@ -378,20 +378,44 @@ def attempt_numbers(
         failures=reached[:-1].count(False),  # before the last attempt
     )
 
-# %% ../../nbs/measure/75_order.ipynb #or062
+# %% ../../nbs/measure/75_order.ipynb #or063
+def repeats_by_chance(
+    orders: pd.DataFrame,  # from `read_orders`
+    shuffles: int = 20,
+    seed: int = 0,
+) -> np.ndarray:  # [texts], means over the shuffles
+    "Repeats in each text if the attempts at a problem were dealt out anew among its responses"
+    per_text = [len(order.attempts) for order in orders.order]
+    texts, rng = np.repeat(np.arange(len(orders)), per_text), np.random.default_rng(seed)
+    codes, names = pd.factorize(np.array([a.expression for o in orders.order for a in o.attempts], object))
+    problems = orders.groupby([*CHECKPOINT_KEYS, "index"]).ngroup().to_numpy()[texts]
+    by_problem, distinct = np.argsort(problems, kind="stable"), np.zeros(len(orders))
+    for _ in range(shuffles):
+        dealt = np.empty_like(codes)
+        dealt[by_problem] = codes[np.lexsort((rng.random(len(codes)), problems))]
+        pairs = np.unique(texts * len(names) + dealt)  # of text and attempt, each once
+        distinct += np.bincount(pairs // max(len(names), 1), minlength=len(orders))
+    return np.array(per_text) - distinct / shuffles
+
+# %% ../../nbs/measure/75_order.ipynb #or064
 def tries(
     orders: pd.DataFrame,  # from `read_orders`
-) -> pd.DataFrame:  # its columns without `order`, with those of `attempt_numbers` and two shares
+) -> pd.DataFrame:  # its columns without `order`; `attempt_numbers`, `by_chance` and two shares
     "What each text tried; shares are NaN for a text without attempts"
     numbers = pd.DataFrame([attempt_numbers(order) for order in orders.order], orders.index)
+    numbers["by_chance"] = repeats_by_chance(orders)
     shares = dict(
         failed_share=numbers.failed / numbers.tried.where(numbers.tried > 0),
         repeated_share=numbers.repeats / numbers.attempts.where(numbers.attempts > 0),
     )
     return orders.drop(columns="order").join(numbers.assign(**shares))
 
-# %% ../../nbs/measure/75_order.ipynb #or065
-SHARES = dict(failed=("failed", "tried"), repeated=("repeats", "attempts"))  # columns above and below
+# %% ../../nbs/measure/75_order.ipynb #or067
+SHARES = dict(  # columns above and below
+    failed=("failed", "tried"),
+    repeated=("repeats", "attempts"),
+    by_chance=("by_chance", "attempts"),
+)
 
 
 def problem_sums(
@@ -402,17 +426,17 @@ def problem_sums(
     "A count over all texts of each problem"
     return table.groupby("index")[column].sum().reindex(problems, fill_value=0).to_numpy(float)
 
-# %% ../../nbs/measure/75_order.ipynb #or067
+# %% ../../nbs/measure/75_order.ipynb #or069
 def attempt_means(
     table: pd.DataFrame,  # from `tries`, of one model and condition at one step
 ) -> np.ndarray:  # [seeds, problems]
     "Attempts per text, averaged over the responses of a seed to a problem"
     return table.pivot_table("attempts", "seed", "index", aggfunc="mean").to_numpy(float)
 
-# %% ../../nbs/measure/75_order.ipynb #or068
+# %% ../../nbs/measure/75_order.ipynb #or070
 def attempt_shares(
     table: pd.DataFrame,  # from `tries`, of one model and condition at one step
-) -> dict[str, Estimate]:  # attempts per text, failed share, repeated share
+) -> dict[str, Estimate]:  # attempts per text, failed share, repeated share and the one by chance
     "What texts tried, with 95 % intervals"
     problems, found = pd.Index(table["index"].unique()), dict(attempts=mean_interval(attempt_means(table)))
     for name, (above, below) in SHARES.items():
@@ -420,7 +444,7 @@ def attempt_shares(
             found[name] = ratio_interval(*(problem_sums(table, c, problems) for c in (above, below)))
     return found
 
-# %% ../../nbs/measure/75_order.ipynb #or069
+# %% ../../nbs/measure/75_order.ipynb #or071
 def attempt_changes(
     before: pd.DataFrame,  # from `tries`
     after: pd.DataFrame,  # from `tries`, the same problems
@@ -435,6 +459,17 @@ def attempt_changes(
     return found
 
 # %% ../../nbs/measure/75_order.ipynb #or073
+def memory(
+    table: pd.DataFrame,  # from `tries`, several responses per problem
+) -> Estimate:  # below 0: it remembers; above 0: it comes back to what it tried
+    "Repeated share, less that of the same attempts dealt out anew"
+    problems = pd.Index(table["index"].unique())
+    repeats, chance, attempts = (
+        problem_sums(table, c, problems) for c in ("repeats", "by_chance", "attempts")
+    )
+    return ratio_difference(repeats, attempts, chance, attempts)
+
+# %% ../../nbs/measure/75_order.ipynb #or078
 def pairs_won(
     values: np.ndarray,  # a number per text
     right: np.ndarray,  # bool: is its answer right?
@@ -444,7 +479,7 @@ def pairs_won(
     more = rankdata(values)[right].sum() - n_right * (n_right + 1) / 2
     return n_right * n_wrong - more, n_right * n_wrong
 
-# %% ../../nbs/measure/75_order.ipynb #or076
+# %% ../../nbs/measure/75_order.ipynb #or081
 PREDICTORS = dict(  # column of `tries` → what it is
     length="characters",
     failures="failed attempts before the last",
@@ -464,7 +499,7 @@ def pair_counts(
         rows.append((problem, won, pairs))
     return pd.DataFrame(rows, columns=["index", "won", "pairs"]).groupby("index").sum()
 
-# %% ../../nbs/measure/75_order.ipynb #or077
+# %% ../../nbs/measure/75_order.ipynb #or082
 def predictors(
     table: pd.DataFrame,  # from `tries`, several responses per problem
 ) -> pd.DataFrame:  # index from `PREDICTORS`; value (AUC of "less is right"), lo, hi, pairs, problems

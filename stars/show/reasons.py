@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'CHANGES', 'CURVES', 'PASSK_RULE', 'ACCURACY', 'HOME', 'TRANSFER_WIDTH', 'AXES_AT', 'TRANSFER_RULE', 'APART',
-           'ROW', 'NAMES', 'BETWEEN', 'WHEN', 'RIGHT', 'TRIES', 'WHEN_NOTES', 'WAYS', 'SAID', 'NODES', 'ROOM', 'NAMED',
-           'LEAST', 'WIDEST', 'BEND', 'LOOP', 'MOST_ROWS', 'SURE', 'STATE_COLORS', 'STRIP', 'TENTH', 'ORDER_NOTE',
-           'KINDS', 'OFTEN', 'TREES_NOTES', 'SIDES', 'TRAINER_RULE', 'about_draws', 'passk_table', 'change_at',
-           'change_said', 'passk_title', 'curves_of', 'draw_column', 'draw_passk', 'Stacked', 'draws_caption', 'passk',
-           'transfer_table', 'in_words', 'with_sign', 'places', 'carried_by', 'transfer_title', 'draw_levels',
-           'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer', 'place_axes', 'transfer', 'two_steps',
-           'before_after', 'side_by_side', 'write_above', 'when_table', 'signed', 'verdict', 'differences_said',
-           'when_title', 'when_rows', 'draw_when', 'when', 'undivided_note', 'one_model', 'order_rows', 'change_rows',
-           'condition_rows', 'order_table', 'Followed', 'said_change', 'order_title', 'arrow_course', 'draw_arrow',
-           'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares', 'place_states', 'draw_places',
-           'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles', 'trees_rows', 'trees',
-           'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title', 'draw_trainer',
-           'token_unit', 'trainer_heading', 'algorithms']
+           'ROW', 'NAMES', 'BETWEEN', 'WHEN', 'RIGHT', 'TRIES', 'WHEN_NOTES', 'WAYS', 'SAID', 'CHANCE', 'NODES', 'ROOM',
+           'NAMED', 'LEAST', 'WIDEST', 'BEND', 'LOOP', 'MOST_ROWS', 'SURE', 'STATE_COLORS', 'STRIP', 'TENTH',
+           'ORDER_NOTE', 'KINDS', 'OFTEN', 'TREES_NOTES', 'SIDES', 'TRAINER_RULE', 'about_draws', 'passk_table',
+           'change_at', 'change_said', 'passk_title', 'curves_of', 'draw_column', 'draw_passk', 'Stacked',
+           'draws_caption', 'passk', 'transfer_table', 'in_words', 'with_sign', 'places', 'carried_by',
+           'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer',
+           'place_axes', 'transfer', 'two_steps', 'before_after', 'side_by_side', 'write_above', 'when_table', 'signed',
+           'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'when', 'undivided_note', 'one_model',
+           'order_rows', 'change_rows', 'condition_rows', 'order_table', 'Followed', 'said_change', 'memory_said',
+           'order_title', 'arrow_course', 'draw_arrow', 'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares',
+           'place_states', 'draw_places', 'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles',
+           'trees_rows', 'trees', 'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title',
+           'draw_trainer', 'token_unit', 'trainer_heading', 'algorithms']
 
 # %% ../../nbs/show/99_reasons.ipynb #dr001
 from collections.abc import Callable, Sequence
@@ -636,6 +636,7 @@ from stars.measure.order import (
     START,
     attempt_changes,
     attempt_shares,
+    memory,
     read_orders,
     state_places,
     transition_changes,
@@ -654,9 +655,10 @@ def order_rows(
     next_habit = transitions(orders).rename(columns={"from": "state"}).assign(part="habit")
     stands = state_places(orders, EVENTS).rename(columns=dict(place="to")).assign(part="place")
     table = tries(orders)
+    known = attempt_shares(table) | (dict(memory=memory(table)) if table.attempts.any() else {})
     shares = [
         dict(part="share", state=name, value=e.value, lo=e.lo, hi=e.hi, n=len(table))
-        for name, e in attempt_shares(table).items()
+        for name, e in known.items()
     ]
     return pd.concat([next_attempt, next_habit, pd.DataFrame(shares), stands], ignore_index=True)
 
@@ -746,14 +748,27 @@ def said_change(
     return f"{words} ({arrow(first, last)}\u00a0%)"
 
 # %% ../../nbs/show/99_reasons.ipynb #wo012
+CHANCE = dict(above="more than", below="less than", undecided="not told apart from")
+
+
+def memory_said(
+    found: Followed,
+) -> list[str]:  # one clause, or none
+    "Repeats after training against those of the same attempts dealt out anew"
+    memory, chance = (found.find("share", name, None, "after") for name in ("memory", "by_chance"))
+    if memory is None or not chance.value:
+        return []
+    return [f"{CHANCE[relation(memory)]} a search without memory ({100 * chance.value:.0f}\u00a0%)"]
+
+# %% ../../nbs/show/99_reasons.ipynb #wo013
 def order_title(
     found: Followed,
 ) -> str:  # one sentence
     "What changed with training"
-    changes = [change for said in SAID if (change := said_change(found, said))]
+    changes = [change for said in SAID if (change := said_change(found, said))] + memory_said(found)
     return capital(f"{label(found.rows.condition.iloc[0])} after PPO: {'; '.join(changes) or 'no attempts'}")
 
-# %% ../../nbs/show/99_reasons.ipynb #wo015
+# %% ../../nbs/show/99_reasons.ipynb #wo016
 NODES = {START: (0.06, 0.44), FAILED: (0.48, 0.67), REACHED: (0.48, 0.21), ANSWER: (0.93, 0.44)}  # of axes
 ROOM = {START: 15, FAILED: 21, REACHED: 21, ANSWER: 18}  # points around the middle of a name
 NAMED = {FAILED: "failed\nattempt", REACHED: "right\nattempt"}
@@ -774,7 +789,7 @@ def arrow_course(
     side = 1 if ends[0] == FAILED else -1
     return a + [-half, foot * side], b + [half, foot * side], -bend * side
 
-# %% ../../nbs/show/99_reasons.ipynb #wo016
+# %% ../../nbs/show/99_reasons.ipynb #wo017
 def draw_arrow(
     ax: Axes,  # in inches
     ends: tuple[str, str],  # states
@@ -795,7 +810,7 @@ def draw_arrow(
     words = f"{100 * share:.0f}\u00a0%"
     ax.text(*middle, words, size=LABEL, ha="center", va="center", bbox=paper, zorder=3)
 
-# %% ../../nbs/show/99_reasons.ipynb #wo017
+# %% ../../nbs/show/99_reasons.ipynb #wo018
 def draw_graph(
     ax: Axes,
     found: Followed,
@@ -818,7 +833,7 @@ def draw_graph(
         name = NAMED.get(state, state)
         ax.text(x * width, y * height, name, size=LABEL, ha="center", va="center", bbox=box, zorder=2)
 
-# %% ../../nbs/show/99_reasons.ipynb #wo019
+# %% ../../nbs/show/99_reasons.ipynb #wo020
 MOST_ROWS = 6
 SURE = 0.95
 
@@ -835,15 +850,16 @@ def habit_transitions(
     often = open_ones[open_ones.times > 0.01 * open_ones.times.sum()]
     return list(often.sort_values("times", ascending=False).index[:MOST_ROWS])
 
-# %% ../../nbs/show/99_reasons.ipynb #wo020
+# %% ../../nbs/show/99_reasons.ipynb #wo021
 def share_rows(
     found: Followed,
 ) -> dict[str, tuple]:  # name of a row → part, state, next state
     "The rows of shares, from top to bottom"
     named = {f"{state} → {to}": ("habit", state, to) for state, to in habit_transitions(found)}
-    return named | {"attempts that fail": SAID[2][:3], "attempts made before": SAID[3][:3]}
+    named |= {"attempts that fail": SAID[2][:3], "attempts made before": SAID[3][:3]}
+    return named | {"… without memory": ("share", "by_chance", None)}
 
-# %% ../../nbs/show/99_reasons.ipynb #wo021
+# %% ../../nbs/show/99_reasons.ipynb #wo022
 def draw_shares(
     ax: Axes,
     found: Followed,
@@ -860,12 +876,12 @@ def draw_shares(
         interval_dots(ax, offset - np.array(there, float), frame, tone)
     ax.set_yticks(-np.arange(len(rows)), list(rows))
     ax.set(xlim=(0, 100), ylim=(0.5 - len(rows), 0.5), xlabel="%")
-    ax.axhline(2.5 - len(rows), color=QUIET, linewidth=0.5)
+    ax.axhline(3.5 - len(rows), color=QUIET, linewidth=0.5)
     ax.grid(axis="x")
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
 
-# %% ../../nbs/show/99_reasons.ipynb #wo023
+# %% ../../nbs/show/99_reasons.ipynb #wo024
 STATE_COLORS = {FAILED: "#777777", REACHED: "#222222"} | COLORS
 STRIP, TENTH = 0.34, 0.1  # height of a strip, as a share of the row; width of a part
 
@@ -878,7 +894,7 @@ def place_states(
     often = rows.groupby("state").n.max() >= found.rows.texts.iloc[0] / 50
     return [state for state in EVENTS if often.get(state, False)]
 
-# %% ../../nbs/show/99_reasons.ipynb #wo024
+# %% ../../nbs/show/99_reasons.ipynb #wo025
 def draw_places(
     ax: Axes,
     found: Followed,
@@ -898,12 +914,13 @@ def draw_places(
     ax.grid(visible=False)
     ax.tick_params(axis="y", length=0)
 
-# %% ../../nbs/show/99_reasons.ipynb #wo026
+# %% ../../nbs/show/99_reasons.ipynb #wo027
 ORDER_NOTE = (
     "95 % intervals over new problems (bootstrap; the seeds as they are), of an arrow at most "
     "±{widest:.0f} points. A failed attempt is arithmetic that does not really make the target of all the "
     "numbers. Coloured arrows, more and less: the interval of the change excludes 0. Arrows below 2 % are "
-    "not drawn. Strips: upper before, lower after, darkest where most of a state's acts begin."
+    "not drawn. Without memory: the attempts at a problem dealt out anew among its responses. Strips: upper "
+    "before, lower after, darkest where most of a state's acts begin."
 )
 
 
@@ -921,7 +938,7 @@ def order_caption(
     about += [f"{span(table.texts)} responses to {span(table.problems)} problems at each step"]
     return f"{capital(' · '.join(about))}. {ORDER_NOTE.format(widest=widest)} {note}".strip()
 
-# %% ../../nbs/show/99_reasons.ipynb #wo027
+# %% ../../nbs/show/99_reasons.ipynb #wo028
 def order_figure(
     table: pd.DataFrame,  # from `order_table`
     note: str = "",  # added to the caption

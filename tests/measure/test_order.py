@@ -2,7 +2,7 @@
 
 import ast
 import random
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pandas as pd
@@ -25,11 +25,13 @@ from stars.measure.order import (
     find_attempts,
     made_from,
     matrix,
+    memory,
     pairs_won,
     predictors,
     read_order,
     read_orders,
     repeated,
+    repeats_by_chance,
     state_places,
     states,
     transition_changes,
@@ -285,6 +287,29 @@ def test_shares():
     ].value == pytest.approx(5 / 3)
     assert set(attempt_shares(table[2:])) == {"attempts"} == set(attempt_changes(table[2:], table[2:]))
     assert attempt_changes(table, table)["failed"].value == 0
+
+
+def test_repeats_by_chance_are_those_of_all_ways_to_deal():
+    a, b, c = EXPRESSIONS[1], EXPRESSIONS[4], EXPRESSIONS[2]
+    lists = [[a, a], [b, a, c], []]
+    orders = orders_of([search(e) if e else "" for e in lists])
+    found = repeats_by_chance(orders, shuffles=3000)
+    dealt = [(p[:2], p[2:]) for p in permutations([a, a, b, a, c])]  # brute force
+    means = [np.mean([len(d[i]) - len(set(d[i])) for d in dealt]) for i in (0, 1)]
+    assert found == pytest.approx([*means, 0], abs=0.03)
+    assert repeats_by_chance(orders, seed=1).tolist() == repeats_by_chance(orders, seed=1).tolist()
+    alone = orders.assign(index=range(3))  # nothing to mix with
+    assert repeats_by_chance(alone).tolist() == tries(alone).repeats.tolist() == [1, 0, 0]
+    assert repeats_by_chance(orders[2:]).tolist() == [0]
+
+
+def test_memory():
+    stuck = [search([e] * 3) for e in EXPRESSIONS[:5]]  # each text says the same three times
+    other = [
+        search(EXPRESSIONS[i : i + 3]) for i in (0, 1, 2, 1, 0)
+    ]  # none does, but the texts resemble each other
+    assert memory(tries(orders_of(stuck * 60))).lo > 0
+    assert memory(tries(orders_of(other * 60))).hi < 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=20))

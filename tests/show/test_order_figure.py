@@ -49,9 +49,10 @@ def test_the_title_follows_the_texts():
     back = order_table(draws([GIVES_UP, GOES_ON], [GIVES_UP, GIVES_UP]))
     assert "gives up more often" in figure_text(order_figure(back), "title")
     same = figure_text(order_figure(order_table(draws([GOES_ON, AGAIN], [GOES_ON, AGAIN]))), "title")
-    assert same.count("not told apart") == 4 and "more often" not in same and "less often" not in same
+    assert same.count("not told apart (") == 4 and "more often" not in same and "less often" not in same
     more = figure_text(order_figure(order_table(draws([GOES_ON], [GOES_ON, AGAIN]))), "title")
     assert "repeats itself more often (0 → 20 %)" in more.replace("\u00a0", " ")
+    assert more.replace("\u00a0", " ").endswith("less than a search without memory (22 %)")
 
 
 def test_the_table_is_what_the_measurements_say():
