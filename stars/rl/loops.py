@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'pad', 'require', 'require_choice', 'read_log', 'log_errors', 'Tracking', 'check_tracker', 'TensorBoard',
-           'put_aside', 'Wandb', 'tracker_of', 'Log', 'Runtime', 'differences', 'resumed', 'check_finite']
+           'put_aside', 'wandb_run', 'Wandb', 'tracker_of', 'Log', 'Runtime', 'differences', 'resumed', 'check_finite']
 
 # %% ../../nbs/rl/51_loops.ipynb #m002
 import json
@@ -152,6 +152,29 @@ def put_aside(
         session.rename(aside / session.name)
 
 # %% ../../nbs/rl/51_loops.ipynb #vig8es33
+def wandb_run(
+    tracking: Tracking,
+    run_id: str | None,  # of a run to continue
+) -> Any:  # wandb's Run
+    "Begin a run on wandb, or continue it"
+    import wandb
+
+    *group, stage = tracking.name.split("/")
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "stars"),
+        name=tracking.name,
+        group="/".join(group[:2]),  # model/condition: its seeds can be averaged
+        job_type=stage.split("-")[0],
+        id=run_id,
+        resume="allow",
+        config=tracking.config,
+        allow_val_change=True,  # a run may go on with another micro_tokens
+        dir=str(tracking.folder),
+        reinit="create_new",
+        settings=wandb.Settings(console="off"),
+    )
+
+# %% ../../nbs/rl/51_loops.ipynb #bes09qx0
 class Wandb:
     "A run's numbers on wandb"
 
@@ -161,46 +184,25 @@ class Wandb:
         kept: Sequence[dict],  # rows of earlier sessions, up to their last state
         mark: Path,  # file for the id of the run
     ):
-        import wandb
-
         known = mark.read_text() if mark.exists() else None
         if known:
             put_aside(tracking.folder, known)
-        *group, stage = tracking.name.split("/")
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "stars"),
-            name=tracking.name,
-            group="/".join(group[:2]),  # model/condition: its seeds can be averaged
-            job_type=stage.split("-")[0],
-            id=known,
-            resume="allow",
-            config=tracking.config,
-            allow_val_change=True,  # a run may go on with another micro_tokens
-            dir=str(tracking.folder),
-            reinit="create_new",
-            settings=wandb.Settings(console="off"),
-        )
+        self.run = wandb_run(tracking, known)
         with replacing(mark) as tmp:
             tmp.write_text(self.run.id)
         for row in kept:
             self(row)
 
-# %% ../../nbs/rl/51_loops.ipynb #bes09qx0
-@patch
-def __call__(self: Wandb, row: dict):
-    if row["step"] >= self.run.starting_step:
-        values = {name: value for name, value in row.items() if name != "step"}
-        self.run.log(values, step=row["step"], commit=True)
+    def __call__(self, row: dict):
+        if row["step"] >= self.run.starting_step:
+            values = {name: value for name, value in row.items() if name != "step"}
+            self.run.log(values, step=row["step"], commit=True)
 
+    def flush(self):
+        "Nothing to do: wandb sends in the background"
 
-@patch
-def flush(self: Wandb):
-    "Nothing to do: wandb sends in the background"
-
-
-@patch
-def close(self: Wandb, failed: bool):
-    self.run.finish(exit_code=int(failed))
+    def close(self, failed: bool):
+        self.run.finish(exit_code=int(failed))
 
 # %% ../../nbs/rl/51_loops.ipynb #ijz2y1zt
 def tracker_of(

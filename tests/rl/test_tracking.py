@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import tiny
@@ -164,9 +163,10 @@ def test_a_run_that_began_without_it(tmp_path, library):
 def test_what_a_state_goes_on_from_is_in_the_file(tmp_path):
     "The rows before a state would otherwise be lost with the process, and nobody tells them again"
     log = Log(tmp_path / "metrics.jsonl", tracking=tracking("tensorboard", tmp_path))
-    log(step=1, loss=0.5)
+    for step in range(1, 5):
+        log(step=step, loss=0.5)
     log.flush()
-    assert told_tensorboard(tmp_path) == dict(loss=[(1, 0.5)])
+    assert told_tensorboard(tmp_path) == dict(loss=[(step, 0.5) for step in range(1, 5)])
 
 
 def test_offline_sessions_are_one_run(tmp_path):
