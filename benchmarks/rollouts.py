@@ -120,6 +120,8 @@ def endless(engine, prompts: list, tokens: int, seed: str) -> int:  # tokens sam
 def compare(size: str, rows: int, tokens: int, ends: bool, args, cuda: bool) -> list[list]:  # table rows
     model, tok = make(size, args.device)
     engine, vllm = LlamaEngine(model, tok.eos_token_id, rows=max(rows, 512), vocab=known_ids(tok)), None
+    if not ends:
+        unending(engine)
     with tempfile.TemporaryDirectory() as d:
         if not args.no_vllm and importlib.util.find_spec("vllm"):
             from stars.rl.engines import VLLMEngine
@@ -136,7 +138,7 @@ def compare(size: str, rows: int, tokens: int, ends: bool, args, cuda: bool) -> 
 
         def sides():
             def ours(p, seed):
-                return sample(engine if ends else unending(engine), p, tokens, seed)
+                return sample(engine, p, tokens, seed)
 
             def theirs(p, seed):
                 return (sample if ends else endless)(vllm, p, tokens, seed)
