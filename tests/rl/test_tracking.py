@@ -160,13 +160,13 @@ def test_a_run_that_began_without_it(tmp_path, library):
     assert_same(TOLD[library](tmp_path), logged(tmp_path / "run"))
 
 
-def test_what_a_state_goes_on_from_is_in_the_file(tmp_path):
-    "The rows before a state would otherwise be lost with the process, and nobody tells them again"
-    log = Log(tmp_path / "metrics.jsonl", tracking=tracking("tensorboard", tmp_path))
-    for step in range(1, 5):
-        log(step=step, loss=0.5)
+def test_what_a_state_goes_on_from_is_in_the_file(tmp_path, monkeypatch):
+    "A log is flushed before a state is saved: what was under way to the file would be lost with the process"
+    log, flushed = Log(tmp_path / "metrics.jsonl", tracking=tracking("tensorboard", tmp_path)), []
+    monkeypatch.setattr(log.tracker.writer, "flush", lambda: flushed.append(True))
+    log(step=1, loss=0.5)
     log.flush()
-    assert told_tensorboard(tmp_path) == dict(loss=[(step, 0.5) for step in range(1, 5)])
+    assert flushed
 
 
 def test_offline_sessions_are_one_run(tmp_path):
