@@ -110,7 +110,7 @@ def pigeonhole(values, rng, draws=2000):
 
 
 def test_two_way_variance_is_that_of_the_pigeonhole_bootstrap():
-    "Many seeds, so that resampling them says something; it counts the residual more often (Owen 2007, th. 3)"
+    "Many seeds, so that resampling them says something; it counts the residual more often (Owen 2007)"
     rng = np.random.default_rng(4)
     values = rng.normal(0, 1, (40, 1)) + rng.normal(0, 3, 400) + rng.normal(0, 1, (40, 400))
     v = problem_variances([values], [1.0])
@@ -148,6 +148,12 @@ def test_pairing_takes_out_what_is_hard_for_both():
     a, b = (rng.random((3, 400)) < chances for _ in range(2))
     apart = difference(a, b[:, rng.permutation(400)])
     assert np.ptp(difference(a, b)[1:3]) < 0.7 * np.ptp(apart[1:3])
+
+
+def test_what_seeds_and_problems_share_is_counted_once():
+    "Pure noise, [40, 100]: its variance is 1 / 4,000, and not twice that"
+    values = np.random.default_rng(10).normal(size=(40, 100))
+    assert margin([values], [1.0])[0] == pytest.approx(2.02 * (1 / 4000) ** 0.5, rel=0.15)
 
 
 def test_all_right_and_all_wrong_have_wilsons_interval_over_problems_however_many_seeds():
@@ -227,6 +233,14 @@ def test_ratio_of_all_or_nothing_keeps_an_interval():
         ratio_interval(den, 0 * den)
     with pytest.raises(ValueError, match="the same problems on both sides"):
         ratio_difference(den, den, den[:2], den[:2])
+
+
+def test_both_sides_of_a_ratio_difference_see_the_same_problems():
+    rng = np.random.default_rng(11)
+    den = rng.integers(1, 9, 100)
+    num = rng.binomial(den, rng.beta(1, 1, 100))
+    assert ratio_difference(num, den, num, den)[:3] == (0, 0, 0)
+    assert np.ptp(ratio_difference(num + 1, den + 1, num, den)[1:3]) < np.ptp(ratio_interval(num, den)[1:3])
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 99))
