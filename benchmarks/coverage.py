@@ -138,7 +138,7 @@ ABOUT = """# Do the intervals hold the truth?
 `python benchmarks/coverage.py --write`: {tries:,} imaginary experiments per row, 400 problems, one answer per
 problem and seed. In each experiment problems *and* seeds are drawn anew (with one seed: problems). Per cent
 of 95 % intervals that hold the truth, mean width in brackets. By chance alone, a rule that holds in 95 %
-shows {low:.1f} to {high:.1f}. *Seeds differ by* is the standard deviation of their true accuracies, in points.
+shows {low:.1f} to {high:.1f}. *Seeds differ by*: the standard deviation of their true accuracies, in points.
 
 | of | seeds | seeds differ by | problems | ours | one number of degrees of freedom | seeds alone |
 |---|---|---|---|---|---|---|"""
@@ -159,8 +159,8 @@ def main():
     lines += [
         "",
         "The bootstrap over problems, for a share of responses with a habit that is frequent on hard "
-        f"problems: {100 * share:.1f} % hold the truth; for its difference from the other responses {100 * both:.1f} % "
-        f"({args.tries // 4:,} experiments, 400 problems, 4 responses each).",
+        f"problems: {100 * share:.1f} % hold the truth; for its difference from the other responses "
+        f"{100 * both:.1f} % ({args.tries // 4:,} experiments, 400 problems, 4 responses each).",
     ]
     print(lines[-1])
     if args.write:
