@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -83,6 +84,94 @@ def test_the_whole_holds_every_line_of_every_figure():
     assert gpu.line_seconds(cfg, "base", pace) == steps
     updates = cfg.sft.epochs * -(-cfg.priming.rows // cfg.sft.batch_size)
     assert gpu.line_seconds(cfg, "dots", pace) == steps + 2.0 * updates
+
+
+class Card(gpu.Sizes):
+    "The sizes of a processor, and every line that is written for a card"
+
+    cuda = True
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    "A card that is none: torch.cuda answers, tensors stay in main memory"
+    about = dict(name="Pretended", total_memory=80 * gpu.GIB, multi_processor_count=1, major=9, minor=0)
+    answers = dict(
+        synchronize=None,
+        empty_cache=None,
+        reset_peak_memory_stats=None,
+        max_memory_allocated=2**20,
+        max_memory_reserved=2**21,
+        mem_get_info=(79 * gpu.GIB, 80 * gpu.GIB),
+        get_device_properties=SimpleNamespace(**about),
+        is_bf16_supported=True,
+    )
+    for name, value in answers.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *args, value=value: value)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 29, 7))
+
+    def missing(*args):
+        raise gpu.Skipped("not here")
+
+    monkeypatch.setattr(gpu, "smollm2", missing)
+    return Card(**vars(gpu.PROCESSOR))
+
+
+def titles(sheet) -> dict[str, list]:  # title → rows
+    return {title: rows for title, _, rows, _ in sheet.tables}
+
+
+def test_what_is_written_for_a_card_runs_with_a_pretended_one(pretended, tmp_path, monkeypatch):
+    sheet = gpu.Sheet(tmp_path / "x.json")
+    monkeypatch.setenv("PATH", str(tmp_path))  # a driver that does not answer is told, not raised
+    gpu.environment(sheet, pretended, tmp_path)
+    about = {row[0]: row[1] for row in titles(sheet)["Card and flags"]}
+    assert about["card"].startswith("Pretended, 80.0 GiB") and "2.29.7" in about["CUDA, cuDNN, NCCL"]
+    assert "nvidia-smi" in about["driver_version, power.limit, clocks.max.sm, compute_mode, mig.mode.current"]
+    gpu.sampler(sheet, pretended, tmp_path)
+    rows = titles(sheet)["Sampling, responses that cannot end"]
+    sides = {"stars, CUDA graphs", "stars, no graphs", "generate"}
+    assert {(r[1], r[3]) for r in rows} == {(n, side) for n in ("fp32", "bf16") for side in sides}
+    gpu.train_micro(sheet, pretended, tmp_path / "runs")
+    stages = {row[0]: row[1:] for row in titles(sheet)["Stages of plain"]}
+    assert stages["ppo"][1:4] == ["0.00", "0.00", "1.00"]  # GiB: tensors, held, in use on the card
+    sheet.close()
+    asked = [what for what, *_ in sheet.checks]
+    assert {f"{stage}: tensors, of what the plan counts" for stage in ("base", "sft", "ppo", "eval")} < {
+        *asked
+    }
+    assert any("with and without graphs" in what for what in asked)
+
+
+@pytest.mark.parametrize(
+    "name,answer,wrong",
+    [
+        ("max_memory_allocated", 70 * gpu.GIB, "ppo: tensors, of what the plan counts"),
+        ("max_memory_reserved", -3 * gpu.GIB, "ppo: GiB on the card that torch does not hold"),
+    ],
+)
+def test_a_plan_that_a_card_refutes_fails_the_part(pretended, tmp_path, monkeypatch, name, answer, wrong):
+    monkeypatch.setattr(f"torch.cuda.{name}", lambda: answer)
+    sheet = gpu.Sheet(tmp_path / "x.json")
+    gpu.train_micro(sheet, pretended, tmp_path / "runs")
+    with pytest.raises(AssertionError, match=wrong):
+        sheet.close()
+
+
+def test_stale_weights_are_found(tmp_path, monkeypatch):
+    "Trap: a sampler that goes on with the weights it was made with"
+    real = gpu.our_engine
+
+    def frozen(*args):
+        engine = real(*args)
+        engine.sync = list  # takes the new weights, and does nothing with them
+        return engine
+
+    monkeypatch.setattr(gpu, "our_engine", frozen)
+    sheet, (model, tok) = gpu.Sheet(tmp_path / "x.json"), gpu.micro(gpu.PROCESSOR)
+    gpu.compare_sampler(sheet, gpu.PROCESSOR, "micro", model, tok, 2, (False,))
+    with pytest.raises(AssertionError, match="new weights: largest difference of a logprob"):
+        sheet.close()
 
 
 def pins(name: str) -> dict[str, str]:
