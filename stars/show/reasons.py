@@ -11,7 +11,7 @@ __all__ = ['RUNS', 'CHANGES', 'CURVES', 'PASSK_RULE', 'ACCURACY', 'HOME', 'TRANS
            'draws_caption', 'passk', 'transfer_table', 'in_words', 'with_sign', 'places', 'carried_by',
            'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer',
            'place_axes', 'transfer', 'two_steps', 'before_after', 'side_by_side', 'write_above', 'when_table', 'signed',
-           'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'when', 'undivided_note', 'one_model',
+           'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'undivided_note', 'one_model', 'when',
            'order_rows', 'change_rows', 'condition_rows', 'order_table', 'Followed', 'said_change', 'memory_said',
            'order_title', 'arrow_course', 'draw_arrow', 'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares',
            'place_states', 'draw_places', 'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles',
@@ -582,7 +582,22 @@ def draw_when(
         ax.axvline(0, color=plots.DARK, linewidth=0.7)
         before_after(ax, rows, thirds[thirds.comparison == comparison], plots.color(condition))
 
+# %% ../../nbs/show/99_reasons.ipynb #wh016
+def undivided_note(
+    table: pd.DataFrame,  # from `when_table`
+) -> str:  # one sentence, or ""
+    "Which conditions have nothing to compare"
+    names = table.undivided.iloc[0]
+    return f"Not shown, since no habit divides their responses: {names}." if names else ""
 
+
+def one_model(table: pd.DataFrame):
+    "Raise ValueError where a table has several models"
+    if table.model.nunique() > 1:
+        named = ", ".join(dict.fromkeys(table.model))
+        raise ValueError(f"models {named}: the figure shows one; draw it once for each")
+
+# %% ../../nbs/show/99_reasons.ipynb #wh018
 def when(
     table: pd.DataFrame,  # from `when_table`, of one model
     note: str = "",  # added to the caption
@@ -603,21 +618,6 @@ def when(
         for ax in axes.flat:
             ax.set_xlim(min(thirds.lo.min(), 0) - 0.04, max(thirds.hi.max(), 0) + 0.04)
     return fig
-
-
-def undivided_note(
-    table: pd.DataFrame,  # from `when_table`
-) -> str:  # one sentence, or ""
-    "Which conditions have nothing to compare"
-    names = table.undivided.iloc[0]
-    return f"Not shown, since no habit divides their responses: {names}." if names else ""
-
-
-def one_model(table: pd.DataFrame):
-    "Raise ValueError where a table has several models"
-    if table.model.nunique() > 1:
-        named = ", ".join(dict.fromkeys(table.model))
-        raise ValueError(f"models {named}: the figure shows one; draw it once for each")
 
 # %% ../../nbs/show/99_reasons.ipynb #wo000
 from dataclasses import dataclass
