@@ -439,7 +439,8 @@ def figure(
 
     Args:
         name: fig_gap, fig_base_behaviors, fig_dynamics, fig_priming, fig_controls, fig_incorrect,
-            fig_pretraining, fig_curated, fig_dose or fig_replication
+            fig_pretraining, fig_curated, fig_dose, fig_passk, fig_transfer, fig_when, fig_order,
+            fig_trees, fig_algorithms or fig_replication
         preset: smoke, cpu, gpu, smollm2 or paper
         runs: folder of the run store
         figures: folder for the pictures
