@@ -82,7 +82,7 @@ def test_transfer_asks_about_each_space(job):
         fits = dict(
             world=world,
             more_numbers=len(r.numbers) == 4 and max(r.numbers) <= 20,
-            larger_numbers=20 < min(r.numbers) and max(r.numbers) <= 40,
+            larger_numbers=min(r.numbers) > 20 and max(r.numbers) <= 40,
             larger_targets=40 < r.target <= 80,
             products=world and needs_product(problem),
         )
