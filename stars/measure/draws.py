@@ -33,7 +33,7 @@ def pass_at(
     if not 1 <= k <= np.min(drawn, initial=np.inf):
         raise ValueError(f"k={k} must lie between 1 and the {np.min(drawn):g} responses to a problem")
     tries = np.arange(k).reshape(-1, *[1] * right.ndim)
-    return 1 - np.prod(np.maximum(drawn - right - tries, 0) / (drawn - tries), axis=0)
+    return 1 - np.prod((drawn - right - tries) / (drawn - tries), axis=0)
 
 # %% ../../nbs/measure/72_draws.ipynb #d021
 def covers(

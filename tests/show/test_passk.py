@@ -64,7 +64,7 @@ def table_of(**changes):
         (
             dict(base=sharpens, backtracking_verification=adds),
             "at one attempt, more with base and backtracking + verification; at 8 attempts, more with "
-            "backtracking + verification, fewer with base (the curves cross near k = 3)",
+            "backtracking + verification, fewer with base (the curves cross near k = 4)",
         ),
         (
             dict(base=nothing, empty_cot=nothing),
