@@ -2,7 +2,8 @@
 # so an interrupted one is simply taken up again by the next `make`.
 PYTHON ?= python3
 PRESET ?= cpu
-FIGURES ?= fig_controls,fig_dynamics
+FIGURES ?= fig_controls,fig_dynamics,fig_passk
+DRAWS ?= 8
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 # For tests on a busy machine: Ray's workers do not give way to all other work, its dashboard may take its time.
@@ -19,7 +20,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 reproduce: .venv/.cpu ## the headline figures, from nothing (PRESET=cpu; FIGURES= for all of them, an evening)
-	$(BIN)/stars reproduce --preset $(PRESET) $(if $(FIGURES),--only "$(FIGURES)")
+	$(BIN)/stars reproduce --preset $(PRESET) $(if $(FIGURES),--only "$(FIGURES)" --set eval.draws=$(DRAWS))
 
 test: .venv/.dev ## form and exports, then every notebook runs, every test passes
 	tests/drift.sh

@@ -158,7 +158,9 @@ def test_a_chapter_imports_only_what_was_read_before():
     assert len(read) > 40
 
 
-@pytest.mark.parametrize("figures,said", [("", ""), ("fig_gap,fig_dose", '--only "fig_gap,fig_dose"')])
+@pytest.mark.parametrize(
+    "figures,said", [("", ""), ("fig_gap,fig_dose", '--only "fig_gap,fig_dose" --set eval.draws=8')]
+)
 def test_make_draws_all_figures_or_those_that_are_named(figures, said):
     done = subprocess.run(
         ["make", "-n", "reproduce", f"FIGURES={figures}"], cwd=ROOT, capture_output=True, text=True
