@@ -518,7 +518,7 @@ def training(sheet: Sheet, size: Sizes, cfg: Config, model: str, runs: Path):
     speed = statistics.median(r["tokens_per_s"] for r in updates[len(updates) > 1 :])
     losses = f"{updates[0]['loss']:.3f} → {updates[-1]['loss']:.3f}"
     sheet.table("SFT", ["updates", "tokens/s", "loss"], [[len(updates), f"{speed:,.0f}", losses]])
-    phases = ("sample", "score", "value", "update")
+    phases = ("sample", "score", "value", "update", "sync")
     head = [
         "step",
         *(f"{p}, s" for p in phases),
@@ -722,11 +722,11 @@ def ppo_with(sheet: Sheet, size: Sizes, engine, model, tok):
     settings = replace(cfg.ppo, seed=0, max_tokens=longest)
     ranges = dict(n_numbers=(3,), min_number=1, max_number=12, min_target=10, max_target=30)  # tok's world
     problems = sample_problems(64, 0, split="train", **ranges)
-    runtime = Runtime(engine, share_device=True, progress=False)
+    runtime = Runtime(engine, progress=False)
     with tempfile.TemporaryDirectory() as d:
         ppo(model, tok, problems, d, settings, reference=lambda: micro(size)[0], runtime=runtime)
         log = read_log(f"{d}/metrics.jsonl")
-    phases = ("sample", "score", "value", "update")
+    phases = ("sample", "score", "value", "update", "sync")
     head = [
         "step",
         *(f"{p}, s" for p in phases),

@@ -164,7 +164,7 @@ def main():
         if done.returncode:
             sys.exit(done.stderr)
         m = json.loads(done.stdout.splitlines()[-1])
-        step = m["s_sample"] + m["s_score"] + m["s_value"] + m["s_update"]
+        step = m["s_sample"] + m["s_score"] + m["s_value"] + m["s_update"] + m["s_sync"]
         rows.append(
             [
                 way,

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -449,6 +450,44 @@ def test_killed_while_saving(tmp_path):
     assert (out / "step-0012/model.safetensors").read_bytes() == (
         tmp_path / "whole/step-0012/model.safetensors"
     ).read_bytes()
+
+
+def hash_slowly(out, steps=0):
+    "Kill -9 in the thread that hashes the second state, when the run is `steps` steps further; 0: never"
+    torch.set_num_threads(1)
+    sealed, called = parallel.sealed, []
+
+    def slow(folder, names):
+        called.append(names)
+        done = sealed(folder, names)
+        while steps and len(called) == 2:
+            if len((out / "metrics.jsonl").read_text().splitlines()) >= 8 + steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
+        return done
+
+    parallel.sealed = slow
+    run("ppo", out, steps=12, save_every=4)
+
+
+def test_killed_while_hashing(tmp_path):
+    "The run goes on meanwhile; what has no name yet is not taken for a state, and the one before it is whole"
+    ctx = forked()
+    for name, steps in (("whole", 0), ("killed", 2)):
+        p = ctx.Process(target=hash_slowly, args=[tmp_path / name, steps])
+        p.start()
+        p.join(600)
+        assert p.exitcode == -9 * (steps > 0)
+    out = tmp_path / "killed"
+    assert len(untimed(out)) >= 10 and (out / parallel.UNNAMED).exists()
+    (left,) = parallel.saved_states(out)
+    assert left.name == f"state-000004-{parallel.state_digest(left)}"
+    run("ppo", out, steps=12, save_every=4)
+    assert untimed(out) == untimed(tmp_path / "whole") and not list(out.glob("*tmp*"))
+    for step in (4, 8, 12):
+        a, b = (d / f"step-{step:04d}/model.safetensors" for d in (out, tmp_path / "whole"))
+        assert a.read_bytes() == b.read_bytes()
+    assert [s.name[:12] for s in parallel.saved_states(out)] == ["state-000012", "state-000008"]
 
 
 # resumed at the joints

@@ -99,20 +99,22 @@ def cut_short(kind, out, stop, **how):
     from stars.rl import sft as S
 
     module = S if kind == "sft" else P
-    keep = module.save_state
+    keep = module.States
 
-    def save(folder, step, *args):
-        keep(folder, step, *args)
-        if step == stop:
-            raise InterruptedError("enough")
+    class Cut(keep):
+        def save(self, step, meta):
+            super().save(step, meta)
+            if step == stop:
+                self.settle()
+                raise InterruptedError("enough")
 
-    module.save_state = save
+    module.States = Cut
     try:
         run(kind, out, **how)
     except InterruptedError:
         pass
     finally:
-        module.save_state = keep
+        module.States = keep
 
 
 def forked():

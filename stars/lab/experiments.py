@@ -9,11 +9,11 @@ __all__ = ['LABEL_ROWS', 'ENGINE_SHARE', 'NEED_THEIR_KIND', 'data_stage', 'base_
            'priming_source', 'priming_set', 'priming_settings', 'prime_stage', 'corpus_stage', 'label_stage',
            'curate_stage', 'curated_folder', 'matched_rows', 'pretraining_stage', 'save_texts',
            'engines_beside_workers', 'run_training', 'trainable', 'sft_worker', 'sft_stage', 'vllm_engine',
-           'make_engine', 'shares_device', 'trained_by', 'ppo_worker', 'ppo_stage', 'star_worker', 'star_stage',
-           'trained_stage', 'Questions', 'answers', 'ask', 'asking_settings', 'read_answers', 'tokens_sampled',
-           'eval_stage', 'asked_checkpoints', 'draws_stage', 'space_problems', 'transfer_stage', 'last_stage',
-           'is_built', 'grid', 'quiet', 'quietly', 'progress_of', 'attempt', 'build_one_by_one', 'build_shared',
-           'start_worker', 'build_side_by_side', 'build_all', 'report_failures', 'run_jobs', 'results', 'manifest']
+           'make_engine', 'trained_by', 'ppo_worker', 'ppo_stage', 'star_worker', 'star_stage', 'trained_stage',
+           'Questions', 'answers', 'ask', 'asking_settings', 'read_answers', 'tokens_sampled', 'eval_stage',
+           'asked_checkpoints', 'draws_stage', 'space_problems', 'transfer_stage', 'last_stage', 'is_built', 'grid',
+           'quiet', 'quietly', 'progress_of', 'attempt', 'build_one_by_one', 'build_shared', 'start_worker',
+           'build_side_by_side', 'build_all', 'report_failures', 'run_jobs', 'results', 'manifest']
 
 # %% ../../nbs/lab/85_experiments.ipynb #c002
 import json
@@ -62,6 +62,7 @@ from .stages import Job, NotBuilt, environment, stage_key
 from ..models.arithmetic import device, number_type, share_cores, warn_of_slow_half
 from stars.models.checkpoints import (
     BASES,
+    Weights,
     base_path,
     begin_token,
     known_ids,
@@ -69,7 +70,6 @@ from stars.models.checkpoints import (
     load_tokenizer,
     token_ids,
     weights_digest,
-    weights_of,
     with_begin,
 )
 from ..models.gguf import convert_gguf, smollm2_gguf
@@ -668,11 +668,6 @@ def make_engine(
     longest = max(map(len, token_ids(tokenizer, prompts)))
     return vllm_engine(cfg, path, tokenizer, longest + cfg.rl.max_tokens)
 
-# %% ../../nbs/lab/85_experiments.ipynb #r102
-def shares_device(cfg: Config) -> bool:
-    "Are a GPU's sampler and trainer in each other's way?"
-    return cfg.run.engine == "vllm" or cfg.run.shard
-
 # %% ../../nbs/lab/85_experiments.ipynb #r104
 def trained_by(
     job: Job,
@@ -692,25 +687,23 @@ def ppo_worker(
     cfg, team, tokenizer = job.cfg, Team.join(job.cfg.run.shard), load_tokenizer(start)
     problems, prompt = readable_problems(job, data, "train", tokenizer), prompt_for(cfg, tokenizer)
     policy = load_model(start, device(), bf16=cfg.ppo.bf16)
-    engine = make_engine(cfg, policy, start, tokenizer, map(prompt, problems), team)
+
+    def engine() -> Engine:
+        return make_engine(cfg, policy, start, tokenizer, map(prompt, problems), team)
 
     def reference() -> PreTrainedModel:
         return load_model(start, device(), number_type(cfg.ppo.bf16))
 
-    runtime = Runtime(engine, team, shares_device(cfg), job.progress, tracking_of(job, out))
-    try:
-        ppo(
-            trainable(job, policy),
-            tokenizer,
-            problems,
-            out,
-            cfg=replace(cfg.ppo, seed=job.seed),
-            task=Task(prompt),
-            reference=reference,
-            runtime=runtime,
-        )
-    finally:
-        engine.close()
+    ppo(
+        trainable(job, policy),
+        tokenizer,
+        problems,
+        out,
+        cfg=replace(cfg.ppo, seed=job.seed),
+        task=Task(prompt),
+        reference=reference,
+        runtime=Runtime(engine, team, job.progress, tracking_of(job, out)),
+    )
 
 # %% ../../nbs/lab/85_experiments.ipynb #x163
 def ppo_stage(job: Job) -> Path:
@@ -741,12 +734,11 @@ def star_worker(
     def load(path: Path) -> PreTrainedModel:
         return trainable(job, loaded(path))
 
-    engine = make_engine(cfg, loaded(start), start, tokenizer, map(prompt, problems), team)
-    runtime = Runtime(engine, team, shares_device(cfg), job.progress, tracking_of(job, out))
-    try:
-        star(start, problems, out, replace(cfg.star, seed=job.seed), Task(prompt), load, runtime)
-    finally:
-        engine.close()
+    def engine() -> Engine:
+        return make_engine(cfg, loaded(start), start, tokenizer, map(prompt, problems), team)
+
+    runtime = Runtime(engine, team, job.progress, tracking_of(job, out))
+    star(start, problems, out, replace(cfg.star, seed=job.seed), Task(prompt), load, runtime)
 
 # %% ../../nbs/lab/85_experiments.ipynb #r108
 def star_stage(job: Job) -> Path:
@@ -816,7 +808,7 @@ def ask(
             if engine is None:
                 engine = make_engine(cfg, model, path, tokenizer, prompts)
             else:
-                engine.sync(weights_of(model))
+                engine.sync(Weights(model))
             del model  # the engine has its own copy
             step = int(path.name.removeprefix("step-"))
             for q in left[path]:

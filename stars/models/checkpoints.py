@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BASES', 'MICRO_BYTES', 'BOS', 'SOFTMAX', 'base_path', 'located', 'load_tokenizer', 'token_ids', 'known_ids',
-           'end_ids', 'model_ends', 'whole', 'weights_of', 'write_ends', 'save_checkpoint', 'some_of', 'head_differs',
-           'missing_hint', 'check_whole', 'load_unchecked', 'load_model', 'check_checkpoint', 'weights_digest',
-           'begin_token', 'with_begin', 'Critic', 'rate_owners', 'random_rates', 'without_dropout', 'check_steady',
-           'chosen_logprobs', 'chosen_in_pieces', 'token_logprobs']
+           'end_ids', 'model_ends', 'whole', 'weights_of', 'Weights', 'write_ends', 'save_checkpoint', 'some_of',
+           'head_differs', 'missing_hint', 'check_whole', 'load_unchecked', 'load_model', 'check_checkpoint',
+           'weights_digest', 'begin_token', 'with_begin', 'Critic', 'rate_owners', 'random_rates', 'without_dropout',
+           'check_steady', 'chosen_logprobs', 'chosen_in_pieces', 'token_logprobs']
 
 # %% ../../nbs/models/43_checkpoints.ipynb #x003
 import copy
@@ -17,6 +17,7 @@ import re
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from itertools import islice
@@ -110,24 +111,53 @@ def model_ends(
     return end_ids(eos, model.config, model.config.get_text_config(), generation)
 
 # %% ../../nbs/models/43_checkpoints.ipynb #x020
-def whole(p: Tensor) -> Tensor:
+def whole(
+    p: Tensor,
+    dtype: torch.dtype | None = None,  # e.g. torch.bfloat16, so that half as many bytes are gathered
+) -> Tensor:
     "A weight without its gradient; shards are gathered, so all workers must ask"
-    return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+    p = p.detach() if dtype is None else p.detach().to(dtype)
+    return p.full_tensor() if isinstance(p, DTensor) else p
 
 # %% ../../nbs/models/43_checkpoints.ipynb #x021
 def weights_of(
     model: nn.Module,  # a transformers model, perhaps with LoRA adapters, perhaps sharded
+    dtype: torch.dtype | None = None,  # cast to this (default: as they are)
 ) -> Iterator[tuple[str, Tensor]]:  # name in a checkpoint, tensor; tied weights once
     "The whole weights of a model, one by one: shards gathered, adapters added in"
     adapters = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     for name, p in model.named_parameters():
         if ".lora_" in name:
             continue
-        w, layer = whole(p), adapters.get(name.removesuffix(".base_layer.weight"))
+        layer = adapters.get(name.removesuffix(".base_layer.weight"))
+        w = whole(p, dtype if layer is None else None)
         if layer is not None:
             low_rank = whole(layer.lora_B["default"].weight) @ whole(layer.lora_A["default"].weight)
             w = w + layer.scaling["default"] * low_rank
-        yield name.replace(".base_layer.", "."), w
+        yield name.replace(".base_layer.", "."), w if dtype is None else w.to(dtype)
+
+# %% ../../nbs/models/43_checkpoints.ipynb #x0212
+@dataclass(frozen=True)
+class Weights:
+    "The whole weights of a model, as often as they are asked for; never all of them at once"
+
+    model: nn.Module  # as for `weights_of`
+    dtype: torch.dtype | None = None  # cast to this
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        "Name in a checkpoint → shape"
+        own = {n: p.shape for n, p in self.model.named_parameters() if ".lora_" not in n}
+        return {n.replace(".base_layer.", "."): shape for n, shape in own.items()}
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes of one pass"
+        own = (p for n, p in self.model.named_parameters() if ".lora_" not in n)
+        return sum(p.numel() * (self.dtype or p.dtype).itemsize for p in own)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return weights_of(self.model, self.dtype)
 
 # %% ../../nbs/models/43_checkpoints.ipynb #x023
 def write_ends(
@@ -155,9 +185,9 @@ def save_checkpoint(
 ) -> Path:  # the same folder
     "Save a transformers checkpoint; the folder appears complete or not at all"
     path, weights = Path(path), {}
-    for name, w in weights_of(model):
+    for name, w in weights_of(model, dtype):
         if write:
-            weights[name] = w.to("cpu", dtype or w.dtype).contiguous()
+            weights[name] = w.cpu().contiguous()
     if not write:
         return path
     try:

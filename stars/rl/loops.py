@@ -271,9 +271,8 @@ def __exit__(self: Log, kind, error, traceback):
 class Runtime:
     "Where and how a run is carried out"
 
-    engine: Any = None  # sampler, a `rollouts.Engine` (default: in this process, with a copy of the weights)
+    engine: Any = None  # a `rollouts.Engine`, or what makes one (default: in this process, with a copy)
     team: Team = Team()  # the workers that train together; each calls the trainer with the same arguments
-    share_device: bool = False  # let the engine give back its memory while the trainer works
     progress: bool = True  # show a progress bar
     tracking: Tracking | None = None  # where the numbers go beside `metrics.jsonl`
 

@@ -31,18 +31,29 @@ from ..habits.behaviors import column_of
 from ..models.arithmetic import autocast, threads_for, warn_of_slow_half
 from stars.models.checkpoints import (
     Critic,
+    Weights,
     check_steady,
     known_ids,
     save_checkpoint,
     token_ids,
     token_logprobs,
-    weights_of,
     without_dropout,
 )
 from ..models.micro import n_params
-from ..models.parallel import Team, load_state, memory_for, save_state
+from ..models.parallel import States, Team, load_state, memory_for
 from .loops import Log, Runtime, Tracking, check_finite, pad, require, require_choice, resumed
-from .rollouts import Engine, LlamaEngine, Rollout, Task, check_tags, probe, seeds_of, texts_of
+from stars.rl.rollouts import (
+    Engine,
+    LlamaEngine,
+    Rollout,
+    Task,
+    check_tags,
+    probe,
+    sampler_of,
+    seeds_of,
+    shares_memory,
+    texts_of,
+)
 from ..task.countdown import Problem, reward_of
 
 # %% ../../nbs/rl/56_ppo.ipynb #p008
@@ -470,27 +481,29 @@ def sample(
     team: Team = Team(),  # who samples
 ) -> list[Rollout]:  # one per prompt, the same on every worker
     "Rollouts of all prompts, by the one engine of a team or by each worker's own"
-    seeds = seeds_of(seed, len(prompts))
-    if engine.shared:
-        rollouts = None
-        if team.first:
-            rollouts = engine.generate(prompts, cfg.max_tokens, cfg.temperature, seeds)
-        return team.agree(rollouts)
-    mine = slice(team.rank, None, team.size)
-    return team.gather(engine.generate(prompts[mine], cfg.max_tokens, cfg.temperature, seeds[mine]))
+    seeds, rollouts = seeds_of(seed, len(prompts)), None
+    mine = slice(None) if engine.shared else slice(team.rank, None, team.size)
+    if team.first or not engine.shared:
+        rollouts = engine.generate(prompts[mine], cfg.max_tokens, cfg.temperature, seeds[mine])
+    rollouts = team.agree(rollouts) if engine.shared else team.gather(rollouts)
+    if shares_memory(engine, team):
+        engine.sleep(keep=False)
+        team.wait()
+    return rollouts
 
 # %% ../../nbs/rl/56_ppo.ipynb #p056
 def sync(
     engine: Engine,
     policy: PreTrainedModel,
     team: Team = Team(),
-):
+) -> int:  # bytes of the weights, as they were sent
     "Give the engine the policy's weights; every worker takes part in gathering shards"
-    weights = weights_of(policy)
-    if team.first or not engine.shared:
-        engine.sync(weights)
-    for _ in weights:  # what the engine did not take; a worker without an engine only helps to gather it
-        pass
+    if shares_memory(engine, team) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        team.wait()  # engines take their memory again
+    weights = Weights(policy, team.agree(engine.dtype))
+    engine.sync(weights)
+    return weights.nbytes
 
 # %% ../../nbs/rl/56_ppo.ipynb #p057
 def score(
@@ -752,7 +765,6 @@ class Run:
     prompt_ids: Sequence[Sequence[int]]  # of each problem
     tokenizer: PreTrainedTokenizerBase
     out: Path  # its folder
-    share_device: bool = False  # does the engine give back its memory while the trainer works?
 
     @property
     def made_by(self) -> dict:
@@ -782,9 +794,6 @@ def sample_step(
     order = prompt_order(len(run.problems), step, cfg.prompts, cfg.seed)
     chosen = [i for i in order for _ in range(cfg.samples)]
     rollouts = sample(run.engine, [run.prompt_ids[i] for i in chosen], cfg, f"{cfg.seed}/{step}", team)
-    if run.share_device:
-        run.engine.sleep()
-        team.wait()
     return [run.problems[i] for i in chosen], rollouts
 
 # %% ../../nbs/rl/56_ppo.ipynb #p089
@@ -807,7 +816,7 @@ def update_step(
     batch: Batch,  # with advantages
     step: int,  # from 0
 ) -> dict[str, float]:  # what is logged
-    "Improve the policy, and let the sampler know"
+    "Improve the policy"
     learner, cfg = run.learner, run.learner.cfg
     rates = dict(policy=cfg.lr, critic=cfg.critic_lr)
     for name, optimizer in learner.optimizers.items():
@@ -817,19 +826,14 @@ def update_step(
         check_finite(step + 1, norms, run.out)
 
     with memory_for(f"training on micro-batches of {cfg.micro_tokens} tokens", "ppo.micro_tokens"):
-        logged = update(learner, batch, f"{cfg.seed}/{step}", check)
-    if run.share_device and learner.device.type == "cuda":
-        torch.cuda.empty_cache()
-        learner.team.wait()  # engines take their memory again
-    sync(run.engine, learner.policy, learner.team)
-    return logged
+        return update(learner, batch, f"{cfg.seed}/{step}", check)
 
 # %% ../../nbs/rl/56_ppo.ipynb #p093
 def ppo_step(
     run: Run,
     step: int,  # from 0
 ) -> dict[str, float]:  # what is logged
-    "Sample, score, appraise, update"
+    "Sample, score, appraise, update, sync"
     watch = Stopwatch()
     problems, rollouts = sample_step(run, step)
     watch.lap("sample")
@@ -839,10 +843,12 @@ def ppo_step(
     watch.lap("value")
     updated = update_step(run, batch, step)
     watch.lap("update")
+    synced = dict(sync_bytes=sync(run.engine, run.learner.policy, run.learner.team))
+    watch.lap("sync")
     seconds = watch.seconds
     return dict(
         step=step + 1,
-        **scored | valued | updated,
+        **scored | valued | updated | synced,
         **{f"s_{phase}": s for phase, s in seconds.items()},
         tokens_per_s_sample=sum(len(r.ids) for r in rollouts) / seconds["sample"],
         tokens_per_s_update=sum(batch.lengths) * run.learner.cfg.epochs / seconds["update"],
@@ -872,16 +878,18 @@ def train(
         save_policy(run, 0)
     sync(run.engine, learner.policy, team)
     bar = tqdm(total=cfg.steps, initial=done, desc="ppo", disable=not progress)
-    with Log(run.out / "metrics.jsonl", done, team.first, tracking) as log:
+    log = Log(run.out / "metrics.jsonl", done, team.first, tracking)
+    with log, States(run.out, models, optimizers, team) as states:
         for step in range(done, cfg.steps):
             row = ppo_step(run, step)
             log(**row)
             bar.set_postfix(acc=f"{row['accuracy']:.2f}", len=f"{row['response_tokens']:.0f}")
             bar.update()
+            states.settle(wait=False)
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 save_policy(run, step + 1)
                 log.flush()
-                save_state(run.out, step + 1, models, optimizers, dict(made_by=run.made_by), team)
+                states.save(step + 1, dict(made_by=run.made_by))
     bar.close()
 
 # %% ../../nbs/rl/56_ppo.ipynb #c024
@@ -909,11 +917,12 @@ def ppo(
     with threads_for(n_params(policy)), team.locked(out):
         vocab = known_ids(tokenizer)
         half = torch.bfloat16 if cfg.bf16 else None
-        engine = runtime.engine or LlamaEngine(policy, tokenizer.eos_token_id, vocab=vocab, dtype=half)
         with autocast(policy.device, cfg.bf16):
             check_steady(without_dropout(policy))
         prompt_ids = token_ids(tokenizer, map(task.prompt, problems))
         learner = make_learner(policy, cfg, reference, vocab, team)
-        run = Run(learner, engine, task, problems, prompt_ids, tokenizer, out, runtime.share_device)
-        train(run, runtime.progress and team.first, runtime.tracking)
+        own = partial(LlamaEngine, policy, tokenizer.eos_token_id, vocab=vocab, dtype=half)
+        with sampler_of(runtime.engine or own, team) as engine:
+            run = Run(learner, engine, task, problems, prompt_ids, tokenizer, out)
+            train(run, runtime.progress and team.first, runtime.tracking)
     return out

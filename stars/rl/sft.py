@@ -30,7 +30,7 @@ from stars.models.checkpoints import (
     without_dropout,
 )
 from ..models.micro import n_params
-from ..models.parallel import Team, load_state, memory_for, save_state
+from ..models.parallel import States, Team, load_state, memory_for
 from .loops import Log, Runtime, Tracking, check_finite, pad, require, resumed
 
 # %% ../../nbs/rl/52_sft.ipynb #s001
@@ -313,12 +313,15 @@ def sft_loop(
 ):
     "All updates of a run that are left"
     cfg, team, device = run.cfg, run.team, run.trained[0].device
-    state = dict(modules=dict(model=run.model), optimizers=dict(model=run.optimizer))
+    state = dict(modules=dict(model=run.model), optimizers=dict(model=run.optimizer), team=team)
     per_epoch = math.ceil(len(run.examples) / cfg.batch_size)
     total = per_epoch * cfg.epochs
-    done = resumed(load_state(run.out, **state, team=team), run.made_by, run.out)
+    done = resumed(load_state(run.out, **state), run.made_by, run.out)
     bar = tqdm(total=total, initial=done, desc="sft", disable=not progress)
-    with Log(run.out / "metrics.jsonl", done, team.first, tracking) as log:
+    with (
+        Log(run.out / "metrics.jsonl", done, team.first, tracking) as log,
+        States(run.out, **state) as states,
+    ):
         for step, epoch, members in sft_schedule(len(run.examples), cfg, done):
             row = dict(step=step + 1, epoch=epoch)
             row |= sft_update(run, step, members, lr_at(step, total, cfg))
@@ -328,10 +331,10 @@ def sft_loop(
             log(**row)
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             bar.update()
+            states.settle(wait=False)
             if (step + 1) % cfg.save_every == 0 or step + 1 == total:
                 log.flush()
-                meta = dict(made_by=run.made_by)
-                save_state(run.out, step + 1, state["modules"], state["optimizers"], meta, team)
+                states.save(step + 1, dict(made_by=run.made_by))
     bar.close()
 
 # %% ../../nbs/rl/52_sft.ipynb #s031

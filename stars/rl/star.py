@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['right_examples', 'STaRConfig', 'STaRRun', 'sampled_round', 'check_examples', 'begun_round', 'tuned', 'star_round',
-           'end_round', 'rounds_done', 'star_rounds', 'begin', 'star']
+           'end_round', 'rounds_done', 'star_rounds', 'own_sampler', 'begin', 'star']
 
 # %% ../../nbs/rl/58_star.ipynb #s003
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from ..models.checkpoints import known_ids, load_model, load_tokenizer, save_che
 from ..models.micro import n_params
 from .loops import Log, Runtime, read_log, require, resumed
 from .ppo import Stopwatch, prompt_order, rollout_metrics, sample, score, sync
-from .rollouts import Engine, LlamaEngine, Rollout, Task, check_tags, texts_of
+from .rollouts import Engine, LlamaEngine, Rollout, Task, check_tags, sampler_of, texts_of
 from .sft import SFTConfig, sft
 from ..task.countdown import Problem, reward_of
 from ..util.files import write_bytes, write_json
@@ -109,9 +110,6 @@ def sampled_round(
     chosen = [i for i in order for _ in range(cfg.samples)]
     queries = [run.queries[i] for i in chosen]
     rollouts = sample(run.engine, token_ids(run.tokenizer, queries), cfg, f"{cfg.seed}/{done}", team)
-    if run.runtime.share_device:
-        run.engine.sleep()
-        team.wait()
     watch.lap("sample")
     texts = texts_of(run.tokenizer, rollouts)
     scores, counts = score(texts, [run.problems[i] for i in chosen], run.task, team)
@@ -186,17 +184,16 @@ def star_round(
     done: int,  # rounds
 ) -> dict:  # what is logged
     "Sample, keep what is right, fine-tune"
-    team, share = run.runtime.team, run.runtime.share_device
+    team = run.runtime.team
     kept = begun_round(run, done)
     watch = Stopwatch()
     model, loss = tuned(run, done, kept["examples"])
     save_checkpoint(model, run.tokenizer, run.checkpoint(done + 1), write=team.first)
-    if share and model.device.type == "cuda":
-        torch.cuda.empty_cache()
-        team.wait()  # engines take their memory again
-    sync(run.engine, model, team)
     watch.lap("update")
-    return kept["row"] | dict(sft_loss=loss, s_update=watch.seconds["update"])
+    sent = sync(run.engine, model, team)
+    watch.lap("sync")
+    seconds = {f"s_{phase}": s for phase, s in watch.seconds.items()}
+    return kept["row"] | dict(sft_loss=loss, sync_bytes=sent) | seconds
 
 # %% ../../nbs/rl/58_star.ipynb #s026
 def end_round(
@@ -235,6 +232,16 @@ def star_rounds(
             bar.update()
     bar.close()
 
+# %% ../../nbs/rl/58_star.ipynb #s0411
+def own_sampler(
+    run: STaRRun,
+    model: PreTrainedModel,  # after the rounds that are done
+) -> Callable[[], LlamaEngine]:
+    "What makes a sampler in this process"
+    half, tokenizer = torch.bfloat16 if run.cfg.bf16 else None, run.tokenizer
+    how = dict(vocab=known_ids(tokenizer), dtype=half)
+    return partial(LlamaEngine, model, tokenizer.eos_token_id, **how)
+
 # %% ../../nbs/rl/58_star.ipynb #s041
 def begin(
     run: STaRRun,
@@ -243,9 +250,6 @@ def begin(
 ):
     "Save the start model, and give the sampler the weights of the last round"
     team, tokenizer = run.runtime.team, run.tokenizer
-    if run.engine is None:
-        half = torch.bfloat16 if run.cfg.bf16 else None
-        run.engine = LlamaEngine(model, tokenizer.eos_token_id, vocab=known_ids(tokenizer), dtype=half)
     if not done:
         save_checkpoint(model, tokenizer, run.checkpoint(0), write=team.first)
     sync(run.engine, model, team)
@@ -268,11 +272,13 @@ def star(
         task = Task(task.prompt, reward_of, task.count)
     out.mkdir(parents=True, exist_ok=True)
     queries = list(map(task.prompt, problems))
-    run = STaRRun(start, load, tokenizer, problems, queries, task, cfg, out, runtime, runtime.engine)
+    run = STaRRun(start, load, tokenizer, problems, queries, task, cfg, out, runtime)
     with runtime.team.locked(out):
         done = rounds_done(run)
         model = load(run.checkpoint(done) if done else start)
-        with threads_for(n_params(model)):
+        how = runtime.engine or own_sampler(run, model), runtime.team
+        with threads_for(n_params(model)), sampler_of(*how) as run.engine:
+            del how  # it holds the model
             begin(run, model, done)
             del model  # the engine has its own copy
             star_rounds(run, done)

@@ -6,6 +6,7 @@ import queue
 import random
 import shutil
 import signal
+import time
 import traceback
 from contextlib import closing
 from dataclasses import replace
@@ -15,13 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import PPO, TOK, cut_short, fingerprint, forked, model, run, untimed
+from tiny import PPO, PROBLEMS, TOK, cut_short, fingerprint, forked, model, run, untimed
 
 from stars.lab import experiments as ex
 from stars.lab.configs import changed
-from stars.models.checkpoints import load_model, save_checkpoint, weights_of
-from stars.models.parallel import Team, on_workers, saved_states, start_ray
+from stars.models.checkpoints import Weights, load_model, save_checkpoint, weights_of
+from stars.models.parallel import States, Team, on_workers, prepare, saved_states, start_ray, state_digest
 from stars.rl import ppo as P
+from stars.rl.loops import Runtime
+from stars.rl.ppo import PPOConfig
+from stars.rl.rollouts import LlamaEngine, Task
 
 
 def whole(path, shard):
@@ -63,7 +67,90 @@ def dice(out, file, stop=None):
     return batches
 
 
-WORK = dict(run=run, cut_short=cut_short, whole=whole, fail=fail, dice=dice)
+def adapted(lora):
+    "A model, with adapters that say something where there are any"
+    m, gen = prepare(model(), lora_rank=lora), torch.Generator().manual_seed(1)
+    for name, p in m.named_parameters():
+        if "lora_B" in name:
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=gen))
+    return m
+
+
+def sent(path, shard, lora):
+    "What a team sends to an engine that computes in bfloat16"
+    team, m = Team.join(shard), adapted(lora)
+    team.wrap(m)
+    weights = Weights(m, torch.bfloat16)
+    got = dict(weights)
+    if team.first:
+        torch.save((got, weights.shapes, weights.nbytes), path)
+    team.wait()
+
+
+def in_turn(out, shard):
+    "PPO on a team whose second worker takes its time to load; who did what when"
+    team = Team.join(shard)
+
+    def note(what):
+        with (out / "order").open("a") as f:
+            f.write(f"{what}\n")
+
+    def reference():
+        time.sleep(team.rank)
+        note(f"worker {team.rank} has loaded")
+        return model()
+
+    class Noted(LlamaEngine):
+        def sync(self, weights):
+            super().sync(weights)
+            note("an engine has weights")
+
+    def engine():
+        note("an engine is made" if team.first else "another waits for it")
+        return Noted(policy, TOK.eos_token_id, vocab=len(TOK))
+
+    policy, task = model(), Task(reward=fingerprint)
+    cfg, runtime = PPOConfig(**PPO | dict(steps=1)), Runtime(engine, team, progress=False)
+    P.ppo(policy, TOK, PROBLEMS, out / "run", cfg, task, reference, runtime)
+
+
+def hash_late(out, trouble):
+    "Saves two states; of the second, the second worker's hashes take their time, or cannot be made"
+    from stars.models import parallel
+
+    team, sealed, seen = Team.join(True), parallel.sealed, []
+    m = model()
+    team.wrap(m)
+    ready = out / "ready"
+
+    def late(folder, names):
+        seen.append(sorted(names))
+        if team.rank == 1 and len(seen) == 2:
+            if trouble:
+                raise OSError(28, "No space left on device")
+            while not ready.exists():
+                time.sleep(0.01)
+        return sealed(folder, names)
+
+    optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
+    with pytest.MonkeyPatch.context() as patch, States(out, dict(m=m), dict(m=optimizer), team) as states:
+        patch.setattr(parallel, "sealed", late)
+        states.save(1, {})
+        states.settle()
+        states.save(2, {})
+        for _ in range(3):  # steps of training
+            states.settle(wait=trouble)
+            time.sleep(0.05)
+            team.wait()
+        before = [s.name for s in saved_states(out)]
+        if team.first:
+            ready.touch()
+        states.settle()
+    return seen[-1], before, [s.name for s in saved_states(out)]
+
+
+WORK = dict(run=run, cut_short=cut_short, whole=whole, fail=fail, dice=dice, sent=sent, in_turn=in_turn)
+WORK |= dict(hash_late=hash_late)
 
 
 def serve(rank, folder, tasks, answers):
@@ -213,6 +300,28 @@ def test_a_shared_model_is_saved_whole(pair, tmp_path, shard):
     assert dict(weights_of(m)).keys() == dict(load_model(tmp_path / "model").named_parameters()).keys()
 
 
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_sixteen_bits_are_cast_before_they_are_gathered(pair, tmp_path, shard, lora):
+    "A team sends what one process would send, to the bit, and knows beforehand how much that is"
+    pair("sent", tmp_path / "sent", shard, lora)
+    got, shapes, nbytes = torch.load(tmp_path / "sent")
+    want = {n: w.to(torch.bfloat16) for n, w in weights_of(adapted(lora))}
+    assert got.keys() == want.keys() and all(torch.equal(w, want[n]) for n, w in got.items())
+    assert shapes == {n: w.shape for n, w in want.items()}
+    assert nbytes == sum(w.nbytes for w in want.values()) and {w.dtype for w in got.values()} == {
+        torch.bfloat16
+    }
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_no_engine_before_every_worker_has_its_memory(pair, tmp_path, shard):
+    pair("in_turn", tmp_path, shard)
+    order = (tmp_path / "order").read_text().splitlines()
+    assert order[:2] == ["worker 0 has loaded", "worker 1 has loaded"]
+    assert set(order[2:]) == {"an engine is made", "another waits for it", "an engine has weights"}
+
+
 @pytest.mark.parametrize("kind,how", [("sft", dict()), ("sft", dict(lora=2)), ("ppo", dict())], ids=str)
 def test_a_state_fits_any_number_of_workers(pair, alone, tmp_path, kind, how):
     "Written by two (split), taken up by one; written by one, taken up by two; copied, taken up split"
@@ -243,6 +352,26 @@ def test_a_state_fits_any_number_of_workers(pair, alone, tmp_path, kind, how):
         close_weights(
             *((d / "model" if kind == "sft" else d / f"step-{PPO['steps']:04d}") for d in (one, out))
         )
+
+
+def test_a_state_has_its_name_when_all_workers_have_their_hashes(pair, tmp_path):
+    "Each hashes what it has written itself; nobody waits, and no state is there before it is whole"
+    (mine, before, after), (others, *same) = (said for said, _ in pair.both("hash_late", tmp_path, False))
+    assert [before, after] == same and not set(mine) & set(others) and "state.json" in mine
+    assert [n[:12] for n in before] == ["state-000001"]
+    assert [n[:12] for n in after] == ["state-000002", "state-000001"]
+    new = tmp_path / after[0]
+    assert {f.name for f in new.iterdir()} == {*mine, *others} and new.name.endswith(state_digest(new))
+
+
+def test_hashes_that_cannot_be_made_leave_the_state_before(pair, tmp_path):
+    errors = [error.split("\n")[0] for _, error in pair.both("hash_late", tmp_path, True)]
+    assert all("the state of step 2 could not be written" in e and "No space left" in e for e in errors)
+    (left,) = saved_states(tmp_path)
+    assert (
+        left.name == f"state-000001-{state_digest(left)}" and f"the last good one is {left.name}" in errors[0]
+    )
+    assert not list(tmp_path.glob(".state*"))
 
 
 def test_an_error_of_one_worker_is_everybodys(pair, tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import random
 import sys
+import weakref
 from contextlib import closing
 from functools import partial
 
@@ -16,6 +17,7 @@ pytest.importorskip("vllm", reason="needs vLLM (make dev)")
 ray = pytest.importorskip("ray", reason="needs Ray (make dev)")
 
 from stars.models.checkpoints import (  # noqa: E402
+    Weights,
     base_path,
     check_checkpoint,
     load_model,
@@ -174,6 +176,68 @@ def test_sync_takes_over_the_weights(engine, base, other):
     assert engine.generate(PROMPTS, 30, 1.0, range(4)) == new  # a refused sync changed nothing
 
 
+class Watched(Weights):
+    "Weights that count how many of what they gave out is still there"
+
+    def __iter__(self):
+        alive, self.most = weakref.WeakSet(), 0
+        for name, w in super().__iter__():
+            w = w.clone()
+            alive.add(w)
+            self.most = max(self.most, len(alive))
+            yield name, w
+
+
+def test_weights_pass_one_by_one(engine, base, other):
+    "A model that is sharded or cast is never there a second time: at most a layer of it is"
+    engine.sync(weights(base))
+    sent = Watched(other)
+    engine.sync(sent)
+    assert gap(other, engine.generate(PROMPTS, 30, 1.0, range(4)), 1.0) < 1e-4
+    assert sent.most <= 6 < len(sent.shapes) / 3
+    odd = Weights(other.model)  # without its head, and under other names
+    with pytest.raises(ValueError, match="model.embed_tokens.weight"):
+        engine.sync(odd)
+    assert gap(other, engine.generate(PROMPTS, 30, 1.0, range(4)), 1.0) < 1e-4
+
+
+def test_what_was_forgotten_is_not_sampled_from(engine, base, monkeypatch):
+    "Dropped weights cost no way to main memory; the next ones come before room for keys and values is taken"
+    said, llm = [], engine.llm
+
+    class Sleepy:
+        def __getattr__(self, name):
+            def call(*args, **how):
+                said.append((name, *(how.get(k) for k in ("level", "tags") if k in how)))
+                if name in ("sleep", "wake_up"):
+                    return None
+                return getattr(llm, name)(*args, **how)
+
+            return call
+
+    monkeypatch.setattr(engine, "llm", Sleepy())
+    monkeypatch.setattr(engine, "sleeps", True)
+    engine.sleep(keep=False)
+    engine.sleep(keep=False)
+    with pytest.raises(ValueError, match="sync it before it samples"):
+        engine.generate(PROMPTS, 5, 1.0, range(4))
+    engine.sync(Weights(base))
+    engine.generate(PROMPTS, 5, 1.0, range(4))
+    engine.sleep()
+    engine.generate(PROMPTS, 5, 1.0, range(4))
+    assert said == [
+        ("sleep", 2),
+        ("wake_up", ["weights"]),
+        ("collective_rpc",),
+        ("reset_prefix_cache",),
+        ("wake_up", ["kv_cache"]),
+        ("generate",),
+        ("sleep", 1),
+        ("wake_up", ["weights", "kv_cache"]),
+        ("generate",),
+    ]
+
+
 @pytest.mark.parametrize(
     "args,word",
     [
@@ -289,6 +353,21 @@ def test_two_engines_answer_as_one(pair, engine, base):
     pair.sleep(), pair.wake()  # nothing to do
 
 
+def test_half_the_bytes_say_the_same(engine, pair, other, monkeypatch):
+    """In Ray's store, in pieces smaller than a weight and larger than several: whatever the number type, what
+    comes out is what was put in, to the bit; an engine of 16 bits is sent 16"""
+    assert engine.dtype == torch.float32 == pair.dtype
+    for dtype, size in ((None, 2), (torch.bfloat16, 4), (torch.float16, 4)):
+        monkeypatch.setattr(E.pieces, "__defaults__", (5_000 * size,))
+        sent = Weights(other, dtype)
+        stored = E.Stored.put(sent)
+        assert stored.shapes == sent.shapes and stored.nbytes == sent.nbytes and len(stored.refs) > 3
+        got = dict(stored)
+        assert got.keys() == sent.shapes.keys()
+        assert all(torch.equal(w, got[n]) and w.dtype == got[n].dtype for n, w in sent)
+    assert 2 * Weights(other, torch.bfloat16).nbytes == Weights(other).nbytes
+
+
 def test_a_dead_engine_is_replaced_and_has_the_last_weights(pair, engine, other):
     for e in (pair, engine):
         e.sync(weights(other))
@@ -314,6 +393,8 @@ def test_an_engine_dies_at_work(pair, engine, other, poison):
 
 class Fragile:
     "An engine that does not survive"
+
+    dtype = None
 
     def __init__(self, start=True):
         if not start:
@@ -391,6 +472,20 @@ def test_padded_embeddings(engine, tmp_path):
         assert gap(model, padded.generate(PROMPTS * 2, 40, 1.0, range(8)), 1.0, len(TOK)) < 1e-4
         with pytest.raises(ValueError, match="context of 128"):
             padded.generate(PROMPTS, 120, 1.0, range(4))
+
+
+def test_sixteen_bits(engine, other):
+    "An engine in bfloat16 has the same weights whether they were cast before they were sent or after"
+    engine.close()
+    with closing(E.VLLMEngine(base_path("plain"), TOK, dtype="bfloat16", cache=0.125)) as half:
+        assert half.dtype == torch.bfloat16
+        half.sync(Weights(other))
+        want = half.generate(PROMPTS, 40, 1.0, range(4))
+        half.sync(Weights(load_model("plain"), half.dtype))
+        assert half.generate(PROMPTS, 40, 1.0, range(4)) != want
+        half.sync(Weights(other, half.dtype))
+        assert half.generate(PROMPTS, 40, 1.0, range(4)) == want
+    assert gap(other, want, 1.0) < 0.3
 
 
 @pytest.mark.parametrize("where", ["generation_config", "config"])

@@ -393,7 +393,7 @@ def special(how):
 class Says:
     "An engine that has one thing to say"
 
-    shared = True
+    shared, dtype = True, None
 
     def __init__(self, tok, text, finished=True):
         self.ids, self.finished = tok(text, add_special_tokens=False).input_ids, finished
@@ -403,6 +403,9 @@ class Says:
 
     def sync(self, weights):
         list(weights)
+
+    def sleep(self, keep=True):
+        pass
 
 
 @pytest.mark.parametrize("how", ["plain", "added", "named", "one", "end", "roles"])
