@@ -172,7 +172,8 @@ def test_the_picture_has_a_row_per_space():
     assert {"base", "empty CoT"} <= {t.get_text() for t in change.texts}
     width = fig.bbox.width
     ends = [t.get_window_extent(fig.canvas.get_renderer()).x1 for t in change.texts]
-    assert max(ends) < width  # nothing is cut off
+    begins = [t.get_window_extent().x0 for t in levels.get_yticklabels()]
+    assert min(begins) > 0 and max(ends) < width  # nothing is cut off
 
 
 def test_answers_need_a_space():
