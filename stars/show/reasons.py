@@ -8,15 +8,15 @@ __all__ = ['RUNS', 'CHANGES', 'CURVES', 'PASSK_RULE', 'ACCURACY', 'HOME', 'TRANS
            'NAMED', 'LEAST', 'WIDEST', 'BEND', 'LOOP', 'MOST_ROWS', 'SURE', 'STATE_COLORS', 'STRIP', 'TENTH',
            'ORDER_NOTE', 'KINDS', 'OFTEN', 'TREES_NOTES', 'SIDES', 'TRAINER_RULE', 'about_draws', 'passk_table',
            'change_at', 'change_said', 'passk_title', 'curves_of', 'draw_column', 'draw_passk', 'Stacked',
-           'draws_caption', 'passk', 'transfer_table', 'in_words', 'with_sign', 'places', 'carried_by',
-           'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer',
-           'place_axes', 'transfer', 'two_steps', 'before_after', 'side_by_side', 'write_above', 'when_table', 'signed',
-           'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'undivided_note', 'one_model', 'when',
-           'order_rows', 'change_rows', 'condition_rows', 'order_table', 'Followed', 'said_change', 'memory_said',
-           'order_title', 'arrow_course', 'draw_arrow', 'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares',
-           'place_states', 'draw_places', 'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles',
-           'trees_rows', 'trees', 'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title',
-           'draw_trainer', 'token_unit', 'trainer_heading', 'algorithms']
+           'draws_caption', 'passk', 'transfer_table', 'in_words', 'signed', 'places', 'carried_by', 'transfer_title',
+           'draw_levels', 'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer', 'place_axes', 'transfer',
+           'two_steps', 'before_after', 'side_by_side', 'write_above', 'when_table', 'verdict', 'differences_said',
+           'when_title', 'when_rows', 'draw_when', 'undivided_note', 'one_model', 'when', 'order_rows', 'change_rows',
+           'condition_rows', 'order_table', 'Followed', 'said_change', 'memory_said', 'order_title', 'arrow_course',
+           'draw_arrow', 'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares', 'place_states', 'draw_places',
+           'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles', 'trees_rows', 'trees',
+           'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title', 'draw_trainer',
+           'token_unit', 'trainer_heading', 'algorithms']
 
 # %% ../../nbs/show/99_reasons.ipynb #dr001
 from collections.abc import Callable, Sequence
@@ -258,7 +258,7 @@ def in_words(space: str) -> str:  # "more numbers"
     return "the training world" if space == HOME else space.replace("_", " ")
 
 # %% ../../nbs/show/99_reasons.ipynb #tf011
-def with_sign(x: float) -> str:  # "+.21", "−.05"
+def signed(x: float) -> str:  # "+.21", "−.05"
     return f"{'+' if x >= 0 else '−'}{num(abs(x))}"
 
 
@@ -279,7 +279,7 @@ def carried_by(
     said = []
     if home:
         apart = " (not told apart from 0)" if relation(home) == "undecided" else ""
-        said.append(f"{with_sign(home.value)} in {in_words(HOME)}{apart}")
+        said.append(f"{signed(home.value)} in {in_words(HOME)}{apart}")
     if ways:
         said.append(f"gains in {places(gained, len(ways))}")
     return ", ".join(said + ([f"losses in {places(lost, len(ways))}"] if lost else []))
@@ -316,7 +316,7 @@ def draw_change(
     place = dict(textcoords="offset points", va="center", annotation_clip=False)
     for at, value, hi in zip(rows["at"], rows.value, rows.hi):
         end = np.nanmax([value, hi])
-        ax.annotate(with_sign(value), (end, at), xytext=(6, 0), size=7, color=ink(hue), **place)
+        ax.annotate(signed(value), (end, at), xytext=(6, 0), size=7, color=ink(hue), **place)
 
 # %% ../../nbs/show/99_reasons.ipynb #tf023
 def transfer_rows(
@@ -497,10 +497,6 @@ def when_table(
     return table.assign(undivided=plots.listed(none) if none else "")
 
 # %% ../../nbs/show/99_reasons.ipynb #wh009
-def signed(x: float) -> str:  # "+.12" or "−.27"
-    return ("−" if x < 0 else "+") + plots.num(abs(x))
-
-
 def verdict(
     row: pd.Series,  # of a difference: value, lo, hi, population
 ) -> str:  # "above", "below" or "undecided"
