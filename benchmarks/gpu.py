@@ -55,6 +55,7 @@ from stars.rl.rollouts import LlamaEngine, probe, seeds_of
 from stars.rl.sft import SFTConfig, sft
 from stars.task.problems import sample_problems
 from stars.util.files import replacing, write_json
+from stars.util.workers import follow_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -881,7 +882,8 @@ def run_apart(name: str, command: Sequence[str], limit: float, folder: Path) -> 
 
 
 def run_here(name: str, size: Sizes, folder: Path):
-    "Run a part in this process, and leave its findings in a file"
+    "Run a part in this process, which ends with its parent, and leave its findings in a file"
+    follow_parent(os.getppid())
     sheet = Sheet(folder / f"{name}.json")
     try:
         PARTS[name].run(sheet, size, folder / "runs")
@@ -974,6 +976,7 @@ def main():
     ap.add_argument(
         "--out", help="the report (default: benchmarks/results/gpu.md; with --cpu: build/gpu-cpu.md)"
     )
+    ap.add_argument("--minutes", type=float, help="that all parts may take (default: 9; with --cpu: 40)")
     ap.add_argument("--part", help=argparse.SUPPRESS)
     ap.add_argument("--folder", help=argparse.SUPPRESS)
     args = ap.parse_args()
@@ -984,6 +987,7 @@ def main():
         raise SystemExit("there is no CUDA device here; --cpu runs the same code with tiny sizes")
     if args.part:
         return run_here(args.part, size, Path(args.folder))
+    size = replace(size, minutes=args.minutes or size.minutes)
     out = args.out or ROOT / ("benchmarks/results/gpu.md" if size.cuda else "build/gpu-cpu.md")
     sys.exit(min(100, run_all(names, size, Path(out))))
 

@@ -211,7 +211,7 @@ def complete(text: str, names):
 
 
 def test_two_parts_run_through_without_a_card(tmp_path):
-    code, text = run("--cpu", "--only", "environment,micro", out=tmp_path / "gpu.md")
+    code, text = run("--cpu", "--minutes", "200", "--only", "environment,micro", out=tmp_path / "gpu.md")
     assert code == 0, text
     report = (tmp_path / "gpu.md").read_text()
     complete(report, ["environment", "micro"])
@@ -221,6 +221,6 @@ def test_two_parts_run_through_without_a_card(tmp_path):
 
 @pytest.mark.slow
 def test_every_part_runs_through_without_a_card(tmp_path):
-    code, text = run("--cpu", out=tmp_path / "gpu.md")
+    code, text = run("--cpu", "--minutes", "200", out=tmp_path / "gpu.md")
     assert code == 0, text
     complete((tmp_path / "gpu.md").read_text(), gpu.PARTS)
