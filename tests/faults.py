@@ -27,7 +27,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -37,7 +37,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 from disk import BROKEN, KILLED, KINDS, Disk, key, watch
-from tiny import TOK, model, untimed
+from tiny import STAR, TOK, model, teach, untimed
 from tiny import run as train
 
 from stars.habits import judges
@@ -274,6 +274,10 @@ def job(root: Path) -> ex.Job:
     return ex.Job(cfg, "base", "base", runs=str(root), progress=False)
 
 
+def save_start(root: Path):
+    save_checkpoint(model(), TOK, root.parent / "start")
+
+
 def begin(root: Path):
     "All stages before the evaluation, of a base without training"
     tok = micro_tokenizer(99)
@@ -339,6 +343,11 @@ COMMANDS = dict(
         lambda root: train("sft", root / "out", save_every=2), whole={"out/model/": ""}
     ),  # 4 steps an epoch
     ppo=Command(lambda root: train("ppo", root / "out"), whole={f"out/step-{i:04d}/": "" for i in range(4)}),
+    star=Command(
+        lambda root: teach("start", root / "out", replace(STAR, rounds=2)),
+        save_start,
+        {f"out/step-{i:04d}/": "" for i in range(3)},
+    ),
     stage=Command(staged, whole={"sft-": ""}),
     evaluation=Command(lambda root: ex.eval_stage(job(root)), begin, {"smoke/base/base/seed0/eval-": ""}),
     ratings=Command(rate, lambda root: rate(root, 1)),

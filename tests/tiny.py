@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 from stars.models.micro import micro_model, micro_tokenizer
 from stars.models.parallel import Team, prepare
 from stars.rl.ppo import PPOConfig, Runtime, ppo
-from stars.rl.rollouts import Task
+from stars.rl.rollouts import LlamaEngine, Rollout, Task
 from stars.rl.sft import SFTConfig, sft
+from stars.rl.star import STaRConfig, star
 from stars.task.problems import sample_problems
 
 TOK = micro_tokenizer(30)
@@ -91,6 +92,31 @@ def run(kind, out, shard=False, remat=False, lora=0, seed=0, reward=fingerprint,
     else:
         cfg, task = PPOConfig(**PPO | cfg), Task(reward=reward)
         ppo(m, TOK, PROBLEMS, out, cfg, task, reference=model, runtime=runtime)
+
+
+STAR = STaRConfig(
+    **dict(rounds=3, prompts=6, samples=2, max_tokens=12, epochs=2, batch_size=6),
+    **dict(micro_tokens=64, max_length=48, lr=1e-2, save_every=2),
+)
+
+
+class Ending(LlamaEngine):
+    "A sampler whose responses all count as ended, as those of an untrained model hardly ever do"
+
+    def generate(self, *args, **kwargs):
+        rollouts = super().generate(*args, **kwargs)
+        return [Rollout(r.prompt, r.ids, r.logprobs, True) for r in rollouts]
+
+
+def right_or_wrong(text, problem):
+    "A reward for which about half of the texts are right"
+    return 1.0 if fingerprint(text, problem) > 0.5 else 0.1
+
+
+def teach(start, out, cfg=STAR, reward=right_or_wrong):
+    "Run STaR from a checkpoint"
+    runtime = Runtime(Ending(model(), TOK.eos_token_id), progress=False)
+    return star(start, PROBLEMS, out, cfg, Task(reward=reward), runtime=runtime)
 
 
 def cut_short(kind, out, stop, **how):

@@ -231,6 +231,8 @@ def star_rounds(
             bar.set_postfix(acc=f"{row['accuracy']:.2f}", examples=row["examples"])
             bar.update()
     bar.close()
+    if first:
+        shutil.rmtree(run.work, ignore_errors=True)  # what an earlier session could not remove
 
 # %% ../../nbs/rl/58_star.ipynb #s0411
 def own_sampler(

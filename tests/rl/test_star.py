@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import PROBLEMS, TOK, fingerprint, model, untimed
+from tiny import PROBLEMS, STAR, TOK, Ending, model, teach, untimed
+from tiny import right_or_wrong as reward
 
 from stars.lab.configs import Config, changed, preset
 from stars.lab.experiments import eval_stage, ppo_stage, star_stage, tokens_sampled, trained_by, trained_stage
@@ -16,30 +17,9 @@ from stars.lab.stages import Job
 from stars.models.checkpoints import load_model, save_checkpoint
 from stars.rl import star as S
 from stars.rl.loops import Runtime, read_log
-from stars.rl.rollouts import LlamaEngine, Rollout, Task, seeds_of
+from stars.rl.rollouts import Rollout, seeds_of
 from stars.rl.sft import sft
 from stars.task.countdown import make_prompt
-
-FIT = dict(epochs=2, batch_size=6, micro_tokens=64, max_length=48, lr=1e-2, save_every=2)
-CFG = S.STaRConfig(rounds=3, prompts=6, samples=2, max_tokens=12, **FIT)
-
-
-def reward(text, problem):
-    "About half of the texts are right"
-    return 1.0 if fingerprint(text, problem) > 0.5 else 0.1
-
-
-class Ending(LlamaEngine):
-    "A sampler whose responses all count as ended, as those of an untrained model hardly ever do"
-
-    def generate(self, *args, **kwargs):
-        rollouts = super().generate(*args, **kwargs)
-        return [Rollout(r.prompt, r.ids, r.logprobs, True) for r in rollouts]
-
-
-def run(start, out, cfg=CFG, reward=reward):
-    runtime = Runtime(Ending(model(), TOK.eos_token_id), progress=False)
-    return S.star(start, PROBLEMS, out, cfg, Task(reward=reward), runtime=runtime)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +30,8 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="module", params=[True, False], ids=["restart", "go on"])
 def whole(start, request, tmp_path_factory):
     "A run that nothing happens to, and its settings"
-    cfg = replace(CFG, restart=request.param)
-    return run(start, tmp_path_factory.mktemp("whole"), cfg), cfg
+    cfg = replace(STAR, restart=request.param)
+    return teach(start, tmp_path_factory.mktemp("whole"), cfg), cfg
 
 
 def weights(folder):
@@ -144,8 +124,8 @@ def test_a_killed_run_ends_where_it_would_have_ended(whole, start, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(S, name, deadly)
         with pytest.raises(Killed):
-            run(start, tmp_path, cfg)
-    run(start, tmp_path, cfg)
+            teach(start, tmp_path, cfg)
+    teach(start, tmp_path, cfg)
     assert untimed(tmp_path) == untimed(out) and files(tmp_path) == files(out)
     assert all(same(out / f"step-000{i}", tmp_path / f"step-000{i}") for i in range(4))
 
@@ -161,29 +141,29 @@ def test_what_was_sampled_is_kept_through_a_kill(start, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(S, "tuned", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            run(start, tmp_path, reward=counted)
-    run(start, tmp_path, reward=counted)
+            teach(start, tmp_path, reward=counted)
+    teach(start, tmp_path, reward=counted)
     assert len(asked) == 3 * 12
 
 
 def test_a_finished_run_is_not_run_again(whole, start, monkeypatch):
     out, cfg = whole
     monkeypatch.setattr(S, "star_round", None)
-    assert run(start, out, cfg) == out
+    assert teach(start, out, cfg) == out
 
 
 def test_other_settings_do_not_go_on(whole, start, tmp_path):
     out, cfg = whole
     shutil.copytree(out, tmp_path / "copy")
     with pytest.raises(ValueError, match="begun with temperature=1.0, now 0.5"):
-        run(start, tmp_path / "copy", replace(cfg, temperature=0.5))
+        teach(start, tmp_path / "copy", replace(cfg, temperature=0.5))
 
 
 def test_nothing_right_is_an_error_with_advice(start, tmp_path):
     with pytest.raises(ValueError, match="round 1: none of 12 responses can be learned from; all are wrong"):
-        run(start, tmp_path, reward=lambda *_: 0.1)
+        teach(start, tmp_path, reward=lambda *_: 0.1)
     assert read_log(tmp_path / "metrics.jsonl") == []
-    assert run(start, tmp_path).exists()  # and a run that finds something goes on
+    assert teach(start, tmp_path).exists()  # and a run that finds something goes on
 
 
 @pytest.mark.parametrize(

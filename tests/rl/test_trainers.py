@@ -40,7 +40,7 @@ def unzipped(drawn):
 
 @given(groups())
 def test_rloo_compares_with_the_others(drawn):
-    "Ahmadian et al. 2024, the equation of section 3.3, written as the sum it is; cut responses are no others"
+    "The baseline of Ahmadian et al. 2024, written as the sum it is; cut responses are no others"
     scores, kept, n = unzipped(drawn)
     got = P.rloo_advantages(scores.flatten(), n, kept.flatten()).view(-1, n)
     for row, group in enumerate(drawn):
@@ -97,7 +97,7 @@ def test_the_settings_reach_the_estimators():
 
 
 def test_dr_grpo_is_two_settings():
-    "Dr. GRPO, eq. 3: the sum over tokens of (r - mean), divided by responses and the longest length"
+    "Dr. GRPO: the sum over tokens of (r - mean), divided by responses and the longest length"
     lengths = [1, 2, 3, 4, 5, 1, 1, 1]
     trainee = learner(scale_by_std=False, aggregate="constant-length", max_tokens=10)
     batch, _ = P.appraise(trainee, rollouts(lengths), MIXED)
