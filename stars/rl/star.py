@@ -206,13 +206,13 @@ def end_round(
     log.flush()
     with run.runtime.team.as_one():
         if run.runtime.team.first:
-            write_json(run.out / "star.json", dict(step=row["step"], made_by=run.made_by))
+            write_json(run.out / ".rounds.json", dict(step=row["step"], made_by=run.made_by))
             shutil.rmtree(run.work, ignore_errors=True)
 
 # %% ../../nbs/rl/58_star.ipynb #s028
 def rounds_done(run: STaRRun) -> int:
     "How many rounds lie in the folder; raises ValueError if other settings made them"
-    path = run.out / "star.json"
+    path = run.out / ".rounds.json"
     with run.runtime.team.as_one():
         return resumed(json.loads(path.read_text()) if path.exists() else None, run.made_by, run.out)
 
@@ -260,7 +260,7 @@ def begin(
 def star(
     start: str | Path,  # checkpoint to begin with: a base, a folder or a hub id
     problems: Sequence[Problem],  # of the `train` split
-    out: str | Path,  # folder for `step-NNNN/` checkpoints, `metrics.jsonl`, `star.json`
+    out: str | Path,  # folder for `step-NNNN/` checkpoints, `metrics.jsonl`
     cfg: STaRConfig = STaRConfig(),
     task: Task = Task(),  # without a reward of its own: the verifier
     load: Callable[[str | Path], PreTrainedModel] = load_model,  # checkpoint → a model to train

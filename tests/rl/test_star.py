@@ -74,7 +74,6 @@ def test_rounds_log_what_ppo_logs_and_leave_checkpoints(whole):
     assert all(0 < row["examples"] <= 12 and row["accuracy"] * 12 >= row["examples"] for row in rows)
     assert sorted(p.name for p in out.iterdir() if p.name[0] != ".") == [
         "metrics.jsonl",
-        "star.json",
         *(f"step-000{i}" for i in range(4)),
     ]
     assert not (out / ".round").exists()
