@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVALUATION_SPACES', 'FIGURES', 'WHY', 'ONE_MODEL', 'CPU_SFT', 'CPU_PPO', 'CPU_STAR', 'TRAINERS', 'NOT_OUTCOME', 'CPU',
-           'SMOKE', 'GPU', 'SMOLLM2', 'PAPER', 'PRESETS', 'SEEDS_OF_RUNS', 'SETTINGS', 'check_list', 'World', 'Data',
-           'Base', 'Priming', 'LoRA', 'Corpus', 'Curation', 'Evaluation', 'space_ranges', 'Execution', 'Config',
-           'outcome_settings', 'validated', 'check_finite', 'with_prefix', 'check_lengths', 'check_sampler', 'changed',
-           'modern_name', 'check_setting', 'converted', 'with_settings', 'preset']
+           'SMOKE', 'GPU', 'SMOLLM2', 'PAPER', 'PAPER_STAR', 'PRESETS', 'SEEDS_OF_RUNS', 'SETTINGS', 'check_list',
+           'World', 'Data', 'Base', 'Priming', 'LoRA', 'Corpus', 'Curation', 'Evaluation', 'space_ranges', 'Execution',
+           'Config', 'outcome_settings', 'validated', 'check_finite', 'with_prefix', 'check_lengths', 'check_sampler',
+           'changed', 'modern_name', 'check_setting', 'converted', 'with_settings', 'preset']
 
 # %% ../../nbs/lab/82_configs.ipynb #c003
 import json
@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from math import ceil, isfinite
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from ..habits.priming import MIXES
 from ..habits.summaries import MAX_SAMPLES
@@ -396,10 +398,6 @@ class Config:
         return self.star.rounds if self.trainer == "star" else self.ppo.steps
 
     @property
-    def checkpoints(self) -> int:  # of the trainer, the start included; STaR leaves one per round
-        return 1 + ceil(self.steps / (1 if self.trainer == "star" else self.ppo.save_every))
-
-    @property
     def prime_ranges(self) -> dict:  # like `world.ranges`, for the problems of priming
         space = SPACES[self.data.prime_space] if self.data.prime_space else self.world
         return {name: getattr(space, name) for name in self.world.ranges}
@@ -411,6 +409,12 @@ class Config:
     def validate(self) -> "Config":
         "Raise ValueError naming a setting that cannot work; all that can be checked without running"
         return validated(self)
+
+# %% ../../nbs/lab/82_configs.ipynb #c230
+@patch(as_prop=True)
+def checkpoints(self: Config) -> int:  # the start included; STaR leaves one per round
+    "How many checkpoints training leaves"
+    return 1 + ceil(self.steps / (1 if self.trainer == "star" else self.ppo.save_every))
 
 # %% ../../nbs/lab/82_configs.ipynb #c131
 NOT_OUTCOME = dict(
@@ -664,21 +668,24 @@ PAPER = changed(
         bf16=True,
         is_cap=2.0,
     ),
-    star=dict(
-        rounds=10,
-        prompts=6_400,
-        max_tokens=1_024,
-        epochs=1,
-        batch_size=64,
-        micro_tokens=16_384,
-        lr=1e-5,
-        max_length=2_048,
-        bf16=True,
-    ),
     run=dict(engine_rows=128, workers=4, shard=True, remat=True),
     models=("meta-llama/Llama-3.2-3B", "Qwen/Qwen2.5-3B"),
     figures=("fig_gap",) + ONE_MODEL,
 )
+
+# %% ../../nbs/lab/82_configs.ipynb #c255
+PAPER_STAR = dict(
+    rounds=10,
+    prompts=6_400,
+    max_tokens=1_024,
+    epochs=1,
+    batch_size=64,
+    micro_tokens=16_384,
+    lr=1e-5,
+    max_length=2_048,
+    bf16=True,
+)
+PAPER = changed(PAPER, star=PAPER_STAR)
 PRESETS = {cfg.preset: cfg for cfg in (CPU, SMOKE, GPU, SMOLLM2, PAPER)}
 
 # %% ../../nbs/lab/82_configs.ipynb #c156

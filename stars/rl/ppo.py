@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -361,13 +362,15 @@ class PPOConfig:
     seed: int = 0  # prompt order and draws
     save_every: int = 10  # steps between checkpoints, which are also where a killed run resumes
 
-    @property
-    def clips(self) -> tuple[float, float]:  # of the ratio, below and above 1
-        return self.clip, self.clip_high or self.clip
-
     def validate(self):
         "Raise ValueError naming a field that cannot work"
         check_ppo_config(self)
+
+# %% ../../nbs/rl/56_ppo.ipynb #t213
+@patch(as_prop=True)
+def clips(self: PPOConfig) -> tuple[float, float]:
+    "How far the ratio may go below and above 1"
+    return self.clip, self.clip_high or self.clip
 
 # %% ../../nbs/rl/56_ppo.ipynb #p047
 def check_ppo_config(cfg: PPOConfig):

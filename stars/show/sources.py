@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..habits.behaviors import HABITS
 from ..habits.judges import PUBLISHED_COLUMNS
@@ -388,12 +389,6 @@ class Study:
     def results(self) -> pd.DataFrame:
         return study_results(self)
 
-    def draws(self) -> pd.DataFrame:
-        return study_answers(replace(self, reads="draws"))
-
-    def transfer(self) -> pd.DataFrame:
-        return study_answers(replace(self, reads="transfer"))
-
     def published_rows(self) -> pd.DataFrame | None:
         return published_part(self)
 
@@ -500,6 +495,18 @@ def study_answers(
         for job in jobs
     ]
     return pd.concat(tables, ignore_index=True)
+
+# %% ../../nbs/show/92_sources.ipynb #ic163
+@patch
+def draws(self: Study) -> pd.DataFrame:
+    "Many responses to each problem, before and after RL"
+    return study_answers(replace(self, reads="draws"))
+
+
+@patch
+def transfer(self: Study) -> pd.DataFrame:
+    "Responses to problems of other spaces, before and after RL"
+    return study_answers(replace(self, reads="transfer"))
 
 # %% ../../nbs/show/92_sources.ipynb #ic063
 def study_manifest(
