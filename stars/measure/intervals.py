@@ -299,7 +299,7 @@ def sure_margins(
 ) -> tuple[float, float]:  # how far Wilson's ends are off a share of 0 or 1; else zeros
     "What a bootstrap cannot see where all are right, or none"
     share, problems = num.sum() / den.sum(), int((den > 0).sum())
-    if 0 < share < 1:
+    if share not in (0, 1):  # nor is a ratio such as attempts per text a share
         return 0.0, 0.0
     lo, hi = wilson(problems * min(max(share, 0.0), 1.0), problems)
     return max(share - lo, 0.0), max(hi - share, 0.0)

@@ -209,6 +209,17 @@ def test_ratio_bootstrap_is_scipys():
     assert ratio_interval(num, den, 4000)[1:3] == pytest.approx((want.low, want.high), abs=0.006)
 
 
+def test_ratios_above_one_and_below_zero_are_the_bootstraps_own():
+    "Attempts per text are no share, so nothing is added for shares that are sure"
+    texts = np.full(50, 4.0)
+    attempts = np.random.default_rng(0).poisson(10, 50).astype(float)
+    e = ratio_interval(attempts, texts)
+    ratios = problem_weights(50) @ attempts / (problem_weights(50) @ texts)
+    assert (e.lo, e.hi) == pytest.approx(tuple(np.quantile(ratios, (0.025, 0.975))))
+    losses = ratio_interval(-attempts, texts)
+    assert (losses.lo, losses.hi) == pytest.approx((-e.hi, -e.lo))
+
+
 def test_ratio_intervals_hold_the_truth_and_pair_problems():
     "Half the problems are hard; one kind of response is frequent there, the other elsewhere"
     hard, easy, rng, held = 0.1, 0.8, np.random.default_rng(9), np.zeros(2)
