@@ -264,3 +264,17 @@ def test_a_step_in_which_every_group_agrees_moves_nothing(tmp_path):
     assert [r["groups_agree"] for r in log] == [1.0, 1.0]
     assert all(math.isfinite(v) for r in log for v in r.values())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_upper_clip_reaches_the_loss(monkeypatch):
+    seen, plain = [], P.policy_loss
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["clip"])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(P, "policy_loss", spy)
+    trainee = learner(clip=0.1, clip_high=0.3)
+    batch, _ = P.appraise(trainee, rollouts([2] * 8), MIXED)
+    P.update(trainee, batch, "0/0")
+    assert set(seen) == {(0.1, 0.3)}
