@@ -383,7 +383,7 @@ OUR_CLAIMS += tuple(
 OUR_CLAIMS += tuple(
     Measured(
         f"habits_{name}",
-        f"habits lift where {algorithm.label} ends",
+        f"habits lift where RL ends under {algorithm.label}",
         "trainers",
         dict(algorithm=name),
         helps_under,
@@ -620,10 +620,11 @@ def draw_claims(
         if claim.margin:
             sides = [height - MARGIN_REACH, height + MARGIN_REACH]
             ax.fill_betweenx(sides, -claim.margin, claim.margin, color=DARK, alpha=0.07, linewidth=0)
-        for i, source in enumerate(sources):
-            outcome = seen[(seen.claim == claim.name) & (seen.source == source)]
-            if len(outcome):
-                draw_outcome(ax, outcome, height + row_offset(i, len(sources), share=CLAIM_DOTS), SERIES[i])
+        outcomes = seen[seen.claim == claim.name]
+        told = [source for source in sources if source in set(outcomes.source)]
+        for i, source in enumerate(told):
+            at = height + row_offset(i, len(told), share=CLAIM_DOTS)
+            draw_outcome(ax, outcomes[outcomes.source == source], at, SERIES[sources.index(source)])
     ax.set_yticks(heights, [halves(c.says) for c in claims])
     ax.set_ylim(-0.5, len(claims) - 0.5)
 
