@@ -7,10 +7,10 @@ __all__ = ['Cell', 'MIXED', 'RICH_BASE', 'SEARCH', 'PLANNING', 'CLAIMS', 'VERDIC
            'OUR_CLAIMS', 'ANSWERS', 'WHOSE', 'TITLES', 'LONG_STATEMENT', 'VERDICT_AT', 'MARGIN_REACH', 'CLAIM_DOTS',
            'UNITS', 'VERDICT_RULE', 'CLAIM_HEIGHT', 'SOURCE_HEIGHT', 'STATEMENT_ROOM', 'HEADING_ROOM', 'Claim', 'plain',
            'claimed_cells', 'at_time', 'run_value', 'run_outcomes', 'cell_runs', 'effect', 'verdict', 'verdict_text',
-           'before_and_after', 'solved_in', 'gains', 'sharpens', 'pays', 'turned', 'repeats_less', 'remembers',
-           'helps_under', 'Measured', 'family_models', 'own_rows', 'finished', 'trainer_configs', 'own_answers',
-           'published_rows', 'seeds_told', 'unit_of', 'rows_of', 'found_in', 'replication', 'effect_text',
-           'replication_table', 'whose_of', 'replication_title', 'halves', 'draw_outcome', 'draw_claims',
+           'before_and_after', 'solved_in', 'gains', 'sharpens', 'learns_from_misses', 'turned', 'repeats_less',
+           'remembers', 'helps_under', 'Measured', 'family_models', 'own_rows', 'finished', 'trainer_configs',
+           'own_answers', 'published_rows', 'seeds_told', 'unit_of', 'rows_of', 'found_in', 'replication',
+           'effect_text', 'replication_table', 'whose_of', 'replication_title', 'halves', 'draw_outcome', 'draw_claims',
            'claims_by_unit', 'populations_told', 'head_sections', 'replication_figure']
 
 # %% ../../nbs/show/94_claims.ipynb #ie003
@@ -284,17 +284,15 @@ def sharpens(
     return contrast(shares, (-1.0, 1.0, 1.0, -1.0))
 
 # %% ../../nbs/show/94_claims.ipynb #yzgcpqbb
-def pays(
+def learns_from_misses(
     draws: pd.DataFrame,  # a row per response, of one condition
-    habit: str = "backtracking",
-) -> Estimate | None:  # None: too few responses with it, or without
-    "Accuracy with a habit less without, on the same hard problems, after RL"
+) -> Estimate | None:  # None: too few tries of either kind
+    "How often a try after a miss hits, less how often a fresh first try does, after RL"
     sides = before_and_after(draws)
     if sides is None:
         return None
     rows = payoff.prepared(sides[1], problem_table(sides[1]))
-    least, hard = payoff.divided_at(rows).get(habit), rows[rows.difficulty == "hard"]
-    return payoff.compare(hard, habit, "problem", least).difference if least else None
+    return payoff.fresh_or_further(rows, per="try").difference
 
 # %% ../../nbs/show/94_claims.ipynb #ya2w4a47
 def turned(e: Estimate) -> Estimate:
@@ -361,7 +359,13 @@ OUR_CLAIMS = (
         OF_BASE,
         sharpens,
     ),
-    Measured("pays", "after RL, turning back pays on hard problems", "draws", OF_PRIMED, pays),
+    Measured(
+        "pays",
+        "after RL, a try after a miss hits more often than a fresh one",
+        "draws",
+        OF_PRIMED,
+        learns_from_misses,
+    ),
     Measured("repeats", "RL lowers the share of repeated attempts", "tries", OF_PRIMED, repeats_less),
     Measured(
         "memory", "after RL, fewer repeats than in a search without memory", "tries", OF_PRIMED, remembers

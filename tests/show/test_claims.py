@@ -13,8 +13,6 @@ from stars.habits.summaries import solved_text
 from stars.lab.configs import preset
 from stars.measure import order
 from stars.measure.intervals import BOTH, NEW_PROBLEMS, NEW_SEEDS, NOTHING, contrast, difference
-from stars.measure.payoff import thirds
-from stars.measure.trees import problem_table
 from stars.show import claims
 from stars.show.claims import (
     CLAIMS,
@@ -30,7 +28,6 @@ from stars.show.claims import (
     verdict,
 )
 from stars.show.sources import ALGORITHMS
-from stars.task.problems import sample_problems
 
 CLAIM, OURS = {c.name: c for c in CLAIMS}, {c.name: c for c in OUR_CLAIMS}
 HARD = np.repeat([0.02, 0.3, 0.95], [150, 100, 150])  # problems that are hard or easy for every model
@@ -194,25 +191,21 @@ def test_attempts_that_repeat():
     assert verdict_on("repeats", tries=tries.assign(step=60 - tries.step)) == "reversed"
 
 
-@pytest.mark.parametrize("better, said", [(0.5, "shown"), (-0.5, "reversed")])
-def test_turning_back_on_hard_problems(better, said):
-    "Right answers of texts that turn back, on the hard third; on the others it is the other way round"
-    problems = sample_problems(
-        60, 0, n_numbers=(3,), min_number=1, max_number=20, min_target=10, max_target=40
-    )
-    hard = thirds(problem_table(rows_about(problems)).chance) == "hard"
+@pytest.mark.parametrize("first, later, said", [(0.2, 0.6, "shown"), (0.6, 0.2, "reversed")])
+def test_tries_after_a_miss(first, later, said):
+    "A first try hits with one chance, a second one with another; who hits at once has no second try"
     rng, rows = np.random.default_rng(0), []
-    for step, seed, (i, p), back in product((0, 60), (0, 1), enumerate(problems), (0, 1) * 6):
-        chance = 0.5 + (better if hard[i] else -better) * (back - 0.5) * 0.8
+    hit, miss = "3 * 4 = 12, 12 - 1 = 11.", "3 + 4 = 7, 7 + 1 = 8."
+    for step, seed, i, _ in product((0, 60), (0, 1), range(40), range(8)):
+        right, text = rng.random() < first, hit
+        back = not right
+        if back:
+            right = rng.random() < later
+            text = f"{miss} that is not 11. try again: {hit if right else miss}"
         row = dict(model="plain", condition="backtracking_verification", step=step, seed=seed, index=i)
-        row |= dict(numbers=p.numbers, target=p.target, generated="", response_tokens=9)
-        row |= dict.fromkeys(HABIT_NAMES, 0) | dict(backtracking=back, score=float(rng.random() < chance))
-        rows.append(row)
+        row |= dict(numbers=(1, 3, 4), target=11, generated=text, response_tokens=9, score=float(right))
+        rows.append(row | dict.fromkeys(HABIT_NAMES, 0) | dict(backtracking=int(back)))
     assert verdict_on("pays", draws=pd.DataFrame(rows)) == said
-
-
-def rows_about(problems):
-    return pd.DataFrame([dict(index=i, numbers=p.numbers, target=p.target) for i, p in enumerate(problems)])
 
 
 def test_growth_is_that_of_each_run():
