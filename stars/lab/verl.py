@@ -519,7 +519,10 @@ def flat(counterparts: dict[str, dict[str, object]]) -> dict:
     return {key: value for group in counterparts.values() for key, value in group.items()}
 
 
-def run_overrides(name: str) -> dict[str, object]:
+def run_overrides(
+    cfg: Config,
+    name: str,  # of the run
+) -> dict[str, object]:
     "Where a run logs, and where its checkpoints lie"
     return {
         "trainer.project_name": "stars",
@@ -555,7 +558,7 @@ def rl_overrides(
         **seed_overrides(seed),
         "trainer.n_gpus_per_node": cluster.gpus,
         "trainer.nnodes": cluster.nodes,
-        **run_overrides(name),
+        **run_overrides(cfg, name),
         **flat(ppo_counterparts(cfg)),
     }
     if cfg.ppo.estimator == "gae":
@@ -588,7 +591,7 @@ def sft_overrides(
         "trainer.seed": seed,
         "checkpoint.save_contents": [*SAVED, "hf_model"],
         "trainer.save_freq": "after_each_epoch",
-        **run_overrides(name),
+        **run_overrides(cfg, name),
         **flat(sft_counterparts(cfg)),
     }
 

@@ -420,7 +420,7 @@ if __name__ == "__main__":
         (["data", "x", "--set", "max_numbers=9"], "no field 'max_numbers'"),
         (["data", "x", "--set", "n_numbers=a"], "'a' is not a number"),
         (["data", "x", "--source", "nowhere.parquet"], "nowhere.parquet does not exist"),
-        (["figure", "fig_none"], "figure='fig_none' is unknown; choose one of fig_base_behaviors"),
+        (["figure", "fig_none"], "figure='fig_none' is unknown; choose one of fig_algorithms"),
         (["figure", "fig_controls", "-p", "condition=[]"], "has no parameter 'condition'"),
         (["figure", "fig_controls", "-p", "seeds=[]"], "seeds is empty"),
     ],
@@ -571,7 +571,7 @@ def test_a_bug_in_a_run_is_told_by_its_kind(tmp_path, monkeypatch, capsys):
     def lost(job):
         raise KeyError("rows")
 
-    monkeypatch.setattr(ex, "eval_stage", lost)
+    monkeypatch.setattr(ex, "last_stage", lost)
     with pytest.raises(KeyError):
         ex.run_jobs(ex.grid(ex.preset("smoke"), ["plain"], ["base"], [0], tmp_path), workers=1)
     assert "plain/base/0 failed: KeyError: 'rows'" in capsys.readouterr().err
@@ -628,12 +628,12 @@ def test_serial_jobs_fail_alone(tmp_path, monkeypatch, capsys):
             raise ValueError(f"seed {job.seed} is odd")
         built.append(job.seed)
 
-    monkeypatch.setattr(ex, "eval_stage", evaluated)
+    monkeypatch.setattr(ex, "last_stage", evaluated)
     with pytest.raises(ValueError, match="seed 1 is odd"):
         ex.run_jobs(jobs, workers=1)
     failures = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
     assert built == [0, 2] and failures == [f"plain/base/{s} failed: seed {s} is odd" for s in (1, 3)]
-    monkeypatch.setattr(ex, "eval_stage", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(ex, "last_stage", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ex.run_jobs(jobs, workers=1)
 
@@ -702,7 +702,7 @@ def test_many_jobs_leave_the_process_as_it_was(tmp_path, monkeypatch, workers, b
         for _ in range(2):
             ex.run_jobs(jobs, workers)
             same()
-        monkeypatch.setattr(ex, "eval_stage", lambda job: 1 / 0)
+        monkeypatch.setattr(ex, "last_stage", lambda job: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ex.run_jobs(jobs, 1)
         same()

@@ -174,6 +174,7 @@ OTHER = {
     "ppo.aggregate": "sequence-mean",
     "run.engine": "vllm",
     "eval.drawn": "all",
+    "run.track": "wandb",
     "eval.spaces": ("world",),
     "ppo.samples": 2,
 }
