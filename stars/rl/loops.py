@@ -171,7 +171,7 @@ def wandb_run(
         allow_val_change=True,  # a run may go on with another micro_tokens
         dir=str(tracking.folder),
         reinit="create_new",
-        settings=wandb.Settings(console="off"),
+        settings=wandb.Settings(console="off", quiet=True),
     )
 
 # %% ../../nbs/rl/51_loops.ipynb #bes09qx0
