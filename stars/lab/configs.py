@@ -285,6 +285,7 @@ class Execution:
         0  # vLLM engines as Ray actors, each on a GPU of its own if there are enough; 0: in the trainer
     )
     engine_memory: float = 0.4  # share of a GPU's memory that a vLLM engine takes
+    handles: bool = True  # engines beside workers read new weights on their GPU; False: from main memory
     workers: int = 1  # processes that train one model together, one GPU each (Ray Train)
     shard: bool = False  # FSDP2: split weights, gradients and moments among the workers; False: DDP, copied
     remat: bool = False  # activation checkpointing

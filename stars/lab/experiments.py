@@ -8,7 +8,7 @@ __all__ = ['LABEL_ROWS', 'ENGINE_SHARE', 'NEED_THEIR_KIND', 'data_stage', 'base_
            'rows_file', 'check_row', 'control_of', 'given_rows', 'sampled_failures', 'taught_rows', 'PrimingSource',
            'priming_source', 'priming_set', 'priming_settings', 'prime_stage', 'corpus_stage', 'label_stage',
            'curate_stage', 'curated_folder', 'matched_rows', 'pretraining_stage', 'save_texts',
-           'engines_beside_workers', 'run_training', 'trainable', 'sft_worker', 'sft_stage', 'vllm_engine',
+           'engines_beside_workers', 'run_training', 'trainable', 'sft_worker', 'sft_stage', 'vllm_engine', 'connected',
            'make_engine', 'trained_by', 'ppo_worker', 'ppo_stage', 'star_worker', 'star_stage', 'trained_stage',
            'Questions', 'answers', 'ask', 'asking_settings', 'read_answers', 'tokens_sampled', 'eval_stage',
            'asked_checkpoints', 'draws_stage', 'space_problems', 'transfer_stage', 'last_stage', 'is_built', 'grid',
@@ -649,6 +649,19 @@ def vllm_engine(
     beside = engines_beside_workers(cfg)
     return RayEngine(cfg.run.engines, partial(start, sleeps=beside), gpus=ENGINE_SHARE if beside else None)
 
+# %% ../../nbs/lab/85_experiments.ipynb #x1592
+def connected(
+    cfg: Config,
+    engine: Engine,  # vLLM, or its stand-in on the other workers
+    team: Team,
+) -> Engine:  # the same
+    "vLLM that takes new weights the shortest way"
+    if not (cfg.run.engines and cfg.run.handles and torch.cuda.is_available()):
+        return engine
+    from stars.rl.engines import side_by_side
+
+    return side_by_side(engine, team)
+
 # %% ../../nbs/lab/85_experiments.ipynb #x160
 def make_engine(
     cfg: Config,
@@ -663,10 +676,11 @@ def make_engine(
         half = torch.bfloat16 if cfg.rl.bf16 else None
         ids = known_ids(tokenizer)
         return LlamaEngine(model, tokenizer.eos_token_id, cfg.run.engine_rows, ids, half)
-    if not team.first:
-        return RemoteEngine()
     longest = max(map(len, token_ids(tokenizer, prompts)))
-    return vllm_engine(cfg, path, tokenizer, longest + cfg.rl.max_tokens)
+    with team.as_one():
+        context = longest + cfg.rl.max_tokens
+        engine = vllm_engine(cfg, path, tokenizer, context) if team.first else RemoteEngine()
+    return connected(cfg, engine, team)
 
 # %% ../../nbs/lab/85_experiments.ipynb #r104
 def trained_by(

@@ -145,16 +145,23 @@ class Weights:
     dtype: torch.dtype | None = None  # cast to this
 
     @property
+    def own(self) -> dict[str, nn.Parameter]:
+        "Name in a checkpoint → parameter, perhaps a shard"
+        named = self.model.named_parameters()
+        return {n.replace(".base_layer.", "."): p for n, p in named if ".lora_" not in n}
+
+    @property
     def shapes(self) -> dict[str, torch.Size]:
-        "Name in a checkpoint → shape"
-        own = {n: p.shape for n, p in self.model.named_parameters() if ".lora_" not in n}
-        return {n.replace(".base_layer.", "."): shape for n, shape in own.items()}
+        return {name: p.shape for name, p in self.own.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: self.dtype or p.dtype for name, p in self.own.items()}
 
     @property
     def nbytes(self) -> int:
         "Bytes of one pass"
-        own = (p for n, p in self.model.named_parameters() if ".lora_" not in n)
-        return sum(p.numel() * (self.dtype or p.dtype).itemsize for p in own)
+        return sum(p.numel() * (self.dtype or p.dtype).itemsize for p in self.own.values())
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return weights_of(self.model, self.dtype)

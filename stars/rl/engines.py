@@ -6,8 +6,9 @@
 __all__ = ['PURE', 'MEMORY', 'PIECE', 'EngineDied', 'undisturbed', 'check_vllm', 'mask_from', 'check_request', 'ends_of',
            'named_shapes', 'check_names', 'check_ties', 'under_both_names', 'checked', 'check_process', 'context_of',
            'memory_settings', 'sampling_params', 'Served', 'read_checkpoint', 'VLLMProcess', 'environment', 'build_llm',
-           'working', 'VLLMEngine', 'rollout_of', 'Hosted', 'as_bytes', 'from_bytes', 'pieces', 'Stored', 'start_actor',
-           'reason', 'wait_for_actors', 'number_type_of', 'do_all', 'gpus_each', 'RayActors', 'RayEngine']
+           'working', 'VLLMEngine', 'rollout_of', 'this_gpu', 'Hosted', 'as_bytes', 'from_bytes', 'pieces', 'Stored',
+           'start_actor', 'reason', 'wait_for_actors', 'number_type_of', 'do_all', 'gpus_each', 'RayActors',
+           'RayEngine', 'Client', 'ties_of', 'source_of', 'ipc_info', 'send_weights', 'side_by_side']
 
 # %% ../../nbs/rl/54_engines.ipynb #c003
 import importlib.util
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,8 @@ from transformers import (
 )
 
 from ..models.checkpoints import Weights, check_checkpoint, end_ids, known_ids
-from ..models.parallel import start_ray
-from .rollouts import Engine, Rollout, check_lengths
+from ..models.parallel import Team, start_ray
+from .rollouts import Engine, RemoteEngine, Rollout, check_lengths
 
 # %% ../../nbs/rl/54_engines.ipynb #n001
 class EngineDied(RuntimeError):
@@ -255,7 +257,8 @@ def memory_settings(
 ) -> dict:  # arguments of `vllm.LLM`
     "What an engine may take"
     if not cpu:
-        return dict(gpu_memory_utilization=memory, enable_sleep_mode=sleeps)
+        transfer = dict(backend="ipc")  # how weights may be sent that do not come as an iterator
+        return dict(gpu_memory_utilization=memory, enable_sleep_mode=sleeps, weight_transfer_config=transfer)
     return dict(
         enforce_eager=True,
         kv_cache_memory_bytes=int(cache * 2**30),
@@ -461,6 +464,28 @@ def wake(
         self.llm.wake_up(tags=tags)
         self.asleep = [m for m in self.asleep if m not in tags]
 
+# %% ../../nbs/rl/54_engines.ipynb #n0264
+@patch
+def check(
+    self: VLLMEngine,
+    shapes: dict[str, torch.Size],  # name → shape
+):
+    "Raise ValueError if weights of these shapes could not be taken"
+    check_names(shapes, self.about.shapes, self.about.ties)
+
+
+@patch
+def transfer(
+    self: VLLMEngine,
+    method: str,  # of `vllm.LLM`: one of its four calls for new weights
+    *request: dict,
+):
+    "A part of a transfer; with its end, what was computed with the old weights is dropped"
+    with working(self, "weights"):
+        getattr(self.llm, method)(*request)
+        if method == "finish_weight_update":
+            self.renew()
+
 # %% ../../nbs/rl/54_engines.ipynb #n027
 def rollout_of(
     prompt: Sequence[int],
@@ -469,6 +494,11 @@ def rollout_of(
     "vLLM's answer as a rollout"
     logprobs = list(output.logprobs.logprobs)
     return Rollout(list(prompt), list(output.token_ids), logprobs, output.finish_reason == "stop")
+
+# %% ../../nbs/rl/54_engines.ipynb #n0271
+def this_gpu() -> str:  # "" where there is none
+    "What tells the GPU of this process from any other in the world"
+    return str(torch.cuda.get_device_properties().uuid) if torch.cuda.is_available() else ""
 
 # %% ../../nbs/rl/54_engines.ipynb #n028
 class Hosted:
@@ -482,6 +512,9 @@ class Hosted:
 
     def dtype(self) -> torch.dtype | None:
         return self.engine.dtype
+
+    def gpu(self) -> str:
+        return this_gpu()
 
 # %% ../../nbs/rl/54_engines.ipynb #n0282
 def as_bytes(w: Tensor) -> np.ndarray:  # flat
@@ -615,6 +648,8 @@ def do_all(
                 if refused and not isinstance(e.cause, EngineDied):
                     raise e.cause from e
                 ray.kill(engine.actors[i])
+                if engine.send:
+                    raise  # nobody but the workers has the weights: the team starts again
                 if not left:
                     raise RuntimeError(
                         f"engine {i} died, and so did {engine.replacements} that took its place "
@@ -684,6 +719,7 @@ class RayEngine(RayActors):
     "Several engines, each in a process of its own, as one"
 
     shared = True  # one for all workers of a team
+    send: Callable[[Weights], None] | None = None  # where weights do not pass through Ray's store
 
     def generate(self, prompts, max_tokens, temperature, seeds) -> list[Rollout]:
         "Sample a response to each prompt; engine i takes the prompts i, i + k, i + 2k, …"
@@ -697,6 +733,9 @@ class RayEngine(RayActors):
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]):
         "Give all engines the same weights"
+        if self.send and isinstance(weights, Weights):
+            do_all(self, [("check", weights.shapes)] * len(self.actors))
+            return self.send(weights)
         new = Stored.put(weights)
         do_all(self, [("sync", new)] * len(self.actors))
         self.weights = new
@@ -708,3 +747,90 @@ class RayEngine(RayActors):
     def wake(self):
         "Let them take it again; they also do so by themselves"
         do_all(self, [("wake",)] * len(self.actors))
+
+# %% ../../nbs/rl/54_engines.ipynb #n041
+class Client:
+    "vLLM's calls for new weights, made to all engines at once"
+
+    def __init__(self, engine: RayEngine):
+        self.engine = engine
+
+    def call(self, method: str, *request: dict):
+        do_all(self.engine, [("transfer", method, *request)] * len(self.engine.actors))
+
+    def init_weight_transfer_engine(self, init_info: dict):
+        self.call("init_weight_transfer_engine", dict(init_info=init_info))
+
+    def start_weight_update(self):
+        self.call("start_weight_update")
+
+    def update_weights(self, update_info: dict):
+        self.call("update_weights", dict(update_info=update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None):
+        self.call("finish_weight_update")
+
+# %% ../../nbs/rl/54_engines.ipynb #n043
+def ties_of(model: torch.nn.Module) -> dict[str, str]:  # name of a tied weight → the name it is sent under
+    "Which weights of a model in training have two names"
+    name_of = {p: name for name, p in model.named_parameters()}
+    everything = model.named_parameters(remove_duplicate=False)
+    ties = {name: name_of[p] for name, p in everything if name != name_of[p]}
+    return {a.replace(".base_layer.", "."): b.replace(".base_layer.", ".") for a, b in ties.items()}
+
+# %% ../../nbs/rl/54_engines.ipynb #n044
+def source_of(weights: Weights):  # a `vllm.distributed.weight_transfer.WeightSource`
+    "The weights of a model as vLLM wants to be told of them, tied ones under both names"
+    from vllm.distributed.weight_transfer import ParamMeta, WeightSource
+
+    ties, kinds = ties_of(weights.model), weights.dtypes
+
+    class Source(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            shapes = under_both_names(weights.shapes.items(), ties)
+            return [ParamMeta(name, kinds[ties.get(name, name)], tuple(shape)) for name, shape in shapes]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return under_both_names(weights, ties)
+
+    return Source()
+
+# %% ../../nbs/rl/54_engines.ipynb #n045
+def ipc_info(
+    rank: int,  # of the worker
+    size: int,  # bytes of the buffer
+):
+    "How vLLM sends weights to engines on the same GPU"
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=size)
+
+
+def send_weights(
+    weights: Weights,
+    rank: int = 0,  # of this worker
+    client: Client | None = None,  # to the engines, on the first worker
+    info: Callable[[int, int], object] = ipc_info,  # rank, bytes → how it is sent
+):
+    "Every worker's part in a transfer to all engines"
+    from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+
+    source = source_of(weights)
+    largest = max(m.dtype.itemsize * int(np.prod(m.shape)) for m in source.metadata())
+    how = info(rank, max(PIECE, largest))
+    WeightTransferTrainerFactory.trainer_init(how, client=client, source=source).send_weights()
+
+# %% ../../nbs/rl/54_engines.ipynb #n047
+def side_by_side(
+    engine: RayEngine | RemoteEngine,
+    team: Team,
+) -> RayEngine | RemoteEngine:  # the same
+    "Let engines read new weights on their own GPU, where each lies beside a worker of the team"
+    import ray
+
+    theirs = ray.get([a.gpu.remote() for a in engine.actors]) if team.first else None
+    theirs, workers = team.agree(theirs), team.gather([this_gpu()])
+    if all(theirs) and set(theirs) <= set(workers):
+        client = Client(engine) if team.first else None
+        engine.send = partial(send_weights, rank=team.rank, client=client)
+    return engine

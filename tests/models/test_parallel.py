@@ -87,6 +87,17 @@ def sent(path, shard, lora):
     team.wait()
 
 
+def told(path, shard, lora):
+    "What a team tells vLLM's transfer: a worker's list of what will come, and what comes"
+    from stars.rl.engines import source_of
+
+    team, m = Team.join(shard), adapted(lora)
+    team.wrap(m)
+    source = source_of(Weights(m, torch.bfloat16))
+    said = [(x.name, x.dtype, x.shape) for x in source.metadata()]
+    torch.save((said, list(source)), f"{path}-{team.rank}")
+
+
 def in_turn(out, shard):
     "PPO on a team whose second worker takes its time to load; who did what when"
     team = Team.join(shard)
@@ -150,7 +161,7 @@ def hash_late(out, trouble):
 
 
 WORK = dict(run=run, cut_short=cut_short, whole=whole, fail=fail, dice=dice, sent=sent, in_turn=in_turn)
-WORK |= dict(hash_late=hash_late)
+WORK |= dict(hash_late=hash_late, told=told)
 
 
 def serve(rank, folder, tasks, answers):
@@ -312,6 +323,20 @@ def test_sixteen_bits_are_cast_before_they_are_gathered(pair, tmp_path, shard, l
     assert nbytes == sum(w.nbytes for w in want.values()) and {w.dtype for w in got.values()} == {
         torch.bfloat16
     }
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_every_worker_tells_a_transfer_the_same(pair, tmp_path, lora):
+    "In the same order, since each weight is a meeting; the head, which is the embedding, under both names"
+    pytest.importorskip("vllm", reason="needs vLLM (make dev)")
+    pair("told", tmp_path / "told", True, lora)
+    (said, came), (others_said, others) = (torch.load(tmp_path / f"told-{r}") for r in range(2))
+    assert said == others_said == [(n, w.dtype, tuple(w.shape)) for n, w in came]
+    assert [n for n, _ in came] == [n for n, _ in others]
+    want = {n: w.to(torch.bfloat16) for n, w in weights_of(adapted(lora))}
+    want["lm_head.weight"] = want["model.embed_tokens.weight"]
+    for got in map(dict, (came, others)):
+        assert got.keys() == want.keys() and all(torch.equal(w, want[n]) for n, w in got.items())
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])

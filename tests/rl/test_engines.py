@@ -6,15 +6,30 @@ import random
 import sys
 import weakref
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 pytest.importorskip("vllm", reason="needs vLLM (make dev)")
 ray = pytest.importorskip("ray", reason="needs Ray (make dev)")
+
+from vllm.distributed.weight_transfer import (  # noqa: E402
+    TrainerWeightTransferEngine,
+    WeightTransferEngine,
+    WeightTransferEngineFactory,
+    WeightTransferTrainerFactory,
+)
+from vllm.distributed.weight_transfer.base import TrainerInitInfo  # noqa: E402
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo  # noqa: E402
+from vllm.model_executor.model_loader.reload import (  # noqa: E402
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 from stars.models.checkpoints import (  # noqa: E402
     Weights,
@@ -25,8 +40,13 @@ from stars.models.checkpoints import (  # noqa: E402
     save_checkpoint,
     token_logprobs,
 )
+from stars.models.micro import n_params  # noqa: E402
+from stars.models.parallel import Team, is_loss  # noqa: E402
 from stars.rl import engines as E  # noqa: E402
-from stars.rl.rollouts import LlamaEngine, Rollout  # noqa: E402
+from stars.rl.loops import Runtime, read_log  # noqa: E402
+from stars.rl.ppo import PPOConfig, ppo  # noqa: E402
+from stars.rl.rollouts import LlamaEngine, Rollout, Task  # noqa: E402
+from stars.task.problems import sample_problems  # noqa: E402
 
 TOK = load_tokenizer("plain")
 PROMPTS = TOK(
@@ -486,6 +506,117 @@ def test_sixteen_bits(engine, other):
         half.sync(Weights(other, half.dtype))
         assert half.generate(PROMPTS, 40, 1.0, range(4)) == want
     assert gap(other, want, 1.0) < 0.3
+
+
+class Parcels(WeightTransferEngine):
+    "In the engine: takes weights out of the request itself, where CUDA would be lent a piece of the GPU"
+
+    init_info_cls, update_info_cls = IPCWeightTransferInitInfo, SimpleNamespace
+
+    def init_transfer_engine(self, init_info):
+        assert init_info.packed
+
+    def start_weight_update(self):
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info):
+        self.model.load_weights([(n, w.clone()) for n, w in update_info["parcel"]])
+
+    def finish_weight_update(self):
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def receive_weights(self, update_info):
+        pass
+
+    def shutdown(self):
+        pass
+
+
+@dataclass
+class ParcelInfo(TrainerInitInfo):
+    backend = "parcels"
+    size: int
+
+
+class ParcelSender(TrainerWeightTransferEngine):
+    "In the trainer: makes the calls that vLLM's own sender makes, in pieces of two weights"
+
+    @classmethod
+    def trainer_init(cls, init_info, *, client, source):
+        client.init_weight_transfer_engine(dict(packed=True))
+        return cls(client=client, source=source)
+
+    def send_weights(self):
+        said = [(m.name, m.dtype, m.shape) for m in self.source.metadata()]
+        self.client.start_weight_update()
+        came = list(self.source)
+        assert said == [(n, w.dtype, tuple(w.shape)) for n, w in came]
+        for i in range(0, len(came), 2):
+            self.client.update_weights(dict(parcel=came[i : i + 2]))
+        self.client.finish_weight_update()
+
+
+def by_parcel():
+    "An engine whose weights come by vLLM's transfer"
+    WeightTransferEngineFactory.register_engine("parcels", Parcels)
+    E.PURE["weight_transfer_config"] = dict(backend="parcels")
+    return MAKE()
+
+
+def test_weights_come_by_transfer(pair, engine, base, other):
+    "The calls of CUDA's way, made for real: same weights, refused ones, and no stale copy for a new engine"
+    WeightTransferTrainerFactory.register_engine("parcels", ParcelSender)
+    team = Team()
+    with closing(E.RayEngine(1, by_parcel)) as one:
+        assert E.side_by_side(one, team).send is None  # no GPU: through the store
+        one.send = partial(
+            E.send_weights, client=E.Client(one), info=lambda rank, size: ParcelInfo(rank=rank, size=size)
+        )
+        for model in (other, base, other):
+            one.sync(Weights(model))
+            engine.sync(Weights(model))
+            assert same(one.generate(PROMPTS, 40, 1.0, range(4)), engine.generate(PROMPTS, 40, 1.0, range(4)))
+        with pytest.raises(ValueError, match="model.embed_tokens.weight"):
+            one.sync(Weights(other.model))
+        assert one.weights is None
+        ray.kill(one.actors[0])
+        with pytest.raises(ray.exceptions.RayActorError) as died:
+            one.generate(PROMPTS, 40, 1.0, range(4))
+    assert is_loss(died.value)  # a team starts again
+
+
+def test_another_family_is_sampled_updated_and_synced(engine, tmp_path):
+    "Two steps of PPO on Qwen3 through vLLM; nothing but the default sampler has to know the architecture"
+    engine.close()
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+    ids = dict(vocab_size=len(TOK) + 5, pad_token_id=TOK.pad_token_id, eos_token_id=TOK.eos_token_id)
+    own = dict(head_dim=32, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True)
+    model = Qwen3ForCausalLM(Qwen3Config(**shape | ids | own)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(1 if "norm" in name else 4)
+    start = save_checkpoint(model, TOK, tmp_path / "start")
+    with pytest.raises(ValueError, match="qwen3"):
+        LlamaEngine(model, TOK.eos_token_id)
+    cfg = PPOConfig(steps=2, prompts=4, samples=2, minibatch=4, max_tokens=12, lr=3e-3, critic_lr=3e-3)
+    problems = sample_problems(
+        8, 0, n_numbers=(3,), min_number=1, max_number=12, min_target=10, max_target=30
+    )
+    task = Task(reward=lambda text, problem: len(set(text)) / 100)
+    with closing(E.VLLMEngine(start, TOK, dtype="float32", context=128, cache=0.125)) as vllm:
+        assert gap(model, vllm.generate(PROMPTS * 2, 40, 1.0, range(8)), 1.0, len(TOK)) < 1e-4
+        runtime = Runtime(vllm, progress=False)
+        ppo(
+            load_model(start), TOK, problems, tmp_path / "run", cfg, task, partial(load_model, start), runtime
+        )
+        new = vllm.generate(PROMPTS * 2, 40, 1.0, range(8))
+    assert gap(load_model(tmp_path / "run/step-0002"), new, 1.0, len(TOK)) < 1e-4
+    assert gap(model, new, 1.0, len(TOK)) > 1e-2
+    log = read_log(tmp_path / "run/metrics.jsonl")
+    assert max(r["rollout_gap"] for r in log) < 1e-4 and {r["sync_bytes"] for r in log} == {
+        4 * n_params(model)
+    }
 
 
 @pytest.mark.parametrize("where", ["generation_config", "config"])
