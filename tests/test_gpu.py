@@ -20,7 +20,7 @@ FAST = replace(gpu.PROCESSOR, minutes=1)
 ENDS = dict(
     environment="import os, signal; print('about to fall'); os.kill(os.getpid(), signal.SIGSEGV)",
     sampler="import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', CHILD]); time.sleep(600)",
-    attention="raise ValueError('a cause | with a bar')",
+    attention=f"print({str(ROOT)!r} + '/stars/x.py'); raise ValueError('a cause | with a bar')",
     micro="print('fine')",
 )
 CHILD = "import time; time.sleep(601)"
@@ -43,6 +43,7 @@ def test_a_part_that_falls_or_hangs_ends_no_other(tmp_path, monkeypatch, capsys)
     assert "no end within" in rows["sampler"] and "failed" in rows["sampler"]
     assert r"ValueError: a cause \| with a bar" in rows["attention"]
     assert "passed" in rows["micro"]
+    assert "\nstars/x.py" in text and str(ROOT) not in text  # a report is handed around
     assert not [p for p in psutil.process_iter(["cmdline"]) if CHILD in (p.info["cmdline"] or ())]
 
 
