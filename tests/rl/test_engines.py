@@ -446,68 +446,6 @@ def test_giving_up(pair):
         fragile.generate([[1]], 1, 1.0, [4])
 
 
-def test_padded_embeddings(engine, tmp_path):
-    "Another architecture, tied weights, rows that are no tokens; it closes the shared engine: it comes last"
-    engine.close()
-    torch.manual_seed(1)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(TOK) + 23,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=TOK.pad_token_id,
-            eos_token_id=TOK.eos_token_id,
-        )
-    ).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(4)
-        model.get_input_embeddings().weight[len(TOK) :] *= 5
-    with torch.inference_mode():
-        spare = model(torch.tensor(PROMPTS[:1])).logits[0, -1].softmax(-1)[len(TOK) :].sum()
-    assert spare > 0.5  # without a mask they would be drawn
-    with closing(
-        E.VLLMEngine(
-            save_checkpoint(model, TOK, tmp_path / "padded"),
-            TOK,
-            dtype=torch.float32,
-            context=128,
-            cache=0.125,
-        )
-    ) as padded:
-        for temperature in (1.0, 0.7, 0.0):
-            rollouts = padded.generate(PROMPTS * 6, 40, temperature, range(24))
-            assert max(i for r in rollouts for i in r.ids) < len(TOK)
-            assert gap(model, rollouts, temperature or 1.0, len(TOK)) < 1e-4
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn_like(p), alpha=0.05)
-        assert gap(model, padded.generate(PROMPTS * 2, 40, 1.0, range(8)), 1.0, len(TOK)) > 0.1
-        padded.sync(weights(model))
-        assert gap(model, padded.generate(PROMPTS * 2, 40, 1.0, range(8)), 1.0, len(TOK)) < 1e-4
-        with pytest.raises(ValueError, match="context of 128"):
-            padded.generate(PROMPTS, 120, 1.0, range(4))
-
-
-def test_sixteen_bits(engine, other):
-    "An engine in bfloat16 has the same weights whether they were cast before they were sent or after"
-    engine.close()
-    with closing(E.VLLMEngine(base_path("plain"), TOK, dtype="bfloat16", cache=0.125)) as half:
-        assert half.dtype == torch.bfloat16
-        half.sync(Weights(other))
-        want = half.generate(PROMPTS, 40, 1.0, range(4))
-        half.sync(Weights(load_model("plain"), half.dtype))
-        assert half.generate(PROMPTS, 40, 1.0, range(4)) != want
-        half.sync(Weights(other, half.dtype))
-        assert half.generate(PROMPTS, 40, 1.0, range(4)) == want
-    assert gap(other, want, 1.0) < 0.3
-
-
 class Parcels(WeightTransferEngine):
     "In the engine: takes weights out of the request itself, where CUDA would be lent a piece of the GPU"
 
@@ -583,6 +521,68 @@ def test_weights_come_by_transfer(pair, engine, base, other):
         with pytest.raises(ray.exceptions.RayActorError) as died:
             one.generate(PROMPTS, 40, 1.0, range(4))
     assert is_loss(died.value)  # a team starts again
+
+
+def test_padded_embeddings(engine, tmp_path):
+    "Another architecture, tied weights, rows that are no tokens; it closes the shared engine: it comes last"
+    engine.close()
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(TOK) + 23,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=TOK.pad_token_id,
+            eos_token_id=TOK.eos_token_id,
+        )
+    ).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+        model.get_input_embeddings().weight[len(TOK) :] *= 5
+    with torch.inference_mode():
+        spare = model(torch.tensor(PROMPTS[:1])).logits[0, -1].softmax(-1)[len(TOK) :].sum()
+    assert spare > 0.5  # without a mask they would be drawn
+    with closing(
+        E.VLLMEngine(
+            save_checkpoint(model, TOK, tmp_path / "padded"),
+            TOK,
+            dtype=torch.float32,
+            context=128,
+            cache=0.125,
+        )
+    ) as padded:
+        for temperature in (1.0, 0.7, 0.0):
+            rollouts = padded.generate(PROMPTS * 6, 40, temperature, range(24))
+            assert max(i for r in rollouts for i in r.ids) < len(TOK)
+            assert gap(model, rollouts, temperature or 1.0, len(TOK)) < 1e-4
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p), alpha=0.05)
+        assert gap(model, padded.generate(PROMPTS * 2, 40, 1.0, range(8)), 1.0, len(TOK)) > 0.1
+        padded.sync(weights(model))
+        assert gap(model, padded.generate(PROMPTS * 2, 40, 1.0, range(8)), 1.0, len(TOK)) < 1e-4
+        with pytest.raises(ValueError, match="context of 128"):
+            padded.generate(PROMPTS, 120, 1.0, range(4))
+
+
+def test_sixteen_bits(engine, other):
+    "An engine in bfloat16 has the same weights whether they were cast before they were sent or after"
+    engine.close()
+    with closing(E.VLLMEngine(base_path("plain"), TOK, dtype="bfloat16", cache=0.125)) as half:
+        assert half.dtype == torch.bfloat16
+        half.sync(Weights(other))
+        want = half.generate(PROMPTS, 40, 1.0, range(4))
+        half.sync(Weights(load_model("plain"), half.dtype))
+        assert half.generate(PROMPTS, 40, 1.0, range(4)) != want
+        half.sync(Weights(other, half.dtype))
+        assert half.generate(PROMPTS, 40, 1.0, range(4)) == want
+    assert gap(other, want, 1.0) < 0.3
 
 
 def test_another_family_is_sampled_updated_and_synced(engine, tmp_path):
