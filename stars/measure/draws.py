@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'PROBLEM_KEYS', 'pass_at', 'covers', 'stand_in', 'formula_of', 'said_in', 'entropy', 'read_draws',
-           'per_problem', 'Measure', 'measures', 'seeds_by_problems', 'measured', 'before_after', 'gains', 'crossing']
+           'said_per_problem', 'per_problem', 'Measure', 'measures', 'seeds_by_problems', 'measured', 'first_and_last',
+           'before_after', 'gains', 'crossing']
 
 # %% ../../nbs/measure/72_draws.ipynb #d003
 import re
@@ -98,32 +99,40 @@ PROBLEM_KEYS = [*CHECKPOINT_KEYS, "index"]
 
 def read_draws(
     draws: pd.DataFrame,  # a row per response, from `complete`
+    answers: bool = True,  # read what they say, too?
 ) -> pd.DataFrame:  # a row per response and what matters of it: the keys, `right` and `said`
     "Which responses are right, and what they say"
-    needed = [*PROBLEM_KEYS, "generated", "score"]
+    needed = [*PROBLEM_KEYS, "generated", "score"] if answers else [*PROBLEM_KEYS, "score"]
     if missing := [c for c in needed if c not in draws]:
         raise ValueError(f"draws lack the columns {', '.join(missing)}; they are written by `complete`")
     if not len(draws):
         raise ValueError("draws are empty; give the responses of at least one checkpoint")
-    return draws[PROBLEM_KEYS].assign(right=draws.score == 1, said=draws.generated.map(said_in))
+    read = draws[PROBLEM_KEYS].assign(right=draws.score == 1)
+    return read.assign(said=draws.generated.map(said_in)) if answers else read
 
 # %% ../../nbs/measure/72_draws.ipynb #d062
-def per_problem(
-    draws: pd.DataFrame,  # a row per response, from `complete`
-) -> pd.DataFrame:  # a row per checkpoint and problem
-    "What the responses to each problem have in common"
-    read = read_draws(draws)
-    problems = read.groupby(PROBLEM_KEYS)
+def said_per_problem(
+    read: pd.DataFrame,  # from `read_draws`
+) -> pd.DataFrame:  # found, tried, entropy; index: checkpoint and problem
+    "What the responses to each problem say"
     answered, right = read[read.said != ""], read[read.right]
     columns = dict(
-        drawn=problems.size(),
-        right=problems.right.sum(),
         found=right.groupby(PROBLEM_KEYS).said.nunique(),
         tried=answered.groupby(PROBLEM_KEYS).said.nunique(),
         entropy=read.groupby([*PROBLEM_KEYS, "said"]).size().groupby(PROBLEM_KEYS).agg(entropy),
     )
-    counts = pd.DataFrame(columns).fillna(0).astype(dict(found=int, tried=int))
-    return counts.reset_index()
+    return pd.DataFrame(columns).fillna(0).astype(dict(found=int, tried=int))
+
+
+def per_problem(
+    draws: pd.DataFrame,  # a row per response, from `complete`
+    answers: bool = True,  # also what they say: found, tried and entropy
+) -> pd.DataFrame:  # a row per checkpoint and problem
+    "What the responses to each problem have in common"
+    read = read_draws(draws, answers)
+    problems = read.groupby(PROBLEM_KEYS)
+    counts = pd.DataFrame(dict(drawn=problems.size(), right=problems.right.sum()))
+    return (counts.join(said_per_problem(read)) if answers else counts).reset_index()
 
 # %% ../../nbs/measure/72_draws.ipynb #d071
 class Measure(NamedTuple):
@@ -153,7 +162,7 @@ def measures(
     ks += [drawn] if ks[-1] < drawn else []
     curves = [Measure("pass@k", k) for k in ks]
     curves += [Measure("cover@tau", j / drawn) for j in range(1, drawn + 1)]
-    return curves + [Measure(name) for name in ("found", "tried", "entropy")]
+    return curves + [Measure(name) for name in ("found", "tried", "entropy") if name in problems]
 
 # %% ../../nbs/measure/72_draws.ipynb #d075
 def seeds_by_problems(
@@ -187,14 +196,22 @@ def measured(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/measure/72_draws.ipynb #d081
+def first_and_last(
+    rows: pd.DataFrame,  # with `step`, of one model and condition
+) -> tuple[pd.DataFrame, pd.DataFrame] | None:  # None: there is only one step
+    "The rows of the first and of the last step, between which RL lies"
+    first, last = rows.step.min(), rows.step.max()
+    return (rows[rows.step == first], rows[rows.step == last]) if first < last else None
+
+
 def before_after(
     problems: pd.DataFrame,  # from `per_problem`, of one model and condition
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # rows of the first and of the last step
-    "The two checkpoints between which RL lies"
-    first, last = problems.step.min(), problems.step.max()
-    if first == last:
-        raise ValueError(f"draws are of step {first} only; draw before and after training")
-    return problems[problems.step == first], problems[problems.step == last]
+    "The same; raises ValueError where there is only one step"
+    sides = first_and_last(problems)
+    if sides is None:
+        raise ValueError(f"draws are of step {problems.step.min()} only; draw before and after training")
+    return sides
 
 # %% ../../nbs/measure/72_draws.ipynb #d082
 def gains(

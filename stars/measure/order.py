@@ -7,8 +7,8 @@ __all__ = ['START', 'FAILED', 'REACHED', 'ANSWER', 'NO_ANSWER', 'ATTEMPTS', 'EVE
            'combined', 'made_from', 'made_by', 'Attempt', 'habits_between', 'attempt_equations', 'attempt_of',
            'find_attempts', 'repeated', 'Order', 'read_order', 'placed_states', 'states', 'read_orders', 'state_names',
            'transition_counts', 'transitions', 'matrix', 'shared_problems', 'transition_changes', 'place_counts',
-           'state_places', 'attempt_numbers', 'repeats_by_chance', 'tries', 'problem_sums', 'attempt_means',
-           'attempt_shares', 'attempt_changes', 'memory', 'pairs_won', 'pair_counts', 'predictors']
+           'state_places', 'attempt_numbers', 'repeats_by_chance', 'tries', 'attempt_means', 'attempt_shares',
+           'attempt_changes', 'memory', 'pairs_won', 'pair_counts', 'predictors']
 
 # %% ../../nbs/measure/75_order.ipynb #or003
 import ast
@@ -28,6 +28,7 @@ from ..habits.equations import Equation, LineOfAttack, advance, equations, kind_
 from ..habits.phrases import TARGET, Rule
 from ..habits.summaries import CHECKPOINT_KEYS
 from .intervals import Estimate, difference, mean_interval, ratio_difference, ratio_interval
+from .trees import problem_sums
 from ..task.countdown import answer_of
 
 # %% ../../nbs/measure/75_order.ipynb #or006
@@ -417,15 +418,6 @@ SHARES = dict(  # columns above and below
     by_chance=("by_chance", "attempts"),
 )
 
-
-def problem_sums(
-    table: pd.DataFrame,  # from `tries`
-    column: str,
-    problems: pd.Index,
-) -> np.ndarray:  # [problems]
-    "A count over all texts of each problem"
-    return table.groupby("index")[column].sum().reindex(problems, fill_value=0).to_numpy(float)
-
 # %% ../../nbs/measure/75_order.ipynb #or069
 def attempt_means(
     table: pd.DataFrame,  # from `tries`, of one model and condition at one step
@@ -441,7 +433,7 @@ def attempt_shares(
     problems, found = pd.Index(table["index"].unique()), dict(attempts=mean_interval(attempt_means(table)))
     for name, (above, below) in SHARES.items():
         if table[below].sum():
-            found[name] = ratio_interval(*(problem_sums(table, c, problems) for c in (above, below)))
+            found[name] = ratio_interval(*(problem_sums(table, table[c], problems) for c in (above, below)))
     return found
 
 # %% ../../nbs/measure/75_order.ipynb #or071
@@ -454,7 +446,7 @@ def attempt_changes(
     found = dict(attempts=difference(attempt_means(after), attempt_means(before)))
     for name, columns in SHARES.items():
         if before[columns[1]].sum() and after[columns[1]].sum():
-            sums = [problem_sums(table, c, problems) for table in (after, before) for c in columns]
+            sums = [problem_sums(table, table[c], problems) for table in (after, before) for c in columns]
             found[name] = ratio_difference(*sums)
     return found
 
@@ -465,7 +457,7 @@ def memory(
     "Repeated share, less that of the same attempts dealt out anew"
     problems = pd.Index(table["index"].unique())
     repeats, chance, attempts = (
-        problem_sums(table, c, problems) for c in ("repeats", "by_chance", "attempts")
+        problem_sums(table, table[c], problems) for c in ("repeats", "by_chance", "attempts")
     )
     return ratio_difference(repeats, attempts, chance, attempts)
 

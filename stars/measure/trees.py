@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'FEWEST', 'Tree', 'weight', 'joined', 'tree_of', 'pattern', 'shape', 'operations', 'multiplies', 'solutions',
-           'problem_table', 'per_problem', 'bounded', 'success', 'leaves', 'answer_tree', 'tried', 'shares_tried']
+           'problem_table', 'problem_sums', 'bounded', 'success', 'leaves', 'answer_tree', 'tried', 'shares_tried']
 
 # %% ../../nbs/measure/73_trees.ipynb #t001
 import ast
@@ -151,13 +151,17 @@ def _halves(numbers):
             yield tuple(numbers[i] for i in part), tuple(n for i, n in enumerate(numbers) if i not in part)
 
 # %% ../../nbs/measure/73_trees.ipynb #t024
-def _combined(numbers) -> Iterator[tuple[int, Tree]]:
-    "Value and tree of every expression over sorted `numbers`, some of them several times"
+def _ways(numbers) -> Iterator[tuple[int, str, set, set]]:
+    "Every operation on two parts of sorted `numbers`: its value, and the trees at its left and right"
     for part, rest in _halves(numbers):
         for (a, lefts), (b, rights) in product(_trees(part).items(), _trees(rest).items()):
             for operator, flipped, value in _results(a, b):
-                for x, y in product(lefts, rights):
-                    yield value, joined(*((y, operator, x) if flipped else (x, operator, y)))
+                yield value, operator, *((rights, lefts) if flipped else (lefts, rights))
+
+
+def _joined_all(lefts, operator, rights) -> set[Tree]:
+    "The tree of each pair"
+    return {joined(left, operator, right) for left, right in product(lefts, rights)}
 
 
 @lru_cache(2**13)
@@ -166,8 +170,8 @@ def _trees(numbers: tuple[int, ...]) -> dict[int, set]:  # value → trees
     if len(numbers) == 1:
         return {numbers[0]: {numbers[0]}}
     found = {}
-    for value, tree in _combined(numbers):
-        found.setdefault(value, set()).add(tree)
+    for value, operator, lefts, rights in _ways(numbers):
+        found.setdefault(value, set()).update(_joined_all(lefts, operator, rights))
     return found
 
 # %% ../../nbs/measure/73_trees.ipynb #t026
@@ -178,14 +182,8 @@ def solutions(
     numbers = tuple(sorted(problem.numbers))
     if not 2 <= len(numbers) <= 5 or numbers[0] < 1:
         raise ValueError(f"numbers={numbers}: solutions are listed for two to five numbers, each at least 1")
-    found = set()
-    for part, rest in _halves(numbers):
-        for (a, lefts), (b, rights) in product(_trees(part).items(), _trees(rest).items()):
-            for operator, flipped, value in _results(a, b):
-                if value == problem.target:
-                    pairs = product(lefts, rights)
-                    found |= {joined(*((y, operator, x) if flipped else (x, operator, y))) for x, y in pairs}
-    return found
+    hits = (way for value, *way in _ways(numbers) if value == problem.target)
+    return set().union(*(_joined_all(lefts, operator, rights) for operator, lefts, rights in hits))
 
 # %% ../../nbs/measure/73_trees.ipynb #t030
 def _row(problem):
@@ -228,7 +226,7 @@ def problem_table(
 FEWEST = 10  # problems that an interval is drawn from, at least
 
 
-def per_problem(
+def problem_sums(
     rows: pd.DataFrame,  # responses, with `index`
     values: pd.Series,  # of each response
     problems: Sequence[int],  # values of `index`
@@ -247,7 +245,7 @@ def bounded(
 # %% ../../nbs/measure/73_trees.ipynb #t037
 def _sums(rows, problems):
     "Right responses and responses of each problem [problems]"
-    return per_problem(rows, rows.score == 1, problems), per_problem(rows, rows.score >= 0, problems)
+    return problem_sums(rows, rows.score == 1, problems), problem_sums(rows, rows.score >= 0, problems)
 
 
 def _first_and_last(rows, problems):
@@ -311,9 +309,9 @@ def shares_tried(
     groups = sorted(rows.kind.unique())
     for (model, condition, step), part in rows.groupby(["model", "condition", "step"], sort=False):
         problems = part["index"].unique()
-        answers = per_problem(part, part.score >= 0, problems)
+        answers = problem_sums(part, part.score >= 0, problems)
         for group in groups:
-            share = ratio_interval(per_problem(part, part.kind == group, problems), answers)
+            share = ratio_interval(problem_sums(part, part.kind == group, problems), answers)
             about = dict(model=model, condition=condition, step=step, by=by, group=group, responses=len(part))
             table.append(about | bounded(share, len(problems))._asdict())
     return pd.DataFrame(table)

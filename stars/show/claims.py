@@ -7,11 +7,11 @@ __all__ = ['Cell', 'MIXED', 'RICH_BASE', 'SEARCH', 'PLANNING', 'CLAIMS', 'VERDIC
            'OUR_CLAIMS', 'ANSWERS', 'WHOSE', 'TITLES', 'LONG_STATEMENT', 'VERDICT_AT', 'MARGIN_REACH', 'CLAIM_DOTS',
            'UNITS', 'VERDICT_RULE', 'CLAIM_HEIGHT', 'SOURCE_HEIGHT', 'STATEMENT_ROOM', 'HEADING_ROOM', 'Claim', 'plain',
            'claimed_cells', 'at_time', 'run_value', 'run_outcomes', 'cell_runs', 'effect', 'verdict', 'verdict_text',
-           'before_and_after', 'solved_in', 'gains', 'sharpens', 'learns_from_misses', 'turned', 'repeats_less',
-           'remembers', 'helps_under', 'Measured', 'family_models', 'own_rows', 'finished', 'trainer_configs',
-           'own_answers', 'published_rows', 'seeds_told', 'unit_of', 'rows_of', 'found_in', 'replication',
-           'effect_text', 'replication_table', 'whose_of', 'replication_title', 'halves', 'draw_outcome', 'draw_claims',
-           'claims_by_unit', 'populations_told', 'head_sections', 'replication_figure']
+           'solved_in', 'gains', 'sharpens', 'learns_from_misses', 'turned', 'repeats_less', 'remembers', 'helps_under',
+           'Measured', 'family_models', 'own_rows', 'finished', 'trainer_configs', 'own_answers', 'published_rows',
+           'seeds_told', 'unit_of', 'rows_of', 'found_in', 'replication', 'effect_text', 'replication_table',
+           'whose_of', 'replication_title', 'halves', 'draw_outcome', 'draw_claims', 'claims_by_unit',
+           'populations_told', 'head_sections', 'replication_figure']
 
 # %% ../../nbs/show/94_claims.ipynb #ie003
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ from ..lab.configs import EVALUATION_SPACES, Config
 from ..lab.experiments import grid, is_built, read_answers, run_jobs
 from ..lab.stages import Job
 from ..measure import order, payoff
-from ..measure.draws import pass_at
+from ..measure.draws import Measure, first_and_last, per_problem, seeds_by_problems
 from stars.measure.intervals import (
     NOTHING,
     Estimate,
@@ -40,6 +40,7 @@ from stars.measure.intervals import (
     compare,
     contrast,
     difference,
+    read_estimate,
     relation,
     solved_shares,
 )
@@ -230,7 +231,7 @@ def verdict(
         return "not run"
     if not np.isfinite(e["lo"]):
         return "no interval"
-    way = relation(Estimate(*(e[k] for k in Estimate._fields)), claim.margin)
+    way = relation(read_estimate(e), claim.margin)
     if way == "undecided":
         return "not shown"
     return "shown" if way == ("level" if claim.margin else "above") else "reversed"
@@ -245,23 +246,14 @@ def verdict_text(
 # %% ../../nbs/show/94_claims.ipynb #eqvfcdmz
 PRIMED = "backtracking_verification"  # the condition that most claims of ours are about
 
-
-def before_and_after(
-    rows: pd.DataFrame,  # of one condition, with `step`
-) -> tuple[pd.DataFrame, pd.DataFrame] | None:  # None: there is only one step
-    "The rows of the first and of the last step"
-    first, last = rows.step.min(), rows.step.max()
-    return (rows[rows.step == first], rows[rows.step == last]) if first < last else None
-
 # %% ../../nbs/show/94_claims.ipynb #65gyeq27
 def solved_in(
     rows: pd.DataFrame,  # a row per response, of one checkpoint per seed
     attempts: int = 0,  # 0: as many as each problem has responses
 ) -> np.ndarray:  # [seeds, problems]
     "The chance that a problem is solved in some attempts"
-    responses = (rows.score == 1).groupby([rows.seed, rows["index"]])
-    drawn = responses.size().unstack().to_numpy(float)
-    return pass_at(responses.sum().unstack().to_numpy(float), drawn, attempts or int(drawn.min()))
+    problems = per_problem(rows, answers=False)
+    return seeds_by_problems(problems, Measure("pass@k", attempts or int(problems.drawn.min())))
 
 
 def gains(
@@ -269,7 +261,7 @@ def gains(
     attempts: int = 0,  # 0: as many as were drawn
 ) -> Estimate | None:
     "How many more problems are solved after RL"
-    sides = before_and_after(rows)
+    sides = first_and_last(rows)
     return sides and difference(solved_in(sides[1], attempts), solved_in(sides[0], attempts))
 
 
@@ -277,7 +269,7 @@ def sharpens(
     rows: pd.DataFrame,  # a row per response, of one condition
 ) -> Estimate | None:
     "How much more RL gains at one attempt than at many"
-    sides = before_and_after(rows)
+    sides = first_and_last(rows)
     if sides is None:
         return None
     shares = [solved_in(side, attempts) for attempts in (1, 0) for side in sides]
@@ -288,7 +280,7 @@ def learns_from_misses(
     draws: pd.DataFrame,  # a row per response, of one condition
 ) -> Estimate | None:  # None: too few tries of either kind
     "How often a try after a miss hits, less how often a fresh first try does, after RL"
-    sides = before_and_after(draws)
+    sides = first_and_last(draws)
     if sides is None:
         return None
     rows = payoff.prepared(sides[1], problem_table(sides[1]))
@@ -302,14 +294,14 @@ def turned(e: Estimate) -> Estimate:
 
 def repeats_less(tries: pd.DataFrame) -> Estimate | None:  # None: nothing was attempted
     "The share of repeated attempts before RL, less that after"
-    sides = before_and_after(tries)
+    sides = first_and_last(tries)
     found = order.attempt_changes(*sides) if sides else {}
     return turned(found["repeated"]) if "repeated" in found else None
 
 
 def remembers(tries: pd.DataFrame) -> Estimate | None:  # None: nothing was attempted
     "Repeats in a search without memory, less those after RL"
-    sides = before_and_after(tries)
+    sides = first_and_last(tries)
     return turned(order.memory(sides[1])) if sides and sides[1].attempts.any() else None
 
 # %% ../../nbs/show/94_claims.ipynb #2g47pkx5
@@ -318,7 +310,7 @@ def helps_under(
 ) -> Estimate | None:
     "How far the primed model ends above its base"
     e = effect(trained, Claim("helps", "", plain(PRIMED), plain("base")))
-    return e and Estimate(*(e[k] for k in Estimate._fields))
+    return e and read_estimate(e)
 
 # %% ../../nbs/show/94_claims.ipynb #3rqls90x
 @dataclass(frozen=True)
@@ -411,15 +403,15 @@ def own_rows(
     runs: str = "runs",  # folder of the run store
 ) -> pd.DataFrame:  # tidy results with `family`; empty if nothing of it is built
     "The finished runs of a preset that some claim is about; nothing is built"
-    models, finished = family_models(cfg), []
+    models, built = family_models(cfg), []
     for family, condition in claimed_cells():
         if family in models:
             jobs = grid(cfg, [models[family]], [condition], seeds, runs)
-            finished += [(family, job) for job in jobs if is_built(job)]
-    if not finished:
+            built += [(family, job) for job in jobs if is_built(job)]
+    if not built:
         return pd.DataFrame()
-    done = run_jobs([job for _, job in finished])
-    tables = [read_results(done[j] / "results.csv").assign(family=f) for f, j in finished]
+    done = run_jobs([job for _, job in built])
+    tables = [read_results(done[j] / "results.csv").assign(family=f) for f, j in built]
     return pd.concat(tables, ignore_index=True).assign(source=cfg.preset)
 
 # %% ../../nbs/show/94_claims.ipynb #56897cvn

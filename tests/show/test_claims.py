@@ -121,7 +121,8 @@ def responses(step, chances, condition="backtracking_verification", seeds=3, att
     rng, problems = np.random.default_rng(step), np.repeat(np.arange(len(chances)), attempts)
     right = [rng.random(len(problems)) < np.asarray(chances)[problems] for _ in range(seeds)]
     rows = [pd.DataFrame(dict(seed=s, index=problems, score=1.0 * r)) for s, r in enumerate(right)]
-    return pd.concat(rows, ignore_index=True).assign(condition=condition, step=step, **more)
+    labels = dict(model="plain", condition=condition, step=step)
+    return pd.concat(rows, ignore_index=True).assign(**labels | more)
 
 
 def verdict_on(name, **answers):
