@@ -8,42 +8,78 @@ __all__ = ['RUNS', 'CHANGES', 'CURVES', 'PASSK_RULE', 'ACCURACY', 'HOME', 'TRANS
            'NAMED', 'LEAST', 'WIDEST', 'BEND', 'LOOP', 'MOST_ROWS', 'SURE', 'STATE_COLORS', 'STRIP', 'TENTH',
            'ORDER_NOTE', 'KINDS', 'OFTEN', 'TREES_NOTES', 'SIDES', 'TRAINER_RULE', 'about_draws', 'passk_table',
            'change_at', 'change_said', 'passk_title', 'curves_of', 'draw_column', 'draw_passk', 'Stacked',
-           'draws_caption', 'passk', 'transfer_table', 'in_words', 'signed', 'places', 'carried_by', 'transfer_title',
-           'draw_levels', 'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer', 'place_axes', 'transfer',
-           'two_steps', 'before_after', 'side_by_side', 'write_above', 'when_table', 'verdict', 'differences_said',
-           'when_title', 'when_rows', 'draw_when', 'undivided_note', 'one_model', 'when', 'order_rows', 'change_rows',
-           'condition_rows', 'order_table', 'Followed', 'said_change', 'memory_said', 'order_title', 'arrow_course',
-           'draw_arrow', 'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares', 'place_states', 'draw_places',
-           'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles', 'trees_rows', 'trees',
-           'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title', 'draw_trainer',
-           'token_unit', 'trainer_heading', 'algorithms']
+           'draws_caption', 'passk', 'transfer_table', 'in_words', 'with_sign', 'places', 'carried_by',
+           'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows', 'name_conditions', 'draw_transfer',
+           'place_axes', 'transfer', 'two_steps', 'before_after', 'side_by_side', 'write_above', 'when_table',
+           'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'undivided_note', 'one_model', 'when',
+           'order_rows', 'change_rows', 'condition_rows', 'order_table', 'Followed', 'said_change', 'memory_said',
+           'order_title', 'arrow_course', 'draw_arrow', 'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares',
+           'place_states', 'draw_places', 'order_caption', 'order_figure', 'trees_table', 'trees_title', 'open_circles',
+           'trees_rows', 'trees', 'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title',
+           'draw_trainer', 'token_unit', 'trainer_heading', 'algorithms']
 
 # %% ../../nbs/show/99_reasons.ipynb #dr001
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
 
-from ..measure.draws import Measure, crossing, gains, measured, per_problem
-from ..measure.intervals import Estimate, relation
+from ..habits.behaviors import COLORS, HABIT_NAMES
+from ..lab.configs import EVALUATION_SPACES
+from ..measure.draws import Measure, crossing, first_and_last, gains, measured, per_problem
+from ..measure.intervals import NEW_PROBLEMS, Estimate, compare, read_estimate, relation
+from stars.measure.order import (
+    ANSWER,
+    ATTEMPTS,
+    EVENTS,
+    FAILED,
+    REACHED,
+    START,
+    attempt_changes,
+    attempt_shares,
+    memory,
+    read_orders,
+    state_places,
+    transition_changes,
+    transitions,
+    tries,
+)
+from ..measure.payoff import THIRDS, further_tries, payoff, prepared
+from ..measure.trees import problem_table, shares_tried, success
+from .figures import BEFORE_COLOR, DOT_SIZE, interval_dots, make_room, row_offset
 from stars.show.plots import (
     BAND,
+    DARK,
+    DOT,
+    LABEL,
+    QUIET,
     EndLabel,
     Layout,
+    arrow,
     capital,
+    caption,
     color,
     end_labels,
+    ends,
     ink,
+    interval,
     label,
     listed,
     num,
     order,
     page,
+    panel_titles,
     seeds_note,
+    span,
     styled,
+    two_lines,
 )
+from .sources import ALGORITHMS
 
 # %% ../../nbs/show/99_reasons.ipynb #dr004
 RUNS = ["model", "condition"]
@@ -61,10 +97,10 @@ def about_draws(
 # %% ../../nbs/show/99_reasons.ipynb #dr005
 def passk_table(
     draws: pd.DataFrame,  # a row per response, from `Study.draws`
-    which: Sequence[Measure] | None = None,  # default: all
+    which: Sequence[Measure] | None = None,  # of pass@k and Cover@τ; default: all there are
 ) -> pd.DataFrame:  # model, condition, what ("start", "trained", "difference"), measure, at, value, lo, hi …
     "What many draws say before and after RL, the seeds together"
-    problems = per_problem(draws)
+    problems = per_problem(draws, answers=which is None)
     ends = problems.groupby(RUNS).step.agg(["min", "max"])
     change = gains(problems, RUNS, which).assign(what="difference")  # refuses runs of a single checkpoint
     points = measured(problems, [*RUNS, "step"], which).join(ends, RUNS)
@@ -82,7 +118,7 @@ def change_at(
 ) -> dict[str, str]:  # condition → "above", "below" or "undecided"
     "Whether trained models lie above their starts"
     rows = change[change["at"] == at].set_index("condition")
-    return {c: relation(Estimate(*rows.loc[c, list(Estimate._fields)])) for c in order(rows.index)}
+    return {c: relation(read_estimate(rows.loc[c])) for c in order(rows.index)}
 
 # %% ../../nbs/show/99_reasons.ipynb #dr012
 CHANGES = dict(above="more with {}", below="fewer with {}", undecided="{} not told apart from before")
@@ -217,22 +253,17 @@ def passk(
     note: str = "",  # added to the caption
 ) -> Figure:
     "Does RL add, or sharpen? pass@k and Cover@τ of base, start and trained model, a column per condition"
-    models = dict(tuple(table.groupby("model", sort=False)))
-    columns = max(t.condition.nunique() for t in models.values())
+    columns = table.groupby("model").condition.nunique().max()
     layout = Stacked((1.65, 1.2), 2.85 * columns, gap=0.5, right=0.86, head=0.3, columns=columns)
-    titles = [(f"{m} – " if len(models) > 1 else "") + passk_title(t) for m, t in models.items()]
+    titles = panel_titles(table, table, passk_title)
     with styled():
-        fig, axes = page(titles, draws_caption(table, PASSK_RULE, note), layout)
-        for (_, rows), panel in zip(models.items(), axes):
+        fig, axes = page(list(titles.values()), draws_caption(table, PASSK_RULE, note), layout)
+        for model, panel in zip(titles, axes):
+            rows = table[table.model == model]
             draw_passk(panel, rows)
             for ax in panel[:, rows.condition.nunique() :].flat:
                 ax.set_visible(False)
     return fig
-
-# %% ../../nbs/show/99_reasons.ipynb #tf001
-from ..lab.configs import EVALUATION_SPACES
-from .figures import DOT_SIZE, interval_dots, row_offset
-from .plots import DARK, LABEL, two_lines
 
 # %% ../../nbs/show/99_reasons.ipynb #tf003
 ACCURACY = Measure("pass@k", 1)  # the mean over all draws
@@ -258,7 +289,7 @@ def in_words(space: str) -> str:  # "more numbers"
     return "the training world" if space == HOME else space.replace("_", " ")
 
 # %% ../../nbs/show/99_reasons.ipynb #tf011
-def signed(x: float) -> str:  # "+.21", "−.05"
+def with_sign(x: float) -> str:  # "+.21", "−.05"
     return f"{'+' if x >= 0 else '−'}{num(abs(x))}"
 
 
@@ -272,14 +303,14 @@ def carried_by(
     change: pd.DataFrame,  # differences of one model and condition, a row per space
 ) -> str:  # "+.21 in the training world, carried to more numbers and products"
     "Where RL helps a condition, and where it harms"
-    estimates = {r.space: Estimate(r.value, r.lo, r.hi, r.population) for r in change.itertuples()}
+    estimates = {row["space"]: read_estimate(row) for _, row in change.iterrows()}
     home = estimates.pop(HOME, None)
     ways = {space: relation(e) for space, e in estimates.items()}
     gained, lost = ([s for s in ways if ways[s] == way] for way in ("above", "below"))
     said = []
     if home:
         apart = " (not told apart from 0)" if relation(home) == "undecided" else ""
-        said.append(f"{signed(home.value)} in {in_words(HOME)}{apart}")
+        said.append(f"{with_sign(home.value)} in {in_words(HOME)}{apart}")
     if ways:
         said.append(f"gains in {places(gained, len(ways))}")
     return ", ".join(said + ([f"losses in {places(lost, len(ways))}"] if lost else []))
@@ -316,7 +347,7 @@ def draw_change(
     place = dict(textcoords="offset points", va="center", annotation_clip=False)
     for at, value, hi in zip(rows["at"], rows.value, rows.hi):
         end = np.nanmax([value, hi])
-        ax.annotate(signed(value), (end, at), xytext=(6, 0), size=7, color=ink(hue), **place)
+        ax.annotate(with_sign(value), (end, at), xytext=(6, 0), size=7, color=ink(hue), **place)
 
 # %% ../../nbs/show/99_reasons.ipynb #tf023
 def transfer_rows(
@@ -395,23 +426,15 @@ def transfer(
     note: str = "",  # added to the caption
 ) -> Figure:
     "How far does RL carry? Accuracy before and after it, in the training world and in other spaces"
-    models = dict(tuple(table.groupby("model", sort=False)))
     rows = table.space.nunique() * max(1.6, table.condition.nunique())
     layout = Stacked((0.17 * rows + 0.3,), TRANSFER_WIDTH, columns=2)
-    titles = [(f"{m} – " if len(models) > 1 else "") + transfer_title(t) for m, t in models.items()]
+    titles = panel_titles(table, table, transfer_title)
     with styled(**{"axes.grid.axis": "x"}):
-        fig, axes = page(titles, draws_caption(table, TRANSFER_RULE, note), layout)
-        for (_, rows), (panel,) in zip(models.items(), axes):
+        fig, axes = page(list(titles.values()), draws_caption(table, TRANSFER_RULE, note), layout)
+        for model, (panel,) in zip(titles, axes):
             place_axes(panel)
-            draw_transfer(panel, rows)
+            draw_transfer(panel, table[table.model == model])
     return fig
-
-# %% ../../nbs/show/99_reasons.ipynb #wh001
-from ..habits.behaviors import HABIT_NAMES
-from ..measure import intervals
-from ..measure.payoff import THIRDS, further_tries, payoff, prepared
-from ..measure.trees import problem_table, shares_tried, success
-from . import figures, plots
 
 # %% ../../nbs/show/99_reasons.ipynb #wh003
 APART = 0.17  # of a row: its two dots from the middle
@@ -423,7 +446,7 @@ def two_steps(
 ) -> list[tuple[pd.DataFrame, float, str]]:  # rows by key, how far from the middle of a row, colour
     "The first and the last step of a table, and how each is drawn"
     steps = frame.index.get_level_values("step")
-    looks = (steps.min(), APART, figures.BEFORE_COLOR), (steps.max(), -APART, after)
+    looks = (steps.min(), APART, BEFORE_COLOR), (steps.max(), -APART, after)
     return [(frame[steps == step].droplevel("step"), shift, shade) for step, shift, shade in looks]
 
 
@@ -436,7 +459,7 @@ def before_after(
     "Two dots per row: the first step in grey, the last one in colour"
     for part, shift, shade in two_steps(frame, after):
         shown = part[np.isfinite(part.lo.astype(float))]
-        figures.interval_dots(ax, np.array([rows[key] for key in shown.index]) + shift, shown, shade)
+        interval_dots(ax, np.array([rows[key] for key in shown.index]) + shift, shown, shade)
 
 # %% ../../nbs/show/99_reasons.ipynb #wh005
 ROW, NAMES, BETWEEN = 0.17, 1.45, 0.16  # inches: a row, the names of rows, two columns of axes
@@ -456,8 +479,8 @@ def side_by_side(
         ax.set_yticks(list(names), list(names.values()) if i == 0 else [""] * len(names))
         ax.set_ylim(min(names) - 0.6, max(names) + 0.6)
         ax.tick_params(axis="y", length=0)
-    look = dict(size=plots.LABEL + 0.5, weight="bold", color=plots.ink(plots.color(condition)))
-    write_above(axes[0], plots.two_lines(plots.label(condition)), 5 - 72 * NAMES, **look)
+    look = dict(size=LABEL + 0.5, weight="bold", color=ink(color(condition)))
+    write_above(axes[0], two_lines(label(condition)), 5 - 72 * NAMES, **look)
 
 
 def write_above(
@@ -468,7 +491,7 @@ def write_above(
 ):
     "A word above some axes"
     at = dict(xycoords="axes fraction", textcoords="offset points", va="bottom", linespacing=1.15)
-    ax.annotate(text, (0, 1), xytext=(right, 4), **at, **dict(size=plots.LABEL, color=plots.DARK) | look)
+    ax.annotate(text, (0, 1), xytext=(right, 4), **at, **dict(size=LABEL, color=DARK) | look)
 
 # %% ../../nbs/show/99_reasons.ipynb #wh007
 WHEN = dict(  # comparison → head of its column
@@ -492,16 +515,16 @@ def when_table(
         tries = further_tries(back).query("per == 'try'").drop(columns="per")
         tries = tries.assign(habit="backtracking", least=1, comparison="fresh")
         table = pd.concat([table, tries], ignore_index=True)
-    none = [plots.label(c) for c in plots.order(draws.condition) if c not in set(table.condition)]
+    none = [label(c) for c in order(draws.condition) if c not in set(table.condition)]
     table = table.rename(columns=dict(problems="matched")).assign(**about_draws(draws))
-    return table.assign(undivided=plots.listed(none) if none else "")
+    return table.assign(undivided=listed(none) if none else "")
 
 # %% ../../nbs/show/99_reasons.ipynb #wh009
 def verdict(
     row: pd.Series,  # of a difference: value, lo, hi, population
 ) -> str:  # "above", "below" or "undecided"
     "Does a difference tell its sides apart?"
-    return intervals.relation(intervals.Estimate(row.value, row.lo, row.hi, row.population))
+    return relation(read_estimate(row))
 
 
 def differences_said(
@@ -513,8 +536,8 @@ def differences_said(
     parts = []
     for said in dict.fromkeys(verdicts):
         those = rows[verdicts == said]
-        names = [f"{plots.label(c)} " if verdicts.nunique() > 1 else "" for c in those.condition]
-        values = ", ".join(n + signed(v) for n, v in zip(names, those["value"]))
+        names = [f"{label(c)} " if verdicts.nunique() > 1 else "" for c in those.condition]
+        values = ", ".join(n + with_sign(v) for n, v in zip(names, those["value"]))
         parts.append(f"{words[said]} ({values})")
     return " or ".join(parts)
 
@@ -531,7 +554,7 @@ def when_title(
     last = last[last.habit == "backtracking"]
     if not len(last):
         raise ValueError("no condition goes back in some responses and not in others; give one that does")
-    last = last.set_index("condition", drop=False).loc[plots.order(last.condition)]
+    last = last.set_index("condition", drop=False).loc[order(last.condition)]
     problem, missed, fresh = (last[last.comparison == c] for c in ("problem", "missed", "fresh"))
     return (
         f"After PPO, responses that go back are {differences_said(problem, RIGHT)} on the same problem; "
@@ -575,8 +598,8 @@ def draw_when(
     thirds = table[table.difficulty.isin(THIRDS)]
     thirds = thirds.assign(key=thirds.habit + " " + thirds.difficulty).set_index(["key", "step"])
     for ax, comparison in zip(axes, WHEN):
-        ax.axvline(0, color=plots.DARK, linewidth=0.7)
-        before_after(ax, rows, thirds[thirds.comparison == comparison], plots.color(condition))
+        ax.axvline(0, color=DARK, linewidth=0.7)
+        before_after(ax, rows, thirds[thirds.comparison == comparison], color(condition))
 
 # %% ../../nbs/show/99_reasons.ipynb #wh016
 def undivided_note(
@@ -600,13 +623,13 @@ def when(
 ) -> Figure:
     "In which problems does a habit help, in which does it cost?"
     one_model(table)
-    parts = [table[table.condition == c] for c in plots.order(table.condition)]
+    parts = [table[table.condition == c] for c in order(table.condition)]
     heights = tuple(ROW * (1.2 - min(when_rows(part)[1])) for part in parts)
-    layout = plots.Layout(heights, 7.2, gap=0.42, right=0.1, head=0.46, columns=len(WHEN))
+    layout = Layout(heights, 7.2, gap=0.42, right=0.1, head=0.46, columns=len(WHEN))
     thirds = table[table.difficulty.isin(THIRDS)]
-    with plots.styled(**{"axes.grid.axis": "x"}):
+    with styled(**{"axes.grid.axis": "x"}):
         foot = draws_caption(table, WHEN_NOTES, undivided_note(table), note)
-        fig, axes = plots.page([when_title(table)], foot, layout)
+        fig, axes = page([when_title(table)], foot, layout)
         for row, part in zip(axes[0], parts):
             draw_when(row, part)
         for ax, head in zip(axes[0, 0], WHEN.values()):
@@ -614,33 +637,6 @@ def when(
         for ax in axes.flat:
             ax.set_xlim(min(thirds.lo.min(), 0) - 0.04, max(thirds.hi.max(), 0) + 0.04)
     return fig
-
-# %% ../../nbs/show/99_reasons.ipynb #wo000
-from dataclasses import dataclass
-
-from matplotlib.colors import to_rgba
-from matplotlib.patches import FancyArrowPatch
-
-from ..habits.behaviors import COLORS
-from ..measure.intervals import NEW_PROBLEMS
-from stars.measure.order import (
-    ANSWER,
-    ATTEMPTS,
-    EVENTS,
-    FAILED,
-    REACHED,
-    START,
-    attempt_changes,
-    attempt_shares,
-    memory,
-    read_orders,
-    state_places,
-    transition_changes,
-    transitions,
-    tries,
-)
-from .figures import BEFORE_COLOR, make_room
-from .plots import QUIET, arrow, span
 
 # %% ../../nbs/show/99_reasons.ipynb #wo002
 def order_rows(
@@ -678,13 +674,14 @@ def condition_rows(
     condition: str,  # named where something is wrong
 ) -> pd.DataFrame:  # rows of `order_rows` and `change_rows`, with `when` (before, after, change) and step
     "First step, last step, and what changed"
-    first, last = orders.step.min(), orders.step.max()
-    if first == last:
-        raise ValueError(f"{condition} has draws at step {first} only; give them before and after training")
-    before, after = orders[orders.step == first], orders[orders.step == last]
+    sides = first_and_last(orders)
+    if sides is None:
+        step = orders.step.min()
+        raise ValueError(f"{condition} has draws at step {step} only; give them before and after training")
+    before, after = sides
     parts = [
-        order_rows(before).assign(when="before", step=first),
-        order_rows(after).assign(when="after", step=last),
+        order_rows(before).assign(when="before", step=before.step.iloc[0]),
+        order_rows(after).assign(when="after", step=after.step.iloc[0]),
         change_rows(before, after).assign(when="change"),
     ]
     return pd.concat(parts, ignore_index=True)
@@ -1000,12 +997,12 @@ def trees_title(
     for kind, where in (("needed", "where × or ÷ is needed"), ("not needed", "where + and − suffice")):
         rows = table[(table.by == "multiplies") & (table.group == kind) & (table.what != "tried")]
         said = []
-        for c in plots.order(rows.condition):
+        for c in order(rows.condition):
             mine = rows[rows.condition == c].set_index(["what", "step"])
-            values = plots.arrow(*(plots.num(mine.value["accuracy", step]) for step in steps))
-            said.append(f"{plots.label(c)} is {OFTEN[verdict(mine.loc[('gain', steps[1])])]} ({values})")
+            values = arrow(*(num(mine.value["accuracy", step]) for step in steps))
+            said.append(f"{label(c)} is {OFTEN[verdict(mine.loc[('gain', steps[1])])]} ({values})")
         if said:
-            clauses.append(f"{where}, {plots.listed(said)}")
+            clauses.append(f"{where}, {listed(said)}")
     return "After PPO, " + "; ".join(clauses)
 
 # %% ../../nbs/show/99_reasons.ipynb #tr006
@@ -1052,31 +1049,25 @@ def trees(
     "Which kinds of problems are solved, and which kinds of answers are given?"
     one_model(table)
     rows, names = trees_rows(table)
-    conditions = plots.order(table.condition)
-    layout = plots.Layout(
+    conditions = order(table.condition)
+    layout = Layout(
         (ROW * (1.2 - min(names)),) * len(conditions), 6.4, gap=0.42, right=0.1, head=0.36, columns=2
     )
     keyed = table.assign(key=table.by + " " + table.group).set_index(["key", "step"])
-    with plots.styled(**{"axes.grid.axis": "x"}):
-        fig, axes = plots.page([trees_title(table)], draws_caption(table, TREES_NOTES, note), layout)
+    with styled(**{"axes.grid.axis": "x"}):
+        fig, axes = page([trees_title(table)], draws_caption(table, TREES_NOTES, note), layout)
         for condition, pair in zip(conditions, axes[0]):
             side_by_side(pair, names, condition)
             for ax, what in zip(pair, ("accuracy", "tried")):
                 shown = keyed[(keyed.condition == condition) & (keyed.what == what)]
-                before_after(ax, rows, shown, plots.color(condition))
-                open_circles(ax, rows, shown, plots.color(condition))
+                before_after(ax, rows, shown, color(condition))
+                open_circles(ax, rows, shown, color(condition))
                 ax.set(xlim=(0, 1), xticks=np.arange(0, 1, 0.2))
         for ax, head in zip(
             axes[0, 0], ("problems: share of right responses", "answers: share of this kind")
         ):
             write_above(ax, head)
     return fig
-
-# %% ../../nbs/show/99_reasons.ipynb #al001
-from ..measure.intervals import compare
-from .plots import BAND as SHADE
-from .plots import DOT, caption, ends, in_brackets, interval
-from .sources import ALGORITHMS
 
 # %% ../../nbs/show/99_reasons.ipynb #al005
 def over_tokens(
@@ -1139,7 +1130,9 @@ def algorithms_title(
     found, said = priming_gains(frame), []
     for way, words in SIDES.items():
         those = [
-            f"{ALGORITHMS[n].label}\u00a0({signed(e.value)})" for n, e in found.items() if relation(e) == way
+            f"{ALGORITHMS[name].label}\u00a0({with_sign(e.value)})"
+            for name, e in found.items()
+            if relation(e) == way
         ]
         if those:
             said.append(words.format(listed(those)))
@@ -1159,7 +1152,7 @@ def draw_trainer(
         for _, run in results[results.condition == c].sort_values("step").groupby("seed"):
             ax.plot(run.tokens_sampled / unit, run.accuracy, color=color(c), linewidth=0.6, alpha=0.6)
         tokens, last = mean.tokens / unit, mean.iloc[-1]
-        ax.fill_between(tokens, mean.lo, mean.hi, color=color(c), alpha=SHADE, linewidth=0)
+        ax.fill_between(tokens, mean.lo, mean.hi, color=color(c), alpha=BAND, linewidth=0)
         ax.plot(tokens, mean.value, color=color(c))
         ax.scatter(tokens.iloc[-1], last.value, s=DOT, color=color(c), linewidth=0, zorder=4, clip_on=False)
         labels[c] = EndLabel(f"{'base' if c == 'base' else 'primed'} {num(last.value)}", last.value, color(c))
@@ -1178,9 +1171,9 @@ def trainer_heading(
 ):
     "The trainer, and how far the primed model ends above the base"
     ax.set_title(ALGORITHMS[name].label, loc="left", weight="bold", pad=16)
-    interval_text = f" ({signed(gain.lo)} to {signed(gain.hi)})" if gain.lo == gain.lo else ""
+    interval_text = f" ({with_sign(gain.lo)} to {with_sign(gain.hi)})" if gain.lo == gain.lo else ""
     place = dict(xycoords="axes fraction", textcoords="offset points", xytext=(0, 5))
-    ax.annotate(f"primed − base: {signed(gain.value)}{interval_text}", (0, 1), size=LABEL, **place)
+    ax.annotate(f"primed − base: {with_sign(gain.value)}{interval_text}", (0, 1), size=LABEL, **place)
 
 # %% ../../nbs/show/99_reasons.ipynb #al017
 TRAINER_RULE = (

@@ -7,13 +7,13 @@ import pytest
 from stars.show import plots
 from stars.show.reasons import (
     differences_said,
-    signed,
     trees,
     trees_table,
     trees_title,
     when,
     when_table,
     when_title,
+    with_sign,
 )
 
 plots.plt.switch_backend("Agg")
@@ -48,7 +48,7 @@ def test_when_says_what_was_measured_and_for_whom(when_rows):
     value = last.set_index("comparison")["value"]
     title = plots.figure_text(fig, "title")
     for comparison in ("problem", "missed", "fresh"):
-        assert signed(value[comparison]) in title
+        assert with_sign(value[comparison]) in title
     assert "right less often (−" in title and "if the first try missed, right more often (+" in title
     caption = plots.figure_text(fig, "caption")
     for said in ("reset cpu", "seed 0", "60 problems, 16 responses to each", "new problems", "Note."):
