@@ -519,25 +519,31 @@ def training(sheet: Sheet, size: Sizes, cfg: Config, model: str, runs: Path):
     speed = statistics.median(r["tokens_per_s"] for r in updates[len(updates) > 1 :])
     losses = f"{updates[0]['loss']:.3f} → {updates[-1]['loss']:.3f}"
     sheet.table("SFT", ["updates", "tokens/s", "loss"], [[len(updates), f"{speed:,.0f}", losses]])
-    phases = ("sample", "score", "value", "update", "sync")
-    head = [
-        "step",
-        *(f"{p}, s" for p in phases),
-        "sampled tokens/s",
-        "trained tokens/s",
-        "tokens of a response",
-    ]
-    sheet.table("PPO", [*head, "difference of a logprob"], [ppo_row(r, phases) for r in log])
-    worst = max(r["rollout_gap"] for r in log)
-    sheet.check(
-        "sampler and trainer: largest difference of a logprob", worst, LIMITS[number_type(cfg.ppo.bf16)][0]
-    )
+    show_ppo(sheet, "PPO", "sampler and trainer", log, number_type(cfg.ppo.bf16))
 
 
-def ppo_row(r: dict, phases: Sequence[str]) -> list:
+PPO_PHASES = ("sample", "score", "value", "update", "sync")
+PPO_HEAD = (
+    "step",
+    *(f"{phase}, s" for phase in PPO_PHASES),
+    "sampled tokens/s",
+    "trained tokens/s",
+    "tokens of a response",
+    "difference of a logprob",
+)
+
+
+def ppo_row(r: dict) -> list:
     speeds = (f"{r[f'tokens_per_s_{p}']:,.0f}" for p in ("sample", "update"))
-    times = (seconds(r[f"s_{p}"]) for p in phases)
+    times = (seconds(r[f"s_{p}"]) for p in PPO_PHASES)
     return [r["step"], *times, *speeds, f"{r['response_tokens']:.0f}", f"{r['rollout_gap']:.1e}"]
+
+
+def show_ppo(sheet: Sheet, title: str, what: str, log: Sequence[dict], dtype: torch.dtype):
+    "Steps of PPO as a table; is the sampler the model that was trained?"
+    sheet.table(title, PPO_HEAD, list(map(ppo_row, log)))
+    worst = max(r["rollout_gap"] for r in log)
+    sheet.check(f"{what}: largest difference of a logprob", worst, LIMITS[dtype][0])
 
 
 def train_micro(sheet: Sheet, size: Sizes, runs: Path):
@@ -728,20 +734,7 @@ def ppo_with(sheet: Sheet, size: Sizes, engine, model, tok):
     with tempfile.TemporaryDirectory() as d:
         ppo(model, tok, problems, d, settings, reference=lambda: micro(size)[0], runtime=runtime)
         log = read_log(f"{d}/metrics.jsonl")
-    phases = ("sample", "score", "value", "update", "sync")
-    head = [
-        "step",
-        *(f"{p}, s" for p in phases),
-        "sampled tokens/s",
-        "trained tokens/s",
-        "tokens of a response",
-    ]
-    sheet.table("PPO through vLLM", [*head, "difference of a logprob"], [ppo_row(r, phases) for r in log])
-    sheet.check(
-        "PPO through vLLM: largest difference of a logprob",
-        max(r["rollout_gap"] for r in log),
-        LIMITS[model.dtype][0],
-    )
+    show_ppo(sheet, "PPO through vLLM", "PPO through vLLM", log, model.dtype)
 
 
 def vllm_micro(sheet: Sheet, size: Sizes, runs: Path):

@@ -9,11 +9,11 @@ __all__ = ['LABEL_ROWS', 'ENGINE_SHARE', 'NEED_THEIR_KIND', 'data_stage', 'base_
            'priming_source', 'priming_set', 'priming_settings', 'prime_stage', 'corpus_stage', 'label_stage',
            'curate_stage', 'curated_folder', 'matched_rows', 'pretraining_stage', 'save_texts',
            'engines_beside_workers', 'run_training', 'trainable', 'sft_worker', 'sft_stage', 'vllm_engine', 'connected',
-           'make_engine', 'trained_by', 'ppo_worker', 'ppo_stage', 'star_worker', 'star_stage', 'trained_stage',
-           'Questions', 'answers', 'ask', 'asking_settings', 'read_answers', 'tokens_sampled', 'eval_stage',
-           'asked_checkpoints', 'draws_stage', 'space_problems', 'transfer_stage', 'last_stage', 'is_built', 'grid',
-           'quiet', 'quietly', 'progress_of', 'attempt', 'build_one_by_one', 'build_shared', 'start_worker',
-           'build_side_by_side', 'build_all', 'report_failures', 'run_jobs', 'results', 'manifest']
+           'make_engine', 'trained_by', 'ppo_worker', 'rl_stage', 'ppo_stage', 'star_worker', 'star_stage',
+           'trained_stage', 'Questions', 'answers', 'ask', 'asking_settings', 'read_answers', 'tokens_sampled',
+           'eval_stage', 'asked_checkpoints', 'draws_stage', 'space_problems', 'transfer_stage', 'last_stage',
+           'is_built', 'grid', 'quiet', 'quietly', 'progress_of', 'attempt', 'build_one_by_one', 'build_shared',
+           'start_worker', 'build_side_by_side', 'build_all', 'report_failures', 'run_jobs', 'results', 'manifest']
 
 # %% ../../nbs/lab/85_experiments.ipynb #c002
 import json
@@ -28,7 +28,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice, product
 from pathlib import Path
 from traceback import clear_frames
@@ -720,16 +720,24 @@ def ppo_worker(
     )
 
 # %% ../../nbs/lab/85_experiments.ipynb #x163
-def ppo_stage(job: Job) -> Path:
-    "PPO from the primed model: checkpoints step-NNNN/ and metrics.jsonl"
-    job = trained_by(job, "ppo")
+def rl_stage(
+    job: Job,
+    trainer: str,  # one of `TRAINERS`
+    worker: Callable,  # trains: called as worker(job, start, data, out)
+) -> Path:
+    "The primed model after RL by some trainer: checkpoints step-NNNN/ and metrics.jsonl"
+    job = trained_by(job, trainer)
     start, data = sft_stage(job), data_stage(job)
 
     def fill(out: Path):
-        run_training(ppo_worker, job, start, data, out)
+        run_training(worker, job, start, data, out)
 
-    settings = dict(seed=job.seed) | job.cfg.settings("world.template", "ppo", "lora")
-    return job.stage("ppo", settings, dict(data=data.name, start=model_digest(start)), fill)
+    settings = dict(seed=job.seed) | job.cfg.settings("world.template", trainer, "lora")
+    return job.stage(trainer, settings, dict(data=data.name, start=model_digest(start)), fill)
+
+
+def ppo_stage(job: Job) -> Path:
+    return rl_stage(job, "ppo", ppo_worker)
 
 # %% ../../nbs/lab/85_experiments.ipynb #r106
 def star_worker(
@@ -755,16 +763,8 @@ def star_worker(
     star(start, problems, out, replace(cfg.star, seed=job.seed), Task(prompt), load, runtime)
 
 # %% ../../nbs/lab/85_experiments.ipynb #r108
-def star_stage(job: Job) -> Path:
-    "STaR from the primed model: checkpoints step-NNNN/, one per round, and metrics.jsonl"
-    job = trained_by(job, "star")
-    start, data = sft_stage(job), data_stage(job)
-
-    def fill(out: Path):
-        run_training(star_worker, job, start, data, out)
-
-    settings = dict(seed=job.seed) | job.cfg.settings("world.template", "star", "lora")
-    return job.stage("star", settings, dict(data=data.name, start=model_digest(start)), fill)
+def star_stage(job: Job) -> Path:  # with a checkpoint per round
+    return rl_stage(job, "star", star_worker)
 
 # %% ../../nbs/lab/85_experiments.ipynb #r111
 def trained_stage(job: Job) -> Path:
@@ -865,9 +865,9 @@ def tokens_sampled(
 def eval_stage(job: Job) -> Path:
     "Completions of every checkpoint on the eval split, and results.csv"
     run, data = trained_stage(job), data_stage(job)
-    questions = Questions(from_parquet(data / "eval.parquet"), job.cfg.eval.samples)
 
     def fill(out: Path):
+        questions = Questions(from_parquet(data / "eval.parquet"), job.cfg.eval.samples)
         ask(job, sorted(run.glob("step-*")), [questions], out)
         table = summarize(read_answers(out))
         table["tokens_sampled"] = table.step.map(tokens_sampled(job.cfg, run))
@@ -890,25 +890,26 @@ def asked_checkpoints(
 def draws_stage(job: Job) -> Path:
     "Many completions per problem of the eval split"
     run, data = trained_stage(job), data_stage(job)
-    questions = Questions(from_parquet(data / "eval.parquet"), job.cfg.eval.draws, "draws")
 
     def fill(out: Path):
+        questions = Questions(from_parquet(data / "eval.parquet"), job.cfg.eval.draws, "draws")
         ask(job, asked_checkpoints(job, run), [questions], out)
 
     settings = asking_settings(job, "draws", "drawn")
     return job.stage("draws", settings, {"data": data.name, job.cfg.trainer: run.name}, fill)
 
 # %% ../../nbs/lab/85_experiments.ipynb #e215
+@lru_cache(32)
 def space_problems(
     cfg: Config,
     name: str,  # one of `cfg.eval.spaces`
-) -> list[Problem]:  # of the split `eval`; ValueError if there are too few
+) -> tuple[Problem, ...]:  # of the split `eval`; ValueError if there are too few
     "Problems of an evaluation space"
     space = Space(**space_ranges(cfg.world, name), split="eval")
     stream, wanted = iter(Stream(space, cfg.data.seed)), cfg.eval.space_problems
     if name == "products":
         stream = filter(needs_product, stream)
-    problems = list(islice(stream, wanted))
+    problems = tuple(islice(stream, wanted))
     if len(problems) < wanted:
         raise ValueError(
             f"eval.space_problems={wanted}: the space {name} has only {len(problems)} problems; "
@@ -919,11 +920,12 @@ def space_problems(
 # %% ../../nbs/lab/85_experiments.ipynb #e217
 def transfer_stage(job: Job) -> Path:
     "Completions of problems of other spaces, a file per space and checkpoint"
-    cfg, run = job.cfg, trained_stage(job)
+    cfg = job.cfg
     questions = [
         Questions(space_problems(cfg, name), cfg.eval.space_draws, name, dict(space=name))
         for name in cfg.eval.spaces
     ]
+    run = trained_stage(job)
 
     def fill(out: Path):
         ask(job, asked_checkpoints(job, run), questions, out)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASES', 'MICRO_BYTES', 'BOS', 'SOFTMAX', 'base_path', 'located', 'load_tokenizer', 'token_ids', 'known_ids',
-           'end_ids', 'model_ends', 'whole', 'weights_of', 'Weights', 'write_ends', 'save_checkpoint', 'some_of',
-           'head_differs', 'missing_hint', 'check_whole', 'load_unchecked', 'load_model', 'check_checkpoint',
+           'end_ids', 'model_ends', 'whole', 'saved_name', 'weights_of', 'Weights', 'write_ends', 'save_checkpoint',
+           'some_of', 'head_differs', 'missing_hint', 'check_whole', 'load_unchecked', 'load_model', 'check_checkpoint',
            'weights_digest', 'begin_token', 'with_begin', 'Critic', 'rate_owners', 'random_rates', 'without_dropout',
            'check_steady', 'chosen_logprobs', 'chosen_in_pieces', 'token_logprobs']
 
@@ -120,6 +120,11 @@ def whole(
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 # %% ../../nbs/models/43_checkpoints.ipynb #x021
+def saved_name(name: str) -> str:  # of a parameter, perhaps under an adapter
+    "What a weight is called in a checkpoint"
+    return name.replace(".base_layer.", ".")
+
+
 def weights_of(
     model: nn.Module,  # a transformers model, perhaps with LoRA adapters, perhaps sharded
     dtype: torch.dtype | None = None,  # cast to this (default: as they are)
@@ -134,7 +139,7 @@ def weights_of(
         if layer is not None:
             low_rank = whole(layer.lora_B["default"].weight) @ whole(layer.lora_A["default"].weight)
             w = w + layer.scaling["default"] * low_rank
-        yield name.replace(".base_layer.", "."), w if dtype is None else w.to(dtype)
+        yield saved_name(name), w if dtype is None else w.to(dtype)
 
 # %% ../../nbs/models/43_checkpoints.ipynb #x0212
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Weights:
     def own(self) -> dict[str, nn.Parameter]:
         "Name in a checkpoint → parameter, perhaps a shard"
         named = self.model.named_parameters()
-        return {n.replace(".base_layer.", "."): p for n, p in named if ".lora_" not in n}
+        return {saved_name(n): p for n, p in named if ".lora_" not in n}
 
     @property
     def shapes(self) -> dict[str, torch.Size]:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FLAT', 'UNNAMED', 'add_lora', 'prepare', 'memory_for', 'micro_batches', 'batch_shares', 'Group', 'fully_sharded',
            'Team', 'state_tensors', 'plain_errors', 'saved_states', 'digest_of', 'state_digest', 'remove_states',
-           'tidy_states', 'name_state', 'Shards', 'write_state', 'sealed', 'state_errors', 'States', 'save_state',
-           'good_state', 'check_state', 'load_state', 'drop_states', 'patient_ray', 'start_ray_here', 'own_signals',
-           'start_ray', 'run_worker', 'WorkerLost', 'is_loss', 'fit_once', 'worker_team', 'on_workers']
+           'tidy_states', 'name_state', 'Shards', 'write_state', 'sealed', 'state_errors', 'States', 'good_state',
+           'check_state', 'load_state', 'drop_states', 'patient_ray', 'start_ray_here', 'own_signals', 'start_ray',
+           'run_worker', 'WorkerLost', 'is_loss', 'fit_once', 'worker_team', 'on_workers']
 
 # %% ../../nbs/models/44_parallel.ipynb #x003
 import importlib.util
@@ -439,19 +439,6 @@ def __exit__(self: States, kind, error, traceback):
                 self.settle()
     finally:
         self.thread.shutdown()
-
-# %% ../../nbs/models/44_parallel.ipynb #x039
-def save_state(
-    out: str | Path,  # folder of the run
-    step: int,  # updates done
-    modules: dict[str, nn.Module],  # name → module
-    optimizers: dict[str, torch.optim.Optimizer],  # name of the module → its optimiser
-    meta: dict,  # anything JSON can hold
-    team: Team = Team(),  # who writes
-):
-    "Write a state of the run, and wait until it has its name (see `States.save`)"
-    with States(out, modules, optimizers, team) as states:
-        states.save(step, meta)
 
 # %% ../../nbs/models/44_parallel.ipynb #x041
 def good_state(

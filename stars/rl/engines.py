@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..models.checkpoints import Weights, check_checkpoint, end_ids, known_ids
+from ..models.checkpoints import Weights, check_checkpoint, end_ids, known_ids, saved_name
 from ..models.parallel import Team, start_ray
 from .rollouts import Engine, RemoteEngine, Rollout, check_lengths
 
@@ -775,8 +775,8 @@ def ties_of(model: torch.nn.Module) -> dict[str, str]:  # name of a tied weight 
     "Which weights of a model in training have two names"
     name_of = {p: name for name, p in model.named_parameters()}
     everything = model.named_parameters(remove_duplicate=False)
-    ties = {name: name_of[p] for name, p in everything if name != name_of[p]}
-    return {a.replace(".base_layer.", "."): b.replace(".base_layer.", ".") for a, b in ties.items()}
+    ties = ((name, name_of[p]) for name, p in everything if name != name_of[p])
+    return {saved_name(name): saved_name(other) for name, other in ties}
 
 # %% ../../nbs/rl/54_engines.ipynb #n044
 def source_of(weights: Weights):  # a `vllm.distributed.weight_transfer.WeightSource`

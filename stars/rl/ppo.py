@@ -787,6 +787,10 @@ class Stopwatch:
         now = time.perf_counter()
         self.seconds[phase], self.since = now - self.since, now
 
+    @property
+    def columns(self) -> dict[str, float]:  # as they are logged
+        return {f"s_{phase}": s for phase, s in self.seconds.items()}
+
 # %% ../../nbs/rl/56_ppo.ipynb #p087
 def sample_step(
     run: Run,
@@ -852,7 +856,7 @@ def ppo_step(
     return dict(
         step=step + 1,
         **scored | valued | updated | synced,
-        **{f"s_{phase}": s for phase, s in seconds.items()},
+        **watch.columns,
         tokens_per_s_sample=sum(len(r.ids) for r in rollouts) / seconds["sample"],
         tokens_per_s_update=sum(batch.lengths) * run.learner.cfg.epochs / seconds["update"],
     )

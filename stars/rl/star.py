@@ -116,9 +116,8 @@ def sampled_round(
     watch.lap("score")
     examples = right_examples(queries, texts, rollouts, scores, cfg.threshold)
     row = dict(step=done + 1, **rollout_metrics(rollouts, scores, counts), examples=len(examples))
-    seconds = {f"s_{phase}": s for phase, s in watch.seconds.items()}
     speed = sum(len(r.ids) for r in rollouts) / watch.seconds["sample"]
-    return dict(row=row | seconds | dict(tokens_per_s_sample=speed), examples=examples)
+    return dict(row=row | watch.columns | dict(tokens_per_s_sample=speed), examples=examples)
 
 # %% ../../nbs/rl/58_star.ipynb #s019
 def check_examples(
@@ -192,8 +191,7 @@ def star_round(
     watch.lap("update")
     sent = sync(run.engine, model, team)
     watch.lap("sync")
-    seconds = {f"s_{phase}": s for phase, s in watch.seconds.items()}
-    return kept["row"] | dict(sft_loss=loss, sync_bytes=sent) | seconds
+    return kept["row"] | dict(sft_loss=loss, sync_bytes=sent) | watch.columns
 
 # %% ../../nbs/rl/58_star.ipynb #s026
 def end_round(

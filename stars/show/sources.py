@@ -427,9 +427,9 @@ def job_groups(
         groups = algorithm_groups(study)
     else:
         groups = [(grid(study.cfg, study.models, study.conditions, study.seeds, study.runs), {})]
-    if study.references and not study.shares:
-        jobs = grid(study.cfg, study.references, ["base"], study.seeds, study.runs)
-        groups.append((jobs, dict(condition="rich_base", model=study.models[0])))
+        if study.references:
+            jobs = grid(study.cfg, study.references, ["base"], study.seeds, study.runs)
+            groups.append((jobs, dict(condition="rich_base", model=study.models[0])))
     return [([replace(job, last=study.reads) for job in jobs], marks) for jobs, marks in groups]
 
 # %% ../../nbs/show/92_sources.ipynb #ic057

@@ -414,13 +414,14 @@ def test_batches():
 def test_a_state_holds_what_is_trained(tmp_path):
     from safetensors import safe_open
 
-    from stars.models.parallel import save_state, saved_states
+    from stars.models.parallel import States, saved_states
 
     shape, m = small(layers=1, vocab=64)
     opt = torch.optim.AdamW(m.parameters())
     token_logprobs(m, torch.randint(64, (2, 9))).sum().backward()
     opt.step()
-    save_state(tmp_path, 1, dict(model=m), dict(model=opt), {})
+    with States(tmp_path, dict(model=m), dict(model=opt)) as states:
+        states.save(1, {})
     held = 0
     for f in saved_states(tmp_path)[0].glob("*.safetensors"):
         with safe_open(f, "pt") as x:
