@@ -10,7 +10,7 @@ __all__ = ['Cell', 'MIXED', 'RICH_BASE', 'SEARCH', 'PLANNING', 'CLAIMS', 'VERDIC
            'solved_in', 'gains', 'sharpens', 'learns_from_misses', 'turned', 'repeats_less', 'remembers', 'helps_under',
            'Measured', 'family_models', 'own_rows', 'finished', 'trainer_configs', 'own_answers', 'published_rows',
            'seeds_told', 'unit_of', 'rows_of', 'found_in', 'replication', 'effect_text', 'replication_table',
-           'whose_of', 'replication_title', 'halves', 'draw_outcome', 'draw_claims', 'claims_by_unit',
+           'whose_of', 'replication_title', 'filled', 'halves', 'draw_outcome', 'draw_claims', 'claims_by_unit',
            'populations_told', 'head_sections', 'replication_figure']
 
 # %% ../../nbs/show/94_claims.ipynb #ie003
@@ -567,6 +567,16 @@ def replication_title(
             said.setdefault(whose, []).append(f"{source}: {counted}")
     return ". ".join(f"{TITLES[whose]} – {'; '.join(parts)}" for whose, parts in said.items())
 
+# %% ../../nbs/show/94_claims.ipynb #rs002
+def filled(
+    r: pd.DataFrame,  # from `replication`
+    saved: pd.DataFrame,  # a table from `replication` that was saved earlier
+) -> pd.DataFrame:  # the rows of the first, in their order
+    "Every claim that a saved table has numbers for, by that table"
+    known, keys = saved[saved.value.notna()], ["claim", "source"]
+    rows = pd.concat([known.assign(whose=whose_of(known)), r]).drop_duplicates(keys)
+    return rows.set_index(keys).loc[pd.MultiIndex.from_frame(r[keys])].reset_index()[list(r.columns)]
+
 # %% ../../nbs/show/94_claims.ipynb #ie048
 LONG_STATEMENT = 46  # letters that fit into a line
 
@@ -661,7 +671,7 @@ def populations_told(
     "What the intervals of each source are good for"
     names = {"accuracy": "accuracies", "per completion": "habits", "share": "shares", "growth": "lengths"}
     said = []
-    known = r[r.lo.notna()] if "population" in r else r[:0]
+    known = r[r.lo.notna() & r.population.notna()] if "population" in r else r[:0]
     for source, rows in known.groupby("source", sort=False):
         units = rows.groupby("unit", sort=False).population.unique()
         parts = [f"{names[u]} {listed([GOOD_FOR[p] for p in ps])}" for u, ps in units.items()]

@@ -4,6 +4,7 @@ import hashlib
 import io
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from stars.habits.behaviors import HABITS
 from stars.show import claims, sources
 from stars.show.claims import CLAIMS, effect, replication, replication_table, verdict
 from stars.show.figures import controls, dynamics
-from stars.show.plots import figure_text, summary_table
+from stars.show.plots import figure_text, invented, save_figure, summary_table
 from stars.show.sources import FILES, Study, footnotes, published_file, published_results, read_published
 
 COLUMNS = [
@@ -452,3 +453,73 @@ def test_single_runs_are_called_so():
     )
     row = table.loc["under the same PPO, the base with habits ends higher"]
     assert row.one.endswith("shown (one run)") and row.three.endswith("shown")
+
+
+# ---- a table that was saved with a figure
+
+
+@pytest.fixture
+def saved(tmp_path):
+    "A figure of two conditions and two seeds, as `save_figure` leaves it"
+    rows = invented(np.random.default_rng(0), dict(base=(0.1, 0.3), dots=(0.1, 0.35)), (0, 1), "plain")
+    rows = rows.assign(source="cpu")
+    runs = dict(commit="abc", hardware=dict(cpus=64), config=dict(steps=7), seeds=[0, 1])
+    return save_figure(plt.figure(figsize=(1, 1)), "fig", rows, tmp_path, runs, dpi=20)
+
+
+def from_table(saved, **more):
+    return Study(conditions=["base", "dots"], table=str(saved["csv"]), **more)
+
+
+def test_a_figure_is_drawn_again_from_its_table(saved, tmp_path):
+    "Nothing is run, every number is the same, and the manifest tells runs from drawing"
+    study = from_table(saved)
+    assert study.jobs() == []
+    rows = study.results()
+    assert set(rows.seed) == {0, 1}  # all that the table has
+    about = study.manifest()
+    assert (about["commit"], about["hardware"], about["config"]) == ("abc", dict(cpus=64), dict(steps=7))
+    assert about["seeds"] == [0, 1] and about["drawn"]["commit"] != "abc"
+    again = save_figure(plt.figure(figsize=(1, 1)), "fig", rows, tmp_path / "again", about, dpi=20)
+    assert again["csv"].read_bytes() == saved["csv"].read_bytes()
+    twice = from_table(again).manifest()
+    assert twice["commit"] == "abc" and twice["drawn"] == about["drawn"]
+
+
+def test_a_saved_table_stands_beside_published_results(saved, folder):
+    rows = from_table(saved, source="both", published=str(folder)).results()
+    assert set(rows.source) == {"cpu", "published"}
+    assert (
+        len(Study(conditions=["base"], table=str(saved["csv"])).results())
+        == len(rows[rows.source == "cpu"]) / 2
+    )
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        (dict(preset="smoke"), "has rows of cpu; give preset=cpu"),
+        (dict(conditions=["base", "curated"]), "has no rows of condition curated"),
+        (dict(models=["rich"]), "has no rows of model rich"),
+        (dict(shares=[0, 0.1]), "lacks the columns share"),
+    ],
+)
+def test_a_table_of_something_else_is_refused(saved, how, said):
+    with pytest.raises(ValueError, match=said):
+        Study(**dict(conditions=["base"], table=str(saved["csv"])) | how).results()
+
+
+def test_a_table_without_its_manifest_or_with_another_is_refused(saved):
+    study = from_table(saved)
+    with pytest.raises(ValueError, match="use source=own or both"):
+        from_table(saved, source="published")
+    with open(saved["csv"], "a") as f:
+        f.write("\n")
+    with pytest.raises(ValueError, match="is not what fig.json describes"):
+        study.manifest()
+    saved["json"].unlink()
+    with pytest.raises(FileNotFoundError, match="fig.json is missing"):
+        study.manifest()
+    saved["csv"].unlink()
+    with pytest.raises(FileNotFoundError, match="is no file; give a CSV"):
+        study.results()
