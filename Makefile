@@ -29,7 +29,7 @@ test: .venv/.dev ## form and exports, then every notebook runs, every test passe
 	$(RAY) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing --path nbs/tutorials/cluster.ipynb
 	$(BIN)/python -m pytest
 
-test-faults: .venv/.dev ## every write, flush, rename and unlink of thirteen commands fails once, in four ways (Linux; an hour)
+test-faults: .venv/.dev ## every write, flush, rename and unlink of fifteen commands fails once, in four ways (Linux; an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
 
 test-verl: .venv/.dev .venv-verl/.done ## exports for verl, under verl's own code (in an environment of its own)

@@ -40,7 +40,8 @@ from disk import BROKEN, KILLED, KINDS, Disk, key, watch
 from tiny import STAR, TOK, model, teach, untimed
 from tiny import run as train
 
-from stars.habits import judges
+from stars.cli import exporting
+from stars.habits import judges, summaries
 from stars.habits.behaviors import HABIT_NAMES, count_in
 from stars.lab import experiments as ex
 from stars.lab import stages
@@ -338,6 +339,45 @@ def staged(root: Path):
     stages.stage(root, "sft", dict(seed=0), {}, work)
 
 
+def evaluated(root: Path, n: int = 3):
+    "A job that was asked `n` problems, as a run store holds it"
+    about = dict(
+        inputs=dict(ppo="ppo-0123456789"), config=dict(eval=dict(samples=1)), commit="c", finished="today"
+    )
+    about |= dict(packages=dict(stars="0.1.0"), python="3.11", hardware=dict(cpus=2, gpus=[]))
+    rows = [
+        dict(
+            model="plain",
+            condition="dots",
+            seed=0,
+            step=0,
+            index=i,
+            generated="a",
+            response_tokens=1,
+            score=1.0,
+        )
+        | dict.fromkeys(HABIT_NAMES, 1)
+        | dict(truncated=False)
+        for i in range(n)
+    ]
+    folder = root / "runs" / "cpu" / "plain" / "dots" / "seed0" / "eval-0123456789"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps(about))
+    pd.DataFrame(rows).to_parquet(folder / "completions-step-0000.parquet")
+    summaries.summarize(pd.DataFrame(rows)).to_csv(folder / "results.csv", index=False)
+
+
+def export(root: Path):
+    exporting.export_runs(root / "runs", root / "out", completions=True)
+
+
+def export_older(root: Path):
+    "A run store whose older state has been exported"
+    evaluated(root, 2)
+    export(root)
+    evaluated(root)
+
+
 COMMANDS = dict(
     sft=Command(
         lambda root: train("sft", root / "out", save_every=2), whole={"out/model/": ""}
@@ -359,6 +399,7 @@ COMMANDS = dict(
     rewriting=Command(curate, lambda root: (corpus(root), label(root))),
     figure=Command(draw, lambda root: draw(root, 1), {"figures/": "figures/fig.json"}),
     problems=Command(pose),
+    export=Command(export, export_older, {"out/": "out/README.md"}),
 )
 
 
