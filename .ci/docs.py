@@ -3,27 +3,42 @@ project files.
 
 Nothing is executed. A notebook's page holds its prose, its outputs as they were saved and, for each
 exported function, class or constant, a heading, the signature with its comments and the source behind a
-fold. Two pages are written here: the index of all symbols and that of all figures.
+fold. Under its title stand the ways out: its source, the notebook to keep, Colab, Binder. Pages without a
+notebook are written here: the book, the index of all symbols, the gallery, how to draw the figures.
 """
 
 import ast
+import html
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from matplotlib import get_data_path
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
+from PIL import Image, ImageDraw, ImageFont
 
 from stars.show.gallery import place_name
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+NOISE = re.compile(r"Warning\b|\d+%\||\bit/s\b")  # of libraries: warnings, bars of progress
+THUMB = 560  # pixels of a thumbnail's longer side, for screens of two pixels per point
+HEADLINE = "fig_controls"  # the figure of the first page
+NEXT = (
+    ("gallery.html", "See every figure"),
+    ("tutorials/quickstart.html", "Run it: quickstart"),
+    ("explain/argument.html", "Read the argument"),
+    ("book.html", "Open the book"),
+)
+BEST = ("cpu", "cpu+published")  # where a figure's picture comes from, first choice first
 
 
 @dataclass
@@ -134,6 +149,12 @@ def subtitle(nb):
     return next(m[1] for c in nb["cells"] for m in [re.search(r"^#\s.*\n+>\s*(.+)", source(c))] if m)
 
 
+def heading(nb):
+    return re.search(r"^#\s+(.+)", "\n".join(source(c) for c in nb["cells"] if c["cell_type"] == "markdown"))[
+        1
+    ]
+
+
 def module_of(nb):
     found = [
         m[1]
@@ -212,22 +233,58 @@ def enlargeable(text):
     )  # a picture on a phone: touch it for the large one
 
 
-def titled(cells):
-    "Title and subtitle as front matter, and the rest"
+def doors(path):
+    "Where else a file of the repository can be seen, kept or run, as a line of links"
+    cfg = get_config()
+    repo, name = f"{cfg.user}/{cfg.repo}", path.name
+    links = [(f"{cfg.git_url}/blob/{cfg.branch}/{path}", "Source", "")]
+    if path.suffix == ".ipynb":
+        inside = path.relative_to(cfg.nbs_path.name)
+        up = "../" * (len(inside.parts) - 1)
+        links += [
+            (f"{up}notebooks/{inside}", "Download notebook", f' download="{name}"'),
+            (
+                f"https://colab.research.google.com/github/{repo}/blob/{cfg.branch}/{path}",
+                "Open in Colab",
+                "",
+            ),
+            (f"https://mybinder.org/v2/gh/{repo}/{cfg.branch}?labpath={path}", "Open in Binder", ""),
+        ]
+    return (
+        '<p class="doors">' + "\n".join(f'<a href="{u}"{how}>{what}</a>' for u, what, how in links) + "</p>"
+    )
+
+
+def titled(cells, ways, title=None, picture=None):
+    "Title and subtitle as front matter, the ways out, and the rest"
     m = re.match(r"#\s+(.+?)\s*(?:\n+>\s*(.+?)\s*)?(\n.*)?$", source(cells[0]), re.S)
     if not m:
         raise ValueError(
             f"a notebook must open with `# title` and `> subtitle`, not with {source(cells[0])[:60]!r}"
         )
-    front = yaml.safe_dump(dict(title=m[1], subtitle=m[2] or ""), allow_unicode=True, width=10_000)
+    front = dict(title=title or m[1], subtitle=m[2] or "", description=m[2] or "")
+    if picture:
+        front["image"] = picture
+    front = yaml.safe_dump(front, allow_unicode=True, width=10_000)
     return [
         dict(cell_type="raw", metadata={}, source=f"---\n{front}---"),
+        markdown(ways),
         *([markdown(m[3])] if (m[3] or "").strip() else []),
         *cells[1:],
     ]
 
 
-def page(nb, known):
+def at_rest(output):
+    "What an output shows where no widget runs: its HTML, if it brings one; nothing, if it is noise"
+    if output.get("name") == "stderr" and NOISE.search("".join(output["text"])):
+        return None
+    data = output.get("data", {})
+    if WIDGET not in data:
+        return output
+    return output | dict(data={"text/html": data["text/html"]}) if "text/html" in data else None
+
+
+def page(nb, known, ways, title=None, picture=None):
     "A notebook as it is shown"
     module, cells, before = module_of(nb), [], set()
     for c in nb["cells"]:
@@ -244,10 +301,10 @@ def page(nb, known):
                 c
                 | dict(
                     source=re.sub(r"^#\|\s*\w+\s*\n", "", text, flags=re.M),
-                    outputs=[o for o in c["outputs"] if WIDGET not in o.get("data", {})],
+                    outputs=[o for o in map(at_rest, c["outputs"]) if o],
                 )
             )
-    return nb | dict(cells=titled(cells))
+    return nb | dict(cells=titled(cells, ways, title, picture))
 
 
 # ---- figures
@@ -320,68 +377,148 @@ def as_drawn(nb, name):
     return nb | dict(cells=cells)
 
 
-def with_commands(nb, name):
-    """A figure's notebook with how to run it, and with the pictures of the repository that it does not show
-    itself"""
-    cells, at = (
-        list(nb["cells"]),
-        next(i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", [])),
-    )
+def has_picture(output):
+    return "image/png" in output.get("data", {})
+
+
+def best_of(places):
+    "The place whose picture stands for a figure"
+    return next((p for p in (*BEST, *places) if p in places), None)
+
+
+def said(nb):
+    "What a figure's notebook says of its picture in words: the printed texts below *In words*"
+    words, out = False, []
+    for c in nb["cells"]:
+        if c["cell_type"] == "markdown":
+            words = source(c).startswith("## In words") or (words and not source(c).startswith("#"))
+        elif words:
+            out += ["".join(o["text"]) for o in c["outputs"] if o.get("name") == "stdout"]
+    return "\n".join(out).strip()
+
+
+def opening(nb, name, place, manifest):
+    "The message of a figure, its picture, what it says"
+    text = [f"**{manifest.get('title', name)}.**", drawn(name, place, manifest)]
+    if words := said(nb):
+        text.append("\n".join(f"- {line}" for line in words.splitlines() if line.strip()))
+    return markdown("\n\n".join(text))
+
+
+def without_picture(cell):
+    "A cell that drew the picture which the page begins with"
+    if cell["cell_type"] != "code" or not any(map(has_picture, cell["outputs"])):
+        return [cell]
+    left = [o for o in cell["outputs"] if not has_picture(o)]
+    return [cell | dict(outputs=left), markdown("*This draws the picture that the page begins with.*")]
+
+
+def figure(nb, name):
+    """A figure's notebook as a page: the picture and what it says, the question, pictures from elsewhere, how
+    to draw it, the code"""
+    at = next(i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", []))
+    title, *about, code = [*nb["cells"][:at], nb["cells"][at:]]
     params, places = defaults(nb), pictures(name)
-    shows = any("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
-    others = {k: m for k, m in places.items() if not (shows and k == params["preset"])}
-    album = (
-        [
-            markdown(
-                "\n".join(
-                    [
-                        "## Drawn so far\n",
-                        *(
-                            f"### {place_name(place)}\n\n{drawn(name, place, m)}"
-                            for place, m in others.items()
-                        ),
-                    ]
-                )
-            )
-        ]
-        if others
-        else []
+    how = markdown(
+        f"## How to draw it\n\n{commands(name, params)}\n\nThe notebook below does the work. These are its "
+        f"parameters; `-p` sets each of them, `--set` any field of the preset."
     )
-    cells.insert(
-        at,
-        markdown(
-            f"## How to run it\n\n{commands(name, params)}\n\nThese are the parameters; `-p` sets each of "
-            f"them, `--set` any field of the preset."
-        ),
-    )
-    return nb | dict(
-        cells=cells + album if shows else cells[:at] + album + cells[at:]
-    )  # a page without outputs begins with what there is
+    best = best_of(places)
+    if best is None:
+        return nb | dict(cells=[title, *about, how, *code])
+    if best == params.get("preset"):
+        code = [part for c in code for part in without_picture(c)]
+    first, rest = opening(nb, name, best, places.pop(best)), []
+    if places:
+        others = (f"### {place_name(p)}\n\n{drawn(name, p, m)}" for p, m in places.items())
+        rest = [markdown("\n".join(["## Drawn from elsewhere\n", *others]))]
+    heading = [markdown("## What is asked")] if about else []
+    return nb | dict(cells=[title, first, *heading, *about, *rest, how, *code])
 
 
-def write_figures(proc, notebooks):
+def headline(name, places):
+    "Place and message of a figure's picture"
+    best = best_of(places)
+    return best, places[best].get("title", name) if best else ""
+
+
+def thumbnail(proc, name, place):
+    "A small copy of a picture, and its width and height"
+    to = proc / "thumbnails" / f"{name}.png"
+    to.parent.mkdir(exist_ok=True)
+    with Image.open(ROOT / "figures" / place / f"{name}.png") as im:
+        im = im.convert("RGB")
+        im.thumbnail((THUMB, THUMB))
+        im.quantize(128).save(to, optimize=True)
+        return im.size
+
+
+def write_gallery(proc, figures):
+    "gallery.qmd: a small picture of every figure and what it says"
+    cards = []
+    for name, (title, _) in figures.items():
+        place, message = headline(name, pictures(name))
+        if not place:
+            continue
+        w, h = thumbnail(proc, name, place)
+        cards.append(
+            f'<a class="card" href="figures/{name}.html"><img src="thumbnails/{name}.png" width="{w}" '
+            f'height="{h}" loading="lazy" alt="{html.escape(title)}"><b>{html.escape(title)}</b>'
+            f"<small>{html.escape(message)}</small></a>"
+        )
+    text = [
+        '---\ntitle: Gallery\nsubtitle: "Every figure and what it says."\ntoc: false\n---\n',
+        doors(Path(".ci/docs.py")) + "\n",
+        '<div class="gallery">',
+        *cards,
+        "</div>\n",
+        "The larger pictures, with commands, are under [How to draw them](reproduce.qmd); all of them with "
+        "their numbers and manifests on [one plain page](figures/index.html).\n",
+    ]
+    (proc / "gallery.qmd").write_text("\n".join(text), encoding="utf-8")
+
+
+def write_figures(proc, figures):
     "reproduce.qmd: all figures, the question that each asks, the newest picture of it"
     out = [
-        "---\ntitle: Reproduce\n"
-        'subtitle: "Every figure: what it asks, how to draw it, what came out."\n---\n',
+        '---\ntitle: How to draw them\nsubtitle: "Every figure: what it asks, how to draw it, what came '
+        'out."\n---\n',
+        doors(Path(".ci/docs.py")) + "\n",
         "```sh\nmake reproduce                    # the headline figures from nothing: a quarter of an "
         "hour on two cores\nstars reproduce --preset smoke    # every figure, tiny: a few minutes\n"
         "stars reproduce                   # every figure of the preset cpu: an evening on two cores\n```\n",
         "A figure is a notebook with parameters, run by papermill; what it needs and does not find in "
-        "`runs/` is built first. [All pictures on one page](figures/index.html), with their numbers and "
-        "manifests.\n",
+        "`runs/` is built first.\n",
     ]
-    order = (proc / "sidebar.yml").read_text()
-    for name, nb in sorted(notebooks.items(), key=lambda x: order.find(x[0])):
-        question = subtitle(nb)
-        out.append(
-            f"## {question} {{#{name}}}\n\n[{name}](figures/{name}.ipynb), how to run it and what it shows.\n"
-        )
-        places = pictures(name)
-        best = next((p for p in ("cpu+published", "cpu", *places) if p in places), None)
-        if best:
-            out.append(drawn(name, best, places[best], "figures/"))
+    for name, (title, nb) in figures.items():
+        out.append(f"## {title} {{#{name}}}\n\n{subtitle(nb)} [{name}](figures/{name}.ipynb)\n")
+        place, _ = headline(name, places := pictures(name))
+        if place:
+            out.append(drawn(name, place, places[place], "figures/"))
     (proc / "reproduce.qmd").write_text("\n".join(out), encoding="utf-8")
+
+
+def write_book(proc, about):
+    "book.qmd: the parts and chapters in order, a line each"
+    bar = yaml.safe_load((proc / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    parts = next(p["contents"] for p in bar if p.get("section") == "Book")
+    out = [
+        '---\ntitle: Book\nsubtitle: "Every part and chapter, in the order in which they build on each '
+        'other."\ntoc-depth: 2\n---\n',
+        doors(Path(".ci/docs.py")) + "\n",
+        "A chapter is a notebook, and exports a module of the same name. It uses only chapters before it.\n",
+    ]
+    for n, part in enumerate((p for p in parts if "section" in p), 1):
+        out.append(f"## {n}. {part['section']}\n")
+        for path in part["contents"]:
+            number = re.match(r"\d+", Path(path).name)[0]
+            if path not in about:
+                continue
+            title, line = about[path]
+            out.append(f"{number}. [{title}]({final_name(Path(path))}): {line}")
+        out.append("")
+    out.append("Every function, class and constant, one line each: [all symbols](api.qmd).\n")
+    (proc / "book.qmd").write_text("\n".join(out), encoding="utf-8")
 
 
 def write_symbols(proc, chapters):
@@ -393,6 +530,7 @@ def write_symbols(proc, chapters):
         f"{n} functions, classes and constants in {len(chapters)} modules. A module is a chapter: the "
         f"links lead to signature, comments, source and the checks below it.\n",
     ]
+    out.insert(1, doors(Path(".ci/docs.py")) + "\n")
     for module, (about, found) in chapters.items():
         rows = [
             f"| [`{s.name}`]({s.page}.ipynb#{s.id}) | {(s.about or s.kind).replace('|', chr(92) + '|')} |"
@@ -414,7 +552,60 @@ def write_symbols(proc, chapters):
     (proc / "api.qmd").write_text("\n".join(out), encoding="utf-8")
 
 
+# ---- the first page, and what other sites show of it
+
+
+def front(nb, places):
+    "The first page opens with the question, where to go next and what was found; the rest is the README's"
+    place, message = headline(HEADLINE, places)
+    if not place:
+        return nb
+    title, intro, *rest = nb["cells"]
+    question, _, more = source(intro).partition("\n\n")
+    ways = "\n".join(f'<a href="{u}">{what}</a>' for u, what in NEXT)
+    hero = [
+        f'<div class="hero">\n<div>\n\n{question}\n',
+        f'<p class="next">{ways}</p>\n\n</div>',
+        f'<a href="figures/{HEADLINE}.html"><img src="figures/{place}/{HEADLINE}.png" '
+        f'alt="{html.escape(message)}"></a>\n</div>',
+    ]
+    return nb | dict(cells=[title, markdown("\n".join(hero)), markdown(more), *rest])
+
+
+def card(to, title, line):
+    "What a chat or a feed shows of a link: name, question and picture on 1200 × 630 pixels"
+    place = best_of(pictures(HEADLINE))
+    image = Image.new("RGB", (1200, 630), "white")
+    if place:
+        with Image.open(ROOT / "figures" / place / f"{HEADLINE}.png") as im:
+            im = im.convert("RGB")
+            im.thumbnail((660, 590))
+            image.paste(im, (1180 - im.width, (630 - im.height) // 2))
+    draw, folder = ImageDraw.Draw(image), Path(get_data_path()) / "fonts" / "ttf"
+    large, small = (
+        ImageFont.truetype(folder / f"DejaVuSans{kind}.ttf", size) for kind, size in (("-Bold", 76), ("", 33))
+    )
+    draw.text((50, 60), title, "#117733", large)
+    draw.multiline_text((50, 180), textwrap.fill(line, 24), "#222222", small, spacing=14)
+    image.save(to, optimize=True)
+
+
 # ---- navigation and names
+
+
+def menu(root):
+    "Names of pages in the sidebar: path → text"
+    found = {}
+
+    def read(items):
+        for i in items:
+            if isinstance(i, dict) and "contents" in i:
+                read(i["contents"])
+            elif isinstance(i, dict):
+                found[i["href"]] = i["text"]
+
+    read(yaml.safe_load((root / "sidebar.yml").read_text())["website"]["sidebar"]["contents"])
+    return found
 
 
 def existing(item, root):
@@ -486,14 +677,20 @@ def prepare(proc):
         if module_of(nb)
     }
     known = [s for _, found in chapters.values() for s in found]
-    for p, nb in notebooks.items():
-        if p.parent.name == "figures":
-            nb = with_commands(as_drawn(nb, p.stem), p.stem)
-        to = proc / p.relative_to(nbs)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(json.dumps(page(nb, known), ensure_ascii=False), encoding="utf-8")
     for p in [*nbs.glob("*.yml"), *nbs.glob("*.css"), *nbs.glob("*.svg")]:
         shutil.copy2(p, proc)
+    names = menu(proc)
+    for p, nb in notebooks.items():
+        inside, picture = p.relative_to(nbs), None
+        if p.parent.name == "figures":
+            nb = figure(as_drawn(nb, p.stem), p.stem)
+            picture = f"/figures/{place}/{p.stem}.png" if (place := best_of(pictures(p.stem))) else None
+        elif p.name == "index.ipynb":
+            card(proc / "card.png", heading(nb), subtitle(nb))
+            nb = front(nb, pictures(HEADLINE))
+        shown = page(nb, known, doors(p.relative_to(ROOT)), names.get(str(inside)), picture)
+        (proc / inside).parent.mkdir(parents=True, exist_ok=True)
+        (proc / inside).write_text(json.dumps(shown, ensure_ascii=False), encoding="utf-8")
     shutil.copytree(ROOT / "figures", proc / "figures", dirs_exist_ok=True, ignore=kept_back)
     gallery = proc / "figures" / "index.html"
     gallery.write_text(
@@ -502,7 +699,11 @@ def prepare(proc):
         ),
         encoding="utf-8",
     )
-    write_figures(proc, {p.stem: nb for p, nb in notebooks.items() if p.parent.name == "figures"})
+    by_path = {str(p.relative_to(nbs)): nb for p, nb in notebooks.items()}
+    figures = {Path(p).stem: (text, by_path[p]) for p, text in names.items() if p in by_path}
+    write_gallery(proc, figures)
+    write_figures(proc, figures)
+    write_book(proc, {p: (heading(nb), subtitle(nb)) for p, nb in by_path.items()})
     write_symbols(proc, chapters)
     trim_navigation(proc)
     final_names(proc)
@@ -511,9 +712,18 @@ def prepare(proc):
     }
 
 
+def dark_theme(site):
+    "In the dark, the light theme with its own dark colours: both modes differ in nothing else"
+    light, dark = site / "site_libs/themes/cosmo.min.css", site / "site_libs/themes/darkly.min.css"
+    dark.write_text(
+        light.read_text(encoding="utf-8").replace("[data-bs-theme=dark]", ":root"), encoding="utf-8"
+    )
+
+
 def polish(site, subtitles):
     """What smalldocs has no setting for: no fonts from another host, a search that does not take
     *verification* for *verifier*, and one that knows subtitles"""
+    dark_theme(site)
     for path, what, instead in (
         ("*.css", r'@import\s*url\(["\']?https?:[^)]*\);?', ""),
         ("smalldocs*.js", r"threshold: 0\.3\b", "threshold: 0.1"),
@@ -542,6 +752,10 @@ def main(out):
         for p in (ROOT / "figures").glob("*/*.ipynb"):
             if "published" not in p.parent.name:
                 shutil.copy2(p, proc / get_config().doc_path.name / "figures" / p.parent.name)
+        for p in get_config().nbs_path.rglob("*.ipynb"):
+            keep = proc / get_config().doc_path.name / "notebooks" / p.relative_to(get_config().nbs_path)
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(p, keep)
         if not quarto:
             polish(proc / get_config().doc_path.name, subtitles)
         shutil.rmtree(out, ignore_errors=True)

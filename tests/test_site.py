@@ -286,8 +286,8 @@ def test_a_phone_scrolls_no_page_sideways(pages):
 
 def test_every_page_is_in_the_navigation(pages, home):
     linked = {urldefrag(u)[0][len(home) :] for u in pages["index.html"]["links"]}
-    assert set(pages) - linked <= {"figures/index.html"}  # all pictures on one page, which "Reproduce" links
-    assert home + "figures/index.html" in pages["reproduce.html"]["links"]
+    assert set(pages) - linked <= {"figures/index.html"}  # all pictures on one page, which the gallery links
+    assert home + "figures/index.html" in pages["gallery.html"]["links"]
 
 
 def test_sections(browser, home):
@@ -295,7 +295,7 @@ def test_sections(browser, home):
     browser.open(home + "index.html")
     assert browser.js(
         "[...document.querySelectorAll('.navbar-nav .nav-link')].map(e => e.innerText.trim()).filter(Boolean)"
-    )[:5] == ["Start", "Explain", "Reproduce", "Guides", "API"]
+    )[:6] == ["Start", "Explain", "Figures", "Guides", "Book", "API"]
 
 
 # ---- search

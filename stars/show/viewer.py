@@ -10,9 +10,9 @@ __all__ = ['PICTURES', 'NO_PICTURE', 'REPLACED', 'SHOWN', 'GREY', 'HTML_PAGE', '
            'text_of', 'check_completions', 'complete', 'decoded', 'read_parquet', 'completion_files',
            'checkpoint_columns', 'without_needless_folder', 'read_completions', 'choices', 'rows_with', 'rows_scored',
            'rows_showing', 'select', 'score_text', 'origin', 'Reading', 'read_row', 'card', 'control_values',
-           'make_controls', 'Browser', 'viewer', 'checkpoint_summary', 'summary', 'percent_text', 'mean_text',
-           'number_columns', 'checkpoint_table', 'append_segment', 'on_color', 'trace_text', 'habit_between',
-           'TimelineText', 'trace', 'inspect']
+           'make_controls', 'Browser', 'lasting_box', 'viewer', 'checkpoint_summary', 'summary', 'percent_text',
+           'mean_text', 'number_columns', 'checkpoint_table', 'append_segment', 'on_color', 'trace_text',
+           'habit_between', 'TimelineText', 'trace', 'inspect']
 
 # %% ../../nbs/show/95_viewer.ipynb #if003
 from collections import Counter
@@ -655,6 +655,19 @@ class Browser:
         row = self.box.rows.iloc[at.value - 1] if n else None
         self.page.value = card(row, self.rules) if n else "<em>No completion fits.</em>"
 
+# %% ../../nbs/show/95_viewer.ipynb #if074b
+def lasting_box(
+    w,  # ipywidgets
+) -> type:  # a `VBox`
+    "A box whose page can still be read where no widget runs"
+
+    class LastingBox(w.VBox):
+        def _repr_mimebundle_(self, **kwargs):
+            pages = (c.value for c in self.children if isinstance(c, w.HTML))
+            return super()._repr_mimebundle_(**kwargs) | {"text/html": "\n".join(pages)}
+
+    return LastingBox
+
 # %% ../../nbs/show/95_viewer.ipynb #if075
 def viewer(
     source: pd.DataFrame | Path | str,  # whatever `read_completions` reads
@@ -673,7 +686,7 @@ def viewer(
     row = w.Layout(flex_flow="row wrap")
     filters = w.HBox(list(controls.values()), layout=row)
     turning = w.HBox([b.at, b.found, b.previous, b.next], layout=row)
-    b.box = w.VBox([w.HTML(legend(rules)), filters, turning, b.page])
+    b.box = lasting_box(w)([w.HTML(legend(rules)), filters, turning, b.page])
     b.box.controls = controls | dict(at=b.at, previous=b.previous, next=b.next)
     b.search()
     return b.box

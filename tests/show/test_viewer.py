@@ -536,6 +536,14 @@ def test_fifty_thousand_rows_do_not_lag(df, monkeypatch):
     assert did == dict(select=3, card=23, find_behaviors=23)
 
 
+def test_where_no_widget_runs_the_trace_that_was_open_is_shown(df):
+    v = viewer(df)
+    v.controls["next"].click()
+    saved = v._repr_mimebundle_()
+    assert v.children[-1].value in saved["text/html"] and "verification" in Page(saved["text/html"]).text
+    assert "application/vnd.jupyter.widget-view+json" in saved  # and the live one where it does
+
+
 def test_without_ipywidgets_the_extra_is_named(df, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'stars-habits[lab]'")):
