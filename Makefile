@@ -6,6 +6,8 @@ FIGURES ?= fig_controls,fig_dynamics,fig_passk
 DRAWS ?= 8
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+# PyTorch's build for CPUs: that of PyPI, under the same version, brings 4 GB of CUDA along.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # For tests on a busy machine: Ray's workers do not give way to all other work, its dashboard may take its time.
 # The notebook that starts a Ray with all its parts runs alone.
 RAY := RAY_worker_niceness=0 RAY_DASHBOARD_STARTUP_TIMEOUT_S=600
@@ -56,11 +58,16 @@ gpu: .venv-gpu/.done ## on one card, nine minutes: speed, memory, vLLM, time for
 clean: ## drop what can be built again, but no runs
 	rm -rf build dist *.egg-info _docs
 
-.venv/.cpu: requirements/cpu.lock setup.py settings.ini
+.venv/.lock: requirements/cpu.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the locks need Python 3.11 or newer: make PYTHON=...")'
 	@echo "installing PyTorch and the rest of requirements/cpu.lock into .venv: 2 GB, a few minutes"
 	$(PYTHON) -m venv .venv
-	$(PIP) -r requirements/cpu.lock
+	@$(PIP) --no-deps --retries 1 --index-url $(TORCH_INDEX) $$(grep '^torch==' $<) 2>/dev/null || \
+	    echo "$(TORCH_INDEX) cannot be reached: PyTorch comes from PyPI, with 4 GB for GPUs"
+	$(PIP) -r $<
+	@touch $@
+
+.venv/.cpu: .venv/.lock setup.py settings.ini
 	$(PIP) --no-deps -e .
 	@touch $@
 	@echo "source .venv/bin/activate puts stars and python on your path"

@@ -657,9 +657,11 @@ def final_names(root):
 
 def kept_back(folder, names):
     """Files of `figures` that are no part of the project to render: executed notebooks, which are copied
-    afterwards, and published rows, which are not ours to publish"""
+    afterwards, the page for code hosts, and published rows, which are not ours to publish"""
     return [
-        n for n in names if n.endswith(".ipynb") or (n.endswith(".csv") and "published" in Path(folder).name)
+        n
+        for n in names
+        if n.endswith((".ipynb", ".md")) or (n.endswith(".csv") and "published" in Path(folder).name)
     ]
 
 

@@ -433,7 +433,8 @@ def figure(
 ):
     """One figure, with the runs it needs.
 
-    Writes FIGURES/PRESET/NAME.png, .svg, .csv and .json, and the page FIGURES/index.html.
+    Writes FIGURES/PRESET/NAME.png, .svg, .csv and .json, and pages of all figures, FIGURES/index.html
+    and README.md.
 
     Example: stars figure fig_gap -p source=both 'seeds=[0,1,2]'
 
@@ -488,8 +489,8 @@ def reproduce(
 ):
     """All figures of a preset, from nothing.
 
-    And a page that shows them, FIGURES/index.html. Killed and started again, it goes on where it stopped.
-    A figure that fails does not stop the others; the exit status is then 1.
+    And pages that show them, FIGURES/index.html and README.md. Killed and started again, it goes on where it
+    stopped. A figure that fails does not stop the others; the exit status is then 1.
 
     Example: stars reproduce --preset smoke
 

@@ -1,6 +1,7 @@
 "The page of all figures: its links lead somewhere, what comes from files is escaped, failures hide nothing"
 
 import json
+import re
 import shutil
 from html import unescape
 from html.parser import HTMLParser
@@ -135,6 +136,54 @@ def test_same_figures_same_bytes(folder, tmp_path):
     assert (
         gallery(folder, {"cpu/fig_b": "x", "cpu/fig_c": "y"}).read_bytes() == once
     )  # nor the page that is there
+
+
+# ---- the same for code hosts
+
+
+def readme_of(folder, failed=None):
+    gallery(folder, failed)
+    return Path(folder / "README.md").read_text("utf-8")
+
+
+def targets(readme):
+    return [unescape(t) for t in re.findall(r'(?:href|src)="([^"]*)"', readme)]
+
+
+def test_code_hosts_get_a_thumbnail_the_message_and_the_next_click(folder):
+    readme = readme_of(folder)
+    assert readme.count("<tr>") == readme.count("<img ") == 4
+    assert "<b>a &amp; b: .2 &lt; .4</b>" in readme and "seeds 0, 1, 2 · commit 0123456" in readme
+    (folder / "cpu" / "fig_a.ipynb").write_text("{}")
+    found = set(targets(readme_of(folder)))
+    assert {f"cpu/fig_a.{kind}" for kind in ("png", "csv", "json", "ipynb")} <= found
+    assert all((folder / unquote(t)).is_file() for t in found)
+
+
+def test_published_rows_are_not_linked_where_they_are_not_kept(folder):
+    "`.gitignore` keeps tables and notebooks with published numbers out, so a link would lead nowhere"
+    (folder / "published" / "fig_a.ipynb").write_text("{}")
+    theirs = [t for t in targets(readme_of(folder)) if "published" in t]
+    assert theirs and all(t.endswith((".png", ".json")) for t in theirs)
+
+
+def test_every_part_of_a_title_is_a_line_of_its_own(folder):
+    change(folder / "cpu" / "fig_b.json", title="plain | *b*\n\n rich – b_c ")
+    assert "<b>plain | *b*</b><br><b>rich – b_c</b><br>" in readme_of(folder)
+
+
+def test_code_hosts_are_told_what_failed_and_what_is_wrong(folder):
+    (folder / "published" / "fig_a.json").write_text("{")
+    readme = readme_of(folder, {"cpu/fig_b": "ValueError: <x>\nmore", "gpu/fig_c": "y"})
+    assert "<b>Could not be drawn:</b> ValueError: &lt;x&gt;<br>Older picture: <b>b</b>" in readme
+    assert "no picture" in readme and "fig_a.json cannot be read" in readme and "more" not in readme
+
+
+def test_a_readme_of_ones_own_stays(folder):
+    (folder / "README.md").write_text("mine")
+    assert readme_of(folder) == "mine"
+    (folder / "README.md").unlink()
+    assert readme_of(folder) == readme_of(folder) != "mine"
 
 
 # ---- what is told

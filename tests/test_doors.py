@@ -1,0 +1,199 @@
+"Where people come in: container, Binder, Codespaces, Colab, citation, releases; from the same locks, names"
+
+import ast
+import configparser
+import importlib.util
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from IPython.core.inputtransformer2 import TransformerManager
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
+COLAB = "nbs/tutorials/quickstart.ipynb"
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def settings():
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read_string(text("settings.ini"))
+    return ini["DEFAULT"]
+
+
+@pytest.fixture(scope="module")
+def citation():
+    return yaml.safe_load(text("CITATION.cff"))
+
+
+# ---- one name, one version, one licence
+
+
+def test_citation_package_and_archive_agree(settings, citation):
+    archive = json.loads(text(".zenodo.json"))
+    assert citation["version"] == settings["version"]
+    assert citation["title"] == archive["title"]
+    assert (
+        [a["name"] for a in citation["authors"]]
+        == [a["name"] for a in archive["creators"]]
+        == [settings["author"]]
+    )
+    assert citation["license"].lower() == archive["license"] == "apache-2.0"
+    assert citation["keywords"] == archive["keywords"]
+    said = re.sub("<[^>]*>", "", archive["description"])
+    assert citation["abstract"].strip() == said
+    address = f"https://github.com/{settings['user']}/{settings['repo']}"
+    assert citation["repository-code"] == address and address in text(".ci/badges.md")
+
+
+def test_citation_has_what_the_format_requires(citation):
+    assert {"cff-version", "message", "title", "authors"} <= set(citation) and citation[
+        "cff-version"
+    ] == "1.2.0"
+    [paper] = citation["references"]
+    assert {"type", "title", "authors"} <= set(paper) and "2503.01307" in paper["url"]
+
+
+def test_readme_begins_with_badges_that_lead_somewhere():
+    links = re.findall(r"\]\(([^)\s]+)\)$", text(".ci/badges.md"), re.M)
+    assert len(links) == 6 and text(".ci/badges.md") in text("README.md")[:2000]
+    for link in links:
+        if found := re.search(r"actions/workflows/(\S+)$", link):
+            assert (ROOT / ".github" / "workflows" / found[1]).is_file()
+        elif COLAB.split("/")[-1] in link:
+            assert COLAB in link and (ROOT / COLAB).is_file()
+        elif not link.startswith("https://"):
+            assert (ROOT / link).is_file()
+
+
+# ---- the same locks
+
+
+def test_container_copies_what_there_is_and_runs_what_make_knows():
+    known = set(re.findall(r"^([\w./-]+):", text("Makefile"), re.M))
+    for line in text("Dockerfile").splitlines():
+        if line.startswith("COPY"):
+            *sources, _ = [part for part in line.split()[1:] if not part.startswith("--")]
+            assert all((ROOT / source).exists() for source in sources), line
+        for target in re.findall(r"\bmake ([\w./-]+)", line if line.startswith(("RUN", "CMD")) else ""):
+            assert target in known, target
+
+
+def test_the_container_leaves_out_nothing_that_git_tracks():
+    "Else manifests would speak of uncommitted changes"
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    ignored = [line for line in text(".dockerignore").splitlines() if line and line[0] != "#"]
+    patterns = [f":(glob){p}" for p in ignored] + [f":(glob){p}/**" for p in ignored]
+    tracked = subprocess.run(
+        ["git", "ls-files", "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ".venv*" in ignored and tracked.stdout == ""
+
+
+def test_binder_installs_the_tested_versions():
+    from pip._internal.network.session import PipSession
+    from pip._internal.req.req_file import parse_requirements
+
+    def pins(name):
+        found = parse_requirements(str(ROOT / name), PipSession())
+        return {r.requirement for r in found if not r.constraint}
+
+    assert pins(".binder/requirements.txt") == pins("requirements/cpu.lock") | {"ipywidgets"}
+    assert (ROOT / ".binder" / "postBuild").stat().st_mode & 0o100
+    assert text(".binder/runtime.txt").strip() == "python-3.11"
+
+
+def test_codespaces_begin_as_a_checkout_does():
+    container = json.loads(text(".devcontainer/devcontainer.json"))
+    assert container["postCreateCommand"] == "make setup"
+    assert all((ROOT / name).is_file() for name in container["customizations"]["codespaces"]["openFiles"])
+
+
+def test_pytorch_comes_without_cuda_where_its_own_index_can_be_reached():
+    "PyPI's build of the same version brings 4 GB of libraries for GPUs"
+    done = subprocess.run(["make", "-n", "-B", "setup"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert "--index-url https://download.pytorch.org/whl/cpu" in lines[0] and "torch==" in lines[0]
+    assert lines[1].endswith("-r requirements/cpu.lock")
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu" in text(".binder/requirements.txt")
+
+
+# ---- workflows
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_workflows_run_what_is_there(path):
+    flow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = set(re.findall(r"^([\w./-]+):", text("Makefile"), re.M))
+    for job in flow["jobs"].values():
+        assert job["timeout-minutes"] <= 90
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step)
+            run = step.get("run", "")
+            assert all(target in known for target in re.findall(r"\bmake ([a-z-]+)", run)), run
+            for name in re.findall(r"(?<![\w/])((?:tests|\.ci)/[\w./]+)", run):
+                assert (ROOT / name).exists(), name
+            assert subprocess.run(["bash", "-n"], input=run, text=True).returncode == 0
+
+
+def test_commands_of_workflows_parse():
+    import shlex
+
+    from stars.cli import main as cli
+
+    for path in (*WORKFLOWS, ROOT / "Dockerfile"):
+        for line in re.findall(
+            r"\bstars (export|figure|data|reproduce) ([^\n\\&]*)", path.read_text("utf-8")
+        ):
+            args = shlex.split(line[1].replace("$DATA", "data"))
+            with pytest.raises(SystemExit) as e:
+                cli.main([line[0], *args, "--help"])
+            assert not e.value.code
+
+
+# ---- Colab
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
+def test_a_tutorial_begins_by_installing_the_package_where_it_is_absent(path, monkeypatch):
+    source = code_cells(path)[0]
+    code = compile(ast.parse(TransformerManager().transform_cell(source)), "cell", "exec")
+    ran = []
+
+    class Shell:
+        def run_line_magic(self, name, line, **_):
+            ran.append((name, line))
+
+        def system(self, line):
+            ran.append(("!", line))
+
+    def run():
+        ran.clear()
+        exec(code, dict(get_ipython=Shell))
+        return list(ran)
+
+    assert run() == []  # it is there: nothing happens
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "stars" else found(n, *a))
+    *before, (how, what) = run()
+    assert how == "pip" and "https://github.com/stars-contributors/stars" in " ".join(
+        line for _, line in run()
+    )
+    where = str(path.parent.relative_to(ROOT))
+    assert not before or (before[1] == ("cd", f"-q stars/{where}") and what.startswith('install -q "../..'))
+    reads_files = any("../data/" in source for source in code_cells(path))
+    assert bool(before) >= reads_files  # what lies beside the notebook comes along
