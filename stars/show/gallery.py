@@ -340,7 +340,7 @@ settings, the seeds and the commit. `stars figure NAME` draws one again.
 {%- else %}no picture{% endif %}</td>
 <td>
 {%- if e.error %}<b>Could not be drawn:</b> {{ e.error.splitlines()[0] }}<br>
-{%- if "png" in e.files %} Older picture: {% endif %}{% endif -%}
+{%- if "png" in e.files %}Older picture: {% endif %}{% endif -%}
 {% for line in message(e) %}<b>{{ line }}</b><br>{% endfor %}
 {%- if e.wrong %}{{ e.wrong }}<br>{% endif -%}
 <sub>{% for link in lasting(e) %}<a href="{{ link.address }}">{{ link.text }}</a> · {% endfor -%}
