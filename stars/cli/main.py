@@ -334,8 +334,8 @@ def sweep(
     Example: stars sweep --conditions base,backtracking_verification --seeds 0,1,2
 
     Args:
-        gpus_per_run: share of a card per run, e.g. .25: four on a card (default: a whole one where there are
-            any)
+        gpus_per_run: share of a card per run, e.g. .5: two on a card (default: .25 for micro models, a
+            whole one for others)
         cpus_per_run: cores per run
         retries: restarts of a run whose process dies; one that raises an error is not started again
     """

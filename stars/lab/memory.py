@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'Shape', 'shape_from_config', 'llama_config', 'shape_of', 'Training', 'block_bytes', 'cast_bytes',
-           'logit_bytes', 'pass_bytes', 'forward_bytes', 'cache_bytes', 'sampling_bytes']
+           'logit_bytes', 'turn_bytes', 'pass_bytes', 'forward_bytes', 'cache_bytes', 'sampling_bytes']
 
 # %% ../../nbs/lab/87_memory.ipynb #c003
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from ..models.checkpoints import SOFTMAX
+from ..models.heads import LOGITS
 from ..models.micro import n_params
 from ..rl.rollouts import COLUMN_STEP, PREFILL_TOKENS
 
@@ -175,14 +175,23 @@ def cast_bytes(
 def logit_bytes(
     shape: Shape,
     tokens: int,  # of the micro-batch
-    softmax: int,  # bytes per number of a softmax
-    beside: int,  # bytes per number of what is there as a whole, where the softmax is taken in pieces
+    each: int,  # bytes per logit, with what is made of it
 ) -> int:
     "Logits and what is made of them"
-    numbers = tokens * shape.vocab
-    if numbers <= SOFTMAX:
-        return softmax * numbers
-    return softmax * SOFTMAX + beside * numbers
+    return each * min(tokens * shape.vocab, LOGITS)
+
+# %% ../../nbs/lab/87_memory.ipynb #m0242
+def turn_bytes(
+    shape: Shape,
+    tokens: int,  # of the micro-batch
+    each: int,  # bytes per logit, with what is made of it
+    size: int,  # bytes per number of the head's gradient; 0 where it is not trained
+) -> int:
+    "Logits, and gradients of the head, when the backward pass begins"
+    logits, gradient = logit_bytes(shape, tokens, each), size * shape.vocab * shape.hidden
+    if tokens * shape.vocab <= LOGITS:
+        return logits
+    return max(logits, 2 * gradient) + gradient
 
 # %% ../../nbs/lab/87_memory.ipynb #m026
 def pass_bytes(
@@ -198,12 +207,14 @@ def pass_bytes(
         saved, walked = (2 if how.half else 4) * shape.hidden * tokens * shape.layers, 1.3 * block
     frozen = how.remat and how.rank  # then only the graph keeps copies, and it keeps none
 
-    def moment(blocks, softmax=0, beside=0, walked=0.0, head=True):
-        logits = logit_bytes(shape, tokens, softmax, beside) + 12 * shape.hidden * tokens if softmax else 0
-        return cast_bytes(shape, how.casts, blocks, head), logits, walked
+    def moment(blocks, logits=0, walked=0.0, head=True):
+        beside = 12 * shape.hidden * tokens if logits else 0
+        return cast_bytes(shape, how.casts, blocks, head), logits + beside, walked
 
-    forward = moment(1 if frozen else shape.layers, (12 if entropy else 8) + size, size)
-    turn = moment(0 if how.remat else shape.layers, 20 if entropy else 12, 2 * size)
+    made = logit_bytes(shape, tokens, (12 if entropy else 8) + size)
+    forward = moment(1 if frozen else shape.layers, made)
+    back_again = turn_bytes(shape, tokens, 20 if entropy else 12, 0 if how.rank else size)
+    turn = moment(0 if how.remat else shape.layers, back_again)
     back = moment(1 if how.remat else shape.layers, walked=walked, head=False)
     casts, logits, walked = max(forward, turn, back, key=sum)
     return dict(casts=casts, logits=logits, activations=int(saved + walked))

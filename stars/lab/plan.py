@@ -267,7 +267,7 @@ def values_phase(p: Plan) -> dict[str, int]:
         logits=0,
     )
     if ppo.kl_coef or ppo.is_cap:  # log-probabilities are asked for
-        looking["logits"] = logit_bytes(p.shape, tokens, 10 if ppo.bf16 else 12, p.size)
+        looking["logits"] = logit_bytes(p.shape, tokens, 10 if ppo.bf16 else 12)
     return beside_passes(p) | looking
 
 # %% ../../nbs/lab/88_plan.ipynb #m034

@@ -68,15 +68,16 @@ def share_of(job: Job, gpus: float, cpus: float) -> dict[str, float]:  # options
 
 # %% ../../nbs/lab/86_sweeps.ipynb #m014
 def check_share(
-    gpus: float | None,  # per run; None: 1 where there are any
+    gpus: float | None,  # per run; None: as usual, where there are any
     cpus: float,  # per run
     workers: int,  # most workers that a job spreads its training over
     nodes: Sequence[dict],  # what each node has: {"CPU": …, "GPU": …}
+    usual: float = 1.0,  # share of a GPU per run, where nothing was asked for
 ) -> tuple[float, int]:  # share of a GPU per run, and how many runs may be handed to Ray at once
     "Raise ValueError if a run does not fit on any node"
     largest = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU")}
     if gpus is None:
-        gpus = 1.0 if largest["GPU"] else 0.0
+        gpus = usual if largest["GPU"] else 0.0
     if gpus < 0 or gpus > 1 and gpus != int(gpus):
         raise ValueError(f"gpus={gpus} must be a share between 0 and 1, or a whole number")
     if cpus <= 0:
@@ -465,7 +466,7 @@ def runs_of(jobs: Sequence[Job]) -> list[Run]:
 # %% ../../nbs/lab/86_sweeps.ipynb #m058
 def sweep(
     jobs: Sequence[Job],  # from `grid`; they may differ in their configurations, too
-    gpus: float | None = None,  # share of a GPU per run, .25: four on a card (default: a whole one, if any)
+    gpus: float | None = None,  # share of a GPU per run (default: see `experiments.gpu_share`)
     cpus: float = 1,  # cores per run
     retries: int = 3,  # restarts of a run whose process dies
     show: bool = True,  # a live table, or lines where there is no terminal
@@ -476,7 +477,7 @@ def sweep(
         raise ValueError(f"retries={retries} must be at least 0")
     check_place(jobs[0].runs, dict(os.environ))
     if "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
-        check_share(gpus, cpus, 1, [dict(CPU=cores(), GPU=torch.cuda.device_count())])
+        check_share(gpus, cpus, 1, [dict(CPU=cores(), GPU=torch.cuda.device_count())], ex.gpu_share(jobs))
     started, runs = time.time(), runs_of(jobs)
     screen = Screen(runs, show)
     if all(run.ended() for run in runs):
@@ -486,7 +487,7 @@ def sweep(
     with connected(retries):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         workers = max(run.job.cfg.run.workers + run.job.cfg.run.engines for run in runs)
-        gpus, at_once = check_share(gpus, cpus, workers, nodes)
+        gpus, at_once = check_share(gpus, cpus, workers, nodes, ex.gpu_share(jobs))
         try:
             follow(Tasks(runs, gpus, cpus, retries, at_once), runs, screen)
         finally:

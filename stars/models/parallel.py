@@ -7,7 +7,8 @@ __all__ = ['FLAT', 'UNNAMED', 'add_lora', 'prepare', 'memory_for', 'micro_batche
            'Team', 'state_tensors', 'plain_errors', 'saved_states', 'digest_of', 'state_digest', 'remove_states',
            'tidy_states', 'name_state', 'Shards', 'write_state', 'sealed', 'state_errors', 'States', 'good_state',
            'check_state', 'load_state', 'drop_states', 'patient_ray', 'start_ray_here', 'own_signals', 'start_ray',
-           'run_worker', 'WorkerLost', 'is_loss', 'fit_once', 'worker_team', 'on_workers']
+           'run_worker', 'WorkerLost', 'is_loss', 'fit_once', 'worker_team', 'on_workers', 'device_count', 'run_piece',
+           'on_devices']
 
 # %% ../../nbs/models/44_parallel.ipynb #x003
 import importlib.util
@@ -686,3 +687,50 @@ def on_workers(
             warnings.warn(message, stacklevel=2)
         finally:
             shutil.rmtree(Path(out) / "ray", ignore_errors=True)
+
+# %% ../../nbs/models/44_parallel.ipynb #x065
+def device_count() -> tuple[str, int]:  # "GPU" or "CPU"; how many
+    "What Ray can book for pieces of work: its GPUs, or its cores where it has none"
+    start_ray()
+    import ray
+
+    has = ray.cluster_resources()
+    kind = "GPU" if has.get("GPU", 0) else "CPU"
+    return kind, int(has[kind])
+
+# %% ../../nbs/models/44_parallel.ipynb #x066
+def run_piece(
+    fn: Callable,
+    args: tuple,  # of the function
+    side_by_side: int,  # pieces that may run at once
+):  # what the function returns
+    "What runs in a task"
+    if not torch.cuda.is_available():
+        share_cores(side_by_side)
+    return fn(*args)
+
+# %% ../../nbs/models/44_parallel.ipynb #x067
+def on_devices(
+    fn: Callable,  # importable; called as fn(*args) in a process of its own
+    pieces: Sequence[tuple],  # the arguments of each call, anything Ray can send
+    restarts: int = 3,  # how often a piece whose process died is started again
+) -> Iterator:  # what the calls return, in the order in which they end
+    "Work on pieces side by side, each on a device that it has booked"
+    kind, devices = device_count()
+    import ray
+    from ray.exceptions import RayTaskError, WorkerCrashedError
+
+    task = ray.remote(run_piece).options(**{f"num_{kind.lower()}s": 1, "max_retries": restarts})
+    waiting = [task.remote(fn, args, min(devices, len(pieces))) for args in pieces]
+    try:
+        while waiting:
+            (ended,), waiting = ray.wait(waiting)
+            yield ray.get(ended)
+    except RayTaskError as e:
+        raise e.cause from None
+    except WorkerCrashedError:
+        message = f"a process died {restarts + 1} times (killed, or out of memory?); the same command goes on"
+        raise RuntimeError(message) from None
+    finally:
+        for left in waiting:
+            ray.cancel(left, force=True)

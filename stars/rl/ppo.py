@@ -29,17 +29,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..habits.behaviors import column_of
-from ..models.arithmetic import autocast, threads_for, warn_of_slow_half
+from ..models.arithmetic import autocast, suited_to, warn_of_slow_half
 from stars.models.checkpoints import (
-    Critic,
     Weights,
     check_steady,
     known_ids,
     save_checkpoint,
     token_ids,
-    token_logprobs,
     without_dropout,
 )
+from ..models.heads import Actor, Critic
 from ..models.micro import n_params
 from ..models.parallel import States, Team, load_state, memory_for
 from .loops import Log, Runtime, Tracking, check_finite, pad, require, require_choice, resumed
@@ -84,7 +83,8 @@ class Batch:
         i, t = self.cut(rows)
         ids = self.ids[i, : t.stop + 1]  # a model needs the whole prompt
         shifted = {k: x[i, t] for k, x in vars(self).items() if torch.is_tensor(x) and k != "ids"}
-        return replace(self, ids=ids, **shifted), t.start
+        sizes = dict(lengths=[self.lengths[k] for k in rows], prompts=[self.prompts[k] for k in rows])
+        return replace(self, ids=ids, **sizes, **shifted), t.start
 
 # %% ../../nbs/rl/56_ppo.ipynb #p010
 def collate(
@@ -423,7 +423,7 @@ class Learner:
 
     policy: PreTrainedModel
     critic: Critic | None  # with the estimator "gae"
-    reference: nn.Module | None  # the initial policy, where a KL is asked for
+    reference: Actor | None  # the initial policy, where a KL is asked for
     cfg: PPOConfig
     vocab: int | None = None  # ids that the tokenizer knows (default: all)
     team: Team = Team()
@@ -432,7 +432,9 @@ class Learner:
         self.models = dict(policy=self.policy)
         if self.critic is not None:
             self.models["critic"] = self.critic
-        self.nets = {name: self.team.wrap(m, self.cfg.bf16) for name, m in self.models.items()}
+        self.actor = Actor(self.policy, self.cfg.bf16)
+        asked = self.models | dict(policy=self.actor)
+        self.nets = {name: self.team.wrap(m, self.cfg.bf16) for name, m in asked.items()}
         self.optimizers = {name: self._optimizer(m) for name, m in self.models.items()}
         self.device = next(self.policy.parameters()).device
 
@@ -454,7 +456,7 @@ def make_learner(
 ) -> Learner:
     "The models that an estimator and a KL need beside the policy"
     critic = Critic.from_policy(policy) if cfg.estimator == "gae" else None
-    frozen = reference().eval().requires_grad_(False) if cfg.kl_coef else None
+    frozen = Actor(reference().eval().requires_grad_(False), cfg.bf16) if cfg.kl_coef else None
     if frozen is not None and team.shard:
         frozen = team.wrap(frozen, cfg.bf16)
     return Learner(policy, critic, frozen, cfg, vocab, team)
@@ -544,7 +546,7 @@ def rollout_metrics(
 # %% ../../nbs/rl/56_ppo.ipynb #p061
 @torch.no_grad()
 def over_batch(
-    fn: Callable[[Tensor, int], Tensor],  # (ids, skip) → one number per shifted position from `skip` on
+    fn: Callable[[Tensor, int, list[int]], Tensor],  # (ids, skip, lengths) → a number per shifted position
     batch: Batch,
     micro_tokens: int,  # padded tokens at once
     team: Team = Team(),  # who shares the work
@@ -554,7 +556,7 @@ def over_batch(
     with memory_for(f"valuing micro-batches of {micro_tokens} tokens", "ppo.micro_tokens"):
         for rows, weight, _ in team.share(range(len(batch.lengths)), batch.lengths, micro_tokens):
             i, t = batch.cut(rows)
-            part = fn(batch.ids[i, : t.stop + 1], t.start).float()
+            part = fn(batch.ids[i, : t.stop + 1], t.start, [batch.lengths[k] for k in rows]).float()
             if weight:  # 0 where a worker has no share left and only keeps the others company
                 out[i, t] = part
     return team.sum(out) * batch.mask
@@ -562,13 +564,13 @@ def over_batch(
 # %% ../../nbs/rl/56_ppo.ipynb #p062
 def batch_logprobs(
     learner: Learner,
-    model: nn.Module,  # the policy or the reference
+    actor: Actor,  # the policy or the reference
     batch: Batch,
 ) -> Tensor:  # [batch, time-1]
-    "Log-probabilities of a batch's tokens, as a model sees them now"
+    "Log-probabilities of a batch's tokens, as an actor sees them now"
 
-    def logprobs(ids, skip):
-        return token_logprobs(model, ids, skip, learner.cfg.temperature, vocab=learner.vocab)
+    def logprobs(ids, skip, lengths):
+        return actor(ids, skip, learner.cfg.temperature, vocab=learner.vocab, lengths=lengths)
 
     with learner.half():
         return over_batch(logprobs, batch, learner.cfg.micro_tokens, learner.team)
@@ -580,8 +582,8 @@ def batch_values(
 ) -> Tensor:  # [batch, time-1]
     "What the critic expects before each token"
 
-    def values(ids, skip):
-        return learner.critic(ids)[:, skip:-1]
+    def values(ids, skip, lengths):
+        return learner.critic(ids, lengths)[:, skip:-1]
 
     with learner.half():
         return over_batch(values, batch, learner.cfg.micro_tokens, learner.team)
@@ -648,7 +650,7 @@ def appraise(
     batch.mask *= kept[:, None]
     rewards = token_rewards(totals, batch.mask) * batch.mask
     if cfg.is_cap:
-        trainer, sampler = batch_logprobs(learner, learner.policy, batch), batch.old_logp
+        trainer, sampler = batch_logprobs(learner, learner.actor, batch), batch.old_logp
         batch.old_logp = trainer
         batch.weights, logged["is_capped"] = importance_weights(trainer, sampler, batch.mask, cfg.is_cap)
     if learner.reference is not None:
@@ -679,9 +681,8 @@ def policy_objective(
     "What the policy minimises on a micro-batch"
     cfg, net = learner.cfg, learner.nets["policy"]
     with learner.half():
-        logp, entropy = token_logprobs(
-            net, part.ids, skip, cfg.temperature, entropy=True, vocab=learner.vocab
-        )
+        how = dict(entropy=True, vocab=learner.vocab, lengths=part.lengths)
+        logp, entropy = net(part.ids, skip, cfg.temperature, **how)
     weights = 1.0 if part.weights is None else part.weights
     terms = dict(clip=cfg.clips, mode=cfg.aggregate, total=total, weights=weights)
     loss, sums = policy_loss(logp, part.old_logp, part.advantages, part.mask, **terms)
@@ -702,7 +703,7 @@ def critic_objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # loss; the same detached, and sums over tokens
     "What the critic minimises on a micro-batch"
     with learner.half():
-        values = learner.nets["critic"](part.ids)[:, skip:-1].float()
+        values = learner.nets["critic"](part.ids, part.lengths)[:, skip:-1].float()
     clip = learner.cfg.value_clip
     loss, sums = value_loss(values, part.values, part.returns, part.mask, clip, tokens)
     return loss, dict(value_loss=loss.detach(), **sums)
@@ -814,7 +815,7 @@ def score_step(
     scores, counts = score(texts_of(run.tokenizer, rollouts), problems, run.task, learner.team)
     few = rollouts[:: max(1, len(rollouts) // 4)]
     with learner.half():
-        gap, kl = probe(learner.policy, few, learner.cfg.temperature, learner.vocab, learner.device)
+        gap, kl = probe(learner.actor, few, learner.cfg.temperature, learner.vocab, learner.device)
     return scores, rollout_metrics(rollouts, scores, counts) | dict(rollout_gap=gap, rollout_kl=kl)
 
 # %% ../../nbs/rl/56_ppo.ipynb #p091
@@ -921,7 +922,7 @@ def ppo(
     out.mkdir(parents=True, exist_ok=True)
     if runtime.progress:
         warn_of_slow_half(policy.device, {"bf16 (of a preset: ppo.bf16)": cfg.bf16})
-    with threads_for(n_params(policy)), team.locked(out):
+    with suited_to(n_params(policy)), team.locked(out):
         vocab = known_ids(tokenizer)
         half = torch.bfloat16 if cfg.bf16 else None
         with autocast(policy.device, cfg.bf16):

@@ -17,13 +17,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..habits.behaviors import count_in
-from ..models.arithmetic import threads_for
-from ..models.checkpoints import Weights, model_ends, token_logprobs, weights_of
+from ..models.arithmetic import suited_to
+from ..models.checkpoints import Weights, model_ends, weights_of
 from ..models.decoder import Decoder, KVCache
+from ..models.heads import Actor
 from ..models.micro import n_params
 from ..models.parallel import Team, memory_for
 from .loops import pad
@@ -479,7 +480,7 @@ def sample_all(
     columns, together = longest + max_tokens, min(engine.rows, len(prompts))
     order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
     doing = f"sampling {together} responses of up to {columns} tokens at once"
-    with memory_for(doing, "run.engine_rows"), threads_for(engine.weights):
+    with memory_for(doing, "run.engine_rows"), suited_to(engine.weights):
         try:
             for i in range(0, len(order), engine.rows):
                 part = order[i : i + engine.rows]
@@ -496,7 +497,7 @@ def sample_all(
 # %% ../../nbs/rl/53_rollouts.ipynb #c013
 @torch.no_grad()
 def probe(
-    model: nn.Module,  # the trainer's model
+    actor: Actor,  # the trainer's
     rollouts: Sequence[Rollout],  # a few responses just sampled
     temperature: float = 1.0,  # they were sampled at
     vocab: int | None = None,  # ids the tokenizer knows (default: all)
@@ -506,7 +507,7 @@ def probe(
     gaps = []
     for r in rollouts:
         ids = torch.tensor([r.prompt + r.ids], device=device)
-        logp = token_logprobs(model, ids, len(r.prompt) - 1, temperature, vocab=vocab)
+        logp = actor(ids, len(r.prompt) - 1, temperature, vocab=vocab)
         gaps.append(logp[0].cpu() - torch.tensor(r.logprobs))
     d = torch.cat(gaps)
     return d.abs().max().item(), (d.exp() - 1 - d).mean().item()

@@ -17,18 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.arithmetic import autocast, threads_for, warn_of_slow_half
-from stars.models.checkpoints import (
-    check_steady,
-    model_ends,
-    save_checkpoint,
-    token_logprobs,
-    without_dropout,
-)
+from ..models.arithmetic import autocast, suited_to, warn_of_slow_half
+from ..models.checkpoints import check_steady, model_ends, save_checkpoint, without_dropout
+from ..models.heads import Actor
 from ..models.micro import n_params
 from ..models.parallel import States, Team, load_state, memory_for
 from .loops import Log, Runtime, Tracking, check_finite, pad, require, resumed
@@ -127,16 +122,16 @@ def positions(
 
 # %% ../../nbs/rl/52_sft.ipynb #c010
 def sft_loss(
-    model: nn.Module,  # a causal language model, or what a team wraps it into
+    net: Actor,  # or what a team wraps it into
     examples: Sequence[Example],  # a micro-batch
 ) -> Tensor:  # summed negative log-likelihood in nats
     "Loss over the completions of a micro-batch"
-    device = next(model.parameters()).device
+    device = next(net.parameters()).device
     skip = min(e.prompt for e in examples) - 1  # nobody needs the logits of the shortest query
     ids, own_positions = pad([e.ids for e in examples]).to(device), positions(examples)
     if own_positions is not None:
         own_positions = own_positions.to(device)
-    logp = token_logprobs(model, ids, skip, positions=own_positions)
+    logp = net(ids, skip, positions=own_positions, lengths=[len(e.ids) for e in examples])
     return -(logp * completion_mask(examples)[:, skip:].to(device)).sum()
 
 # %% ../../nbs/rl/52_sft.ipynb #s012
@@ -221,7 +216,8 @@ class SFTRun:
 
     def __post_init__(self):
         self.lengths = [len(e.ids) for e in self.examples]
-        self.net = self.team.wrap(self.model, self.cfg.bf16)
+        self.actor = Actor(self.model, self.cfg.bf16)
+        self.net = self.team.wrap(self.actor, self.cfg.bf16)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=self.cfg.lr, betas=(0.9, 0.95), weight_decay=self.cfg.weight_decay
@@ -291,7 +287,7 @@ def sft_update(
 # %% ../../nbs/rl/52_sft.ipynb #s027
 @torch.no_grad()
 def mean_loss(
-    model: PreTrainedModel,  # a causal language model
+    net: Actor,
     examples: Sequence[Example],  # held out
     micro_tokens: int = 16_384,  # padded tokens per forward pass
     team: Team = Team(),  # who shares the work
@@ -300,7 +296,7 @@ def mean_loss(
     lengths = [len(e.ids) for e in examples]
     with memory_for(f"validating on micro-batches of {micro_tokens} tokens", MICRO_TOKENS):
         parts = [
-            weight * sft_loss(model, [examples[i] for i in part])
+            weight * sft_loss(net, [examples[i] for i in part])
             for part, weight, _ in team.share(range(len(examples)), lengths, micro_tokens)
         ]
     return float(team.sum(torch.stack(parts).sum())) / sum(e.counted for e in examples)
@@ -327,7 +323,7 @@ def sft_loop(
             row |= sft_update(run, step, members, lr_at(step, total, cfg))
             if (step + 1) % per_epoch == 0 and run.val:
                 with autocast(device, cfg.bf16 and device.type == "cuda"):  # flash-attn may need 16 bits
-                    row["val_loss"] = mean_loss(run.model, run.val, cfg.micro_tokens, team)
+                    row["val_loss"] = mean_loss(run.actor, run.val, cfg.micro_tokens, team)
             log(**row)
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             bar.update()
@@ -359,7 +355,7 @@ def sft(
         examples = pack(examples, cfg.max_length)
     if runtime.progress:
         warn_of_slow_half(model.device, {"bf16 (of a preset: sft.bf16, or base.bf16 for a base)": cfg.bf16})
-    with threads_for(n_params(model)), team.locked(out):
+    with suited_to(n_params(model)), team.locked(out):
         with autocast(model.device, cfg.bf16):
             check_steady(without_dropout(model).train())
         run = SFTRun(model, examples, val, cfg, out, team)

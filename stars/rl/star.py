@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.arithmetic import threads_for
+from ..models.arithmetic import suited_to
 from ..models.checkpoints import known_ids, load_model, load_tokenizer, save_checkpoint, token_ids
 from ..models.micro import n_params
 from .loops import Log, Runtime, read_log, require, resumed
@@ -277,7 +277,7 @@ def star(
         done = rounds_done(run)
         model = load(run.checkpoint(done) if done else start)
         how = runtime.engine or own_sampler(run, model), runtime.team
-        with threads_for(n_params(model)), sampler_of(*how) as run.engine:
+        with suited_to(n_params(model)), sampler_of(*how) as run.engine:
             del how  # it holds the model
             begin(run, model, done)
             del model  # the engine has its own copy

@@ -16,6 +16,7 @@ from stars.lab.memory import (
     block_bytes,
     cache_bytes,
     cast_bytes,
+    pass_bytes,
     sampling_bytes,
     shape_from_config,
     shape_of,
@@ -33,12 +34,14 @@ from stars.lab.plan import (
     show_plan,
     smaller,
 )
-from stars.models.checkpoints import Critic, base_path, token_logprobs
+from stars.models.checkpoints import base_path
+from stars.models.heads import Critic, token_logprobs
 from stars.models.micro import micro_model, micro_tokenizer, n_params
+from stars.models.parallel import prepare
 from stars.rl.rollouts import LlamaEngine
 
 QWEN, LLAMA = "Qwen/Qwen2.5-3B", "meta-llama/Llama-3.2-3B"
-CPU, PAPER = PRESETS["cpu"], preset("paper", ppo=dict(micro_tokens=65_536))
+CPU, PAPER = PRESETS["cpu"], preset("paper", ppo=dict(micro_tokens=262_144))
 
 
 def phases(p):
@@ -190,9 +193,9 @@ def test_saved_activations_where_weights_are_bf16_too():
 
 @pytest.mark.parametrize("bf16", (False, True))
 def test_saved_activations_with_adapters(bf16):
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     shape, m = small()
-    m = peft.get_peft_model(m, peft.LoraConfig(r=8, lora_dropout=0.0, target_modules="all-linear")).train()
+    prepare(m, lora_rank=8)
     assert counted(shape, 320, 160, bf16, "sdpa", True, rank=8) == pytest.approx(
         saved(m, torch.randint(500, (2, 160)), bf16, True), rel=0.15
     )
@@ -262,7 +265,7 @@ def test_a_softmax_taken_in_pieces_is_the_same_and_smaller(bf16, monkeypatch):
     shape, m = small(layers=1, vocab=8000)
     ids, out = torch.randint(7000, (3, 101)), []
     for most in (2**26, 3 * 8000 * 7):  # all at once; 7 positions at a time, which do not divide 96
-        monkeypatch.setattr("stars.models.checkpoints.SOFTMAX", most)
+        monkeypatch.setattr("stars.models.heads.LOGITS", most)
         m.zero_grad(set_to_none=False)
         gc.collect()
         with Alive([t for p in m.parameters() for t in (p, p.grad) if t is not None]) as alive:
@@ -274,9 +277,28 @@ def test_a_softmax_taken_in_pieces_is_the_same_and_smaller(bf16, monkeypatch):
         out.append(
             ([logp.detach(), entropy.detach(), alone, *(p.grad.clone() for p in m.parameters())], alive.peak)
         )
-    for a, b in zip(out[0][0], out[1][0]):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(out[0][0], out[1][0]):  # gradients are rounded piece by piece, then added
+        assert (a - b).abs().max() <= (1e-2 if bf16 else 1e-5) * a.abs().max()
     assert out[1][1] < (0.4 if bf16 else 0.6) * out[0][1]
+
+
+@pytest.mark.parametrize("bf16,half", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("most", (200_000, 800_000))
+def test_the_peak_with_logits_in_pieces(most, bf16, half, monkeypatch):
+    "The head's gradient is there three times, which for a large vocabulary is more than a piece of logits"
+    for module in ("stars.models.heads", "stars.lab.memory"):
+        monkeypatch.setattr(f"{module}.LOGITS", most)
+    shape, m = small(layers=1, vocab=8000)
+    m = m.bfloat16() if half else m
+    for p in m.parameters():
+        p.grad = torch.zeros_like(p)
+    gc.collect()
+    with Alive([t for p in m.parameters() for t in (p, p.grad)]) as alive:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logp, entropy = token_logprobs(m, torch.randint(8000, (3, 160)), entropy=True)
+        (logp.sum() + entropy.sum()).backward()
+    counted = pass_bytes(shape, 480, Training(bf16, half), entropy=True)
+    assert sum(counted.values()) == pytest.approx(alive.peak, rel=0.06)
 
 
 # weights, moments, sharding
@@ -393,7 +415,7 @@ def test_an_evaluation_holds_a_checkpoint_and_the_samplers_copy():
 
 
 def test_batches():
-    b = batch_arithmetic(plan(PAPER, QWEN, 4))
+    b = batch_arithmetic(plan(changed(PAPER, ppo=dict(micro_tokens=65_536)), QWEN, 4))
     assert (
         b["rollouts"],
         b["minibatches"],
@@ -498,7 +520,7 @@ def test_the_small_presets_fit_on_small_gpus_or_say_how():
 
 
 def test_the_cheapest_setting_is_named_first():
-    assert smaller(plan(PAPER, QWEN, 4, 80))[0] == "ppo.micro_tokens (now 65536)"
+    assert smaller(plan(PAPER, QWEN, 4, 80))[0] == "ppo.micro_tokens (now 262144)"
     check(plan(changed(PAPER, ppo=dict(micro_tokens=32_768)), QWEN, 4, 80))
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from stars.cli import main as cli
 from stars.habits.summaries import read_results
 from stars.lab import experiments as ex
-from stars.models.checkpoints import load_model, load_tokenizer, token_logprobs
+from stars.models.checkpoints import load_model, load_tokenizer
+from stars.models.heads import token_logprobs
 from stars.rl.loops import read_log
 
 TINY = ["base.docs=300", "priming.rows=120", "data.eval=10"]

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stars.models import gguf as quantized
-from stars.models.checkpoints import load_model, load_tokenizer, token_logprobs
+from stars.models.checkpoints import load_model, load_tokenizer
 from stars.models.gguf import convert_gguf, gguf_tokenizer, read_gguf, smollm2_gguf
+from stars.models.heads import token_logprobs
 from stars.models.micro import check_spells
 
 gguf = pytest.importorskip("gguf")

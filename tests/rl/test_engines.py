@@ -38,8 +38,8 @@ from stars.models.checkpoints import (  # noqa: E402
     load_model,
     load_tokenizer,
     save_checkpoint,
-    token_logprobs,
 )
+from stars.models.heads import token_logprobs  # noqa: E402
 from stars.models.micro import n_params  # noqa: E402
 from stars.models.parallel import Team, is_loss  # noqa: E402
 from stars.rl import engines as E  # noqa: E402

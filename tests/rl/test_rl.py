@@ -22,16 +22,15 @@ from stars.habits.summaries import summarize
 from stars.llm.requests import Request
 from stars.models.checkpoints import (
     BOS,
-    Critic,
     begin_token,
     check_steady,
     load_model,
     load_tokenizer,
     save_checkpoint,
-    token_logprobs,
     weights_of,
     with_begin,
 )
+from stars.models.heads import Actor, Critic, token_logprobs
 from stars.models.micro import micro_model, micro_tokenizer
 from stars.models.parallel import micro_batches, prepare
 from stars.rl import ppo as P
@@ -187,8 +186,8 @@ def test_sft_ignores_the_query_and_the_padding():
     tok = micro_tokenizer()
     model = micro_model(tok, hidden=32, layers=2, heads=2, ffn=64)
     a, b = Example([10, 11, 12, 13, 2], 2), Example([10, 11, 12, 2], 3)
-    alone = [sft_loss(model, [e]) for e in (a, b)]
-    torch.testing.assert_close(sft_loss(model, [a, b]), sum(alone))
+    alone = [sft_loss(Actor(model), [e]) for e in (a, b)]
+    torch.testing.assert_close(sft_loss(Actor(model), [a, b]), sum(alone))
     assert [e.counted for e in (a, b)] == [3, 1]
     ids = torch.tensor([a.ids])
     want = torch.nn.functional.cross_entropy(
@@ -217,7 +216,7 @@ def test_shipped_bases_sample_what_they_score():
             add_special_tokens=False,
         ).input_ids
         rollouts = engine.generate(prompts, 180, 1.0, seeds_of(0, len(prompts)))
-        assert probe(model, rollouts, 1.0)[0] < 1e-3
+        assert probe(Actor(model), rollouts, 1.0)[0] < 1e-3
         assert (
             sum(r.finished and r.ids[-1] == tok.eos_token_id for r in rollouts) >= 18
         )  # the base has learned to stop
@@ -232,9 +231,9 @@ def test_stale_weights_are_seen_by_the_probe():
             p.data *= 4
     engine = LlamaEngine(a, tok.eos_token_id)
     prompt = [tok("using 3 , 4 make 12 : <think>").input_ids]
-    assert probe(b, engine.generate(prompt, 20, 1.0, [0]), 1.0)[0] > 0.01
+    assert probe(Actor(b), engine.generate(prompt, 20, 1.0, [0]), 1.0)[0] > 0.01
     engine.sync(weights_of(b))
-    assert probe(b, engine.generate(prompt, 20, 1.0, [0]), 1.0)[0] < 1e-4
+    assert probe(Actor(b), engine.generate(prompt, 20, 1.0, [0]), 1.0)[0] < 1e-4
 
 
 def test_reward_reaches_the_policy():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.rewards import get_soft_overlong_punishment
 
+from stars.models.heads import Actor
 from stars.models.micro import micro_model, micro_tokenizer
 from stars.rl import ppo as P
 from stars.rl.loops import read_log
@@ -116,7 +117,7 @@ def test_dr_grpo_is_two_settings():
 def test_rloo_may_have_the_kl_in_its_reward():
     "As in its paper; the penalty of a response is the sum over its tokens"
     cfg = learner(estimator="rloo", kl_coef=0.5, prompts=1, minibatch=4).cfg
-    trainee = P.Learner(tiny.model(), None, tiny.model(), cfg)
+    trainee = P.Learner(tiny.model(), None, Actor(tiny.model()), cfg)
     batch, logged = P.appraise(trainee, rollouts([1, 2, 1, 1]), [1.0, 0, 0, 0])
     ref = P.batch_logprobs(trainee, trainee.reference, batch)
     totals = torch.tensor([1.0, 0, 0, 0]) - 0.5 * ((batch.old_logp - ref) * batch.mask).sum(-1)
