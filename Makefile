@@ -24,7 +24,7 @@ help: ## this list
 reproduce: .venv/.cpu ## the headline figures, from nothing (PRESET=cpu; FIGURES= for all of them, an evening)
 	$(BIN)/stars reproduce --preset $(PRESET) $(if $(FIGURES),--only "$(FIGURES)" --set eval.draws=$(DRAWS))
 
-test: .venv/.dev ## form and exports, then every notebook runs, every test passes
+test: .venv/.dev .venv-browser/.done ## form and exports, then every notebook runs, every test passes
 	tests/drift.sh
 	$(RAY) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing \
 	    --skip_folder_re '^(figures$$|[_.])' --skip_file_re '^([_.]|cluster)'
@@ -46,7 +46,7 @@ prepare: .venv/.dev ## clean and format the notebooks, export the modules, write
 lab: .venv/.dev ## open the notebooks (LABFLAGS=...)
 	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb $(LABFLAGS)
 
-docs: .venv/.dev ## the site, in _docs
+docs: .venv/.dev .venv-browser/.done ## the site, in _docs
 	$(BIN)/python .ci/docs.py
 
 bench: .venv/.dev ## the speed comparisons
@@ -84,6 +84,15 @@ clean: ## drop what can be built again, but no runs
 	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/gpu.lock
 	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+# Python for the page of the site that runs in the reader's browser. Without npm the site goes without that page.
+.venv-browser/.done: requirements/browser.lock requirements/package.json requirements/package-lock.json .venv/.dev
+	@if ! command -v npm >/dev/null; then echo "npm is not here, so the site goes without Python in the browser"; else \
+	    rm -rf .venv-browser && mkdir -p .venv-browser && \
+	    cp requirements/package.json requirements/package-lock.json .venv-browser && \
+	    npm ci --prefix .venv-browser --ignore-scripts --no-audit --no-fund --loglevel error && \
+	    $(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --only-binary :all: \
+	        --python-version 3.14 -r requirements/browser.lock -d .venv-browser/wheels && touch $@; fi
 
 .venv-verl/.done: requirements/verl.lock
 	$(PYTHON) -m venv .venv-verl

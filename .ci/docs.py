@@ -19,6 +19,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import browser
 import yaml
 from matplotlib import get_data_path
 from nbdev.config import get_config
@@ -31,8 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOISE = re.compile(r"Warning\b|\d+%\||\bit/s\b")  # of libraries: warnings, bars of progress
 THUMB = 560  # pixels of a thumbnail's longer side, for screens of two pixels per point
+TRY = "try.ipynb"  # the notebook that also runs in the reader's browser
 HEADLINE = "fig_controls"  # the figure of the first page
 NEXT = (
+    ("tutorials/try.html", "Try it in your browser"),
     ("gallery.html", "See every figure"),
     ("tutorials/quickstart.html", "Run it: quickstart"),
     ("explain/argument.html", "Read the argument"),
@@ -590,6 +593,39 @@ def card(to, title, line):
     image.save(to, optimize=True)
 
 
+# The fields of nbs/try.js
+DEMO = """<div id="demo" data-pyodide="../lite/static/pyodide/">
+<form class="puzzle">
+<label>numbers <input name="numbers" value="3 4 10" size="12" autocomplete="off"></label>
+<label>target <input name="target" value="34" size="4" autocomplete="off"></label>
+<label class="wide">your answer <input name="answer" placeholder="10 + 4 * 3" autocomplete="off"></label>
+<button class="btn btn-primary">Check it</button>
+<button class="btn btn-outline-primary" type="button" name="another">Another puzzle</button>
+<button class="btn btn-outline-primary" type="button" name="solve">Show an answer</button>
+<output class="verdict" aria-live="polite"></output>
+</form>
+<form class="trace">
+<label class="wide">a trace: what somebody wrote on the way to the answer
+<textarea name="trace" rows="4">10 + 4 = 14, 14 * 3 = 42. That is too high. \
+Let me try something else: 10 * 3 = 30, 30 + 4 = 34. That matches the target.</textarea></label>
+<button class="btn btn-primary">Find its habits</button>
+<div class="marked" aria-live="polite"></div>
+</form>
+<p class="status" aria-live="polite">\
+Python starts in this page when you click into a field. Nothing that you type leaves it.</p>
+</div>
+<script type="module" src="../try.js"></script>
+
+<p class="next"><a href="../lite/notebooks/index.html?path=try.ipynb">\
+Open what follows as a notebook in your browser</a></p>"""
+
+
+def live(nb):
+    "The page to try things on: fields that answer, before the notebook that does the same with code"
+    title, about, *rest = nb["cells"]
+    return nb | dict(cells=[title, markdown(DEMO), about, *rest])
+
+
 # ---- navigation and names
 
 
@@ -679,7 +715,7 @@ def prepare(proc):
         if module_of(nb)
     }
     known = [s for _, found in chapters.values() for s in found]
-    for p in [*nbs.glob("*.yml"), *nbs.glob("*.css"), *nbs.glob("*.svg")]:
+    for p in [*nbs.glob("*.yml"), *nbs.glob("*.css"), *nbs.glob("*.svg"), *nbs.glob("*.js")]:
         shutil.copy2(p, proc)
     names = menu(proc)
     for p, nb in notebooks.items():
@@ -687,6 +723,8 @@ def prepare(proc):
         if p.parent.name == "figures":
             nb = figure(as_drawn(nb, p.stem), p.stem)
             picture = f"/figures/{place}/{p.stem}.png" if (place := best_of(pictures(p.stem))) else None
+        elif p.name == TRY and browser.ready():
+            nb = live(nb)
         elif p.name == "index.ipynb":
             card(proc / "card.png", heading(nb), subtitle(nb))
             nb = front(nb, pictures(HEADLINE))
@@ -758,6 +796,12 @@ def main(out):
             keep = proc / get_config().doc_path.name / "notebooks" / p.relative_to(get_config().nbs_path)
             keep.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(p, keep)
+        if browser.ready():
+            browser.build(
+                proc / get_config().doc_path.name / "lite", [get_config().nbs_path / "tutorials" / TRY]
+            )
+        else:
+            print("without the part that runs in the browser: `make docs` fetches it where there is npm")
         if not quarto:
             polish(proc / get_config().doc_path.name, subtitles)
         shutil.rmtree(out, ignore_errors=True)

@@ -1,8 +1,9 @@
 """The documentation site in a real browser: every page opens without an error, every link and fragment
-leads somewhere, search finds, a phone shows it (a minute)"""
+leads somewhere, search finds, a phone shows it, and Python runs in it (two minutes)"""
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ from urllib.parse import unquote, urldefrag, urlparse
 
 import pytest
 import websocket
+import yaml
+from nbdev.config import get_config
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(
@@ -40,6 +44,7 @@ LOOK = """(async () => {
         blank: pictures.filter(i => !i.naturalWidth).map(i => i.src.slice(0, 200)),
         title: document.title,
         text: document.body.innerText,
+        card: document.querySelector('meta[property="og:image"]')?.content,
     }
 })()"""
 WIDE = """(() => {
@@ -56,6 +61,10 @@ WIDE = """(() => {
     };
     const all = [...document.querySelectorAll('body *')];
     const lost = all.filter(e => seen(e) && !scrolls(e)); // past the edge, and no way to scroll there
+    // what a clipped box hides and no one can scroll to
+    const clips = e => ['hidden', 'clip'].includes(getComputedStyle(e).overflowX) && e.clientWidth;
+    lost.push(...document.querySelectorAll('main *').values().filter(
+        e => clips(e) && e.scrollWidth > e.clientWidth + 1));
     const over = lost.slice(0, 3).map(e => e.outerHTML.slice(0, 120));
     return over.concat(page > width ? [`the page is ${page} px wide`] : [])
 })()"""
@@ -74,6 +83,7 @@ class Browser:
                 "--disable-dev-shm-usage",
                 "--disable-background-networking",
                 "--no-first-run",
+                "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no other host is there
                 "--remote-debugging-port=0",
                 f"--user-data-dir={folder}",
                 "about:blank",
@@ -120,6 +130,27 @@ class Browser:
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"])
         return result["result"].get("value")
+
+    def dark(self, is_dark):
+        features = [dict(name="prefers-color-scheme", value="dark" if is_dark else "light")]
+        self("Emulation.setEmulatedMedia", features=features)
+
+    def click(self, selector):
+        "As a finger does it: where the middle of an element is"
+        at = f"""(() => {{
+            const e = document.querySelector({json.dumps(selector)});
+            e.scrollIntoView({{block: 'center', behavior: 'instant'}});
+            const r = e.getBoundingClientRect();
+            return [r.left + r.width / 2, r.top + r.height / 2];
+        }})()"""
+        x, y = self.js(at)
+        for kind in ("mousePressed", "mouseReleased"):
+            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, key, code, modifiers=0, text=None):
+        key = dict(key=key, code=key, windowsVirtualKeyCode=code, modifiers=modifiers)
+        self("Input.dispatchKeyEvent", type="keyDown", **key, **(dict(text=text) if text else {}))
+        self("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def until(self, code, seconds=300):
         "Wait until an expression is true, and return it"
@@ -233,6 +264,7 @@ def pages(site, home, browser):
     return {
         str(p.relative_to(site)): browser.visit(home + str(p.relative_to(site)), home)
         for p in sorted(site.rglob("*.html"))
+        if p.relative_to(site).parts[0] != "lite"  # JupyterLite's own pages
     }
 
 
@@ -295,7 +327,7 @@ def test_sections(browser, home):
     browser.open(home + "index.html")
     assert browser.js(
         "[...document.querySelectorAll('.navbar-nav .nav-link')].map(e => e.innerText.trim()).filter(Boolean)"
-    )[:6] == ["Start", "Explain", "Figures", "Guides", "Book", "API"]
+    )[:7] == ["Start", "Try it", "Explain", "Figures", "Guides", "Book", "API"]
 
 
 # ---- search
@@ -317,14 +349,7 @@ def test_search_finds_the_chapter_and_opens_it(pages, site, home, browser):
         pytest.skip("built by Quarto, whose search is another")
     found = search(browser, home, "verifier")
     assert found[0].startswith(home + "task/countdown.html"), found[:5]
-    browser(
-        "Input.dispatchKeyEvent",
-        type="keyDown",
-        key="Enter",
-        code="Enter",
-        windowsVirtualKeyCode=13,
-        text="\r",
-    )
+    browser.press("Enter", 13, text="\r")
     browser.until(f"location.href === {json.dumps(found[0])} && document.readyState === 'complete'")
     assert search(browser, home, "explained_variance") and any(
         "ppo.html" in u or "metrics.html" in u for u in search(browser, home, "explained_variance")
@@ -391,6 +416,202 @@ def test_figure_pages_say_how_to_run_them(pages):
         assert f"figures/{name}.html" in " ".join(pages["reproduce.html"]["links"])
         if list((ROOT / "figures").glob(f"*/{name}.png")):
             assert pages[f"figures/{name}.html"]["pictures"], name
+
+
+def test_figure_pages_open_with_the_picture_and_what_it_says(pages, home, browser):
+    menu = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    titles = next(
+        {x["href"]: x["text"] for x in part["contents"]} for part in menu if part["section"] == "Figures"
+    )
+    first = """(() => {
+        const main = document.querySelector('main'), all = [...main.querySelectorAll('h1, h2, img, pre')];
+        return [main.querySelector('h1').innerText, all.find(e => e.matches('img, h2, pre')).tagName];
+    })()"""
+    for path, title in titles.items():
+        if path.startswith("figures/"):
+            name = Path(path).stem
+            browser.open(f"{home}figures/{name}.html")
+            assert browser.js(first) == [title, "IMG"], name
+            manifest = json.loads(next((ROOT / "figures").glob(f"cpu/{name}.json")).read_text())
+            assert manifest["title"] in pages[f"figures/{name}.html"]["text"]
+            assert manifest["title"] in pages["gallery.html"]["text"]
+            assert home + f"figures/{name}.html" in pages["gallery.html"]["links"]
+
+
+def page_of(notebook):
+    "Path of a notebook's page on the site"
+    inside = notebook.relative_to(ROOT / "nbs")
+    return str(inside.with_name(re.sub(r"^\d\d_", "", inside.name)).with_suffix(".html"))
+
+
+def test_the_book_lists_its_chapters_in_order(browser, home):
+    chapters = [*(ROOT / "nbs").glob("*/[0-9]*_*.ipynb")]
+    chapters.sort(key=lambda p: int(p.stem.partition("_")[0]))
+    browser.open(home + "book.html")
+    links = browser.js("[...document.querySelectorAll('main section ol a')].map(a => a.href)")
+    assert links == [home + page_of(p) for p in chapters]
+
+
+def test_every_notebook_can_be_seen_kept_and_run_elsewhere(pages, site, home):
+    cfg, repo = get_config(), f"{get_config().user}/{get_config().repo}"
+    for p in (ROOT / "nbs").rglob("*.ipynb"):
+        inside = p.relative_to(ROOT / "nbs")
+        links, copy = pages[page_of(p)]["links"], f"notebooks/{inside}"
+        assert {
+            f"{cfg.git_url}/blob/{cfg.branch}/nbs/{inside}",
+            f"https://colab.research.google.com/github/{repo}/blob/{cfg.branch}/nbs/{inside}",
+            f"https://mybinder.org/v2/gh/{repo}/{cfg.branch}?labpath=nbs/{inside}",
+            home + copy,
+        } <= set(links), inside
+        assert (site / copy).read_bytes() == p.read_bytes()
+    without = {n for n, p in pages.items() if not any(f"{repo}/blob/" in u for u in p["links"])}
+    assert without == {"figures/index.html"}
+
+
+def test_pages_hold_no_warnings_of_libraries(pages):
+    seen = {n: found for n, p in pages.items() if (found := re.findall(r"\w+Warning: .{,80}", p["text"]))}
+    assert not seen
+
+
+def test_the_viewer_shows_a_trace_though_no_widget_runs(pages):
+    for page in ("show/viewer.html", "habits/behaviors.html"):
+        assert "VBox(children=(HTML(value=" not in pages[page]["text"]
+    assert "1: correct" in pages["show/viewer.html"]["text"]
+
+
+# ---- light and dark
+
+COLORS = """(() => {
+    const rgb = s => s.match(/[\\d.]+/g).map((v, i) => v * (s.startsWith('color(srgb') && i < 3 ? 255 : 1));
+    const linear = v => v <= 10 ? v / 3294.6 : ((v / 255 + .055) / 1.055) ** 2.4;
+    const light = c => .2126 * linear(c[0]) + .7152 * linear(c[1]) + .0722 * linear(c[2]);
+    const ground = e => {
+        for (; e; e = e.parentElement) {
+            const c = rgb(getComputedStyle(e).backgroundColor);
+            if (c.length < 4 || c[3] > .5) return c;
+        }
+        return [255, 255, 255];
+    };
+    const contrast = e => {
+        const [a, b] = [light(rgb(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x);
+        return (a + .05) / (b + .05);
+    };
+    const texts = 'main p, main a, main h2, main li, pre, #quarto-sidebar a, .navbar a';
+    const seen = [...document.querySelectorAll(texts)]
+        .filter(e => e.innerText.trim() && e.offsetParent);
+    const weak = seen.filter(e => contrast(e) < 3).map(e => e.outerHTML.slice(0, 100));
+    return {ground: light(ground(document.body)), n: seen.length, weak: weak.slice(0, 3)};
+})()"""
+
+
+@pytest.mark.parametrize(
+    "page", ["index.html", "task/countdown.html", "show/viewer.html", "figures/fig_gap.html"]
+)
+def test_dark_mode_can_be_read(browser, home, page):
+    try:
+        for dark in (False, True):
+            browser.dark(dark)
+            browser.width(1280)
+            browser.open(home + page)
+            seen = browser.js(COLORS)
+            assert (seen["ground"] < 0.1) is dark and seen["n"] > 20 and not seen["weak"]
+    finally:
+        browser.dark(False)
+
+
+def test_a_switch_turns_the_lights_off_and_the_next_page_knows(browser, home):
+    try:
+        browser.width(1280)
+        browser.open(home + "index.html")
+        browser.click(".quarto-color-scheme-toggle")
+        browser.open(home + "task/countdown.html")
+        assert browser.js(COLORS)["ground"] < 0.1
+    finally:
+        browser.js("localStorage.clear()")
+
+
+# ---- what other sites and programs read
+
+
+def test_a_shared_link_has_a_picture(pages, site):
+    address = get_config().doc_host + get_config().doc_baseurl + "/"
+    for name, page in pages.items():
+        if name != "figures/index.html":
+            assert page["card"] and (site / page["card"].removeprefix(address)).is_file(), name
+    assert Image.open(site / "card.png").size == (1200, 630)
+    assert pages["figures/fig_gap.html"]["card"].endswith("/fig_gap.png")
+
+
+def test_sitemap_and_llms_txt_name_every_page(pages, site):
+    sitemap, llms = ((site / name).read_text() for name in ("sitemap.xml", "llms.txt"))
+    for name in set(pages) - {"figures/index.html"}:
+        assert f"/{name}<" in sitemap or name == "index.html", name
+        assert f"/{name.removesuffix('.html')}.llms.md" in llms, name
+    said = (site / "task" / "countdown.llms.md").read_text()
+    assert "def explain(" in said and "what the model wrote after the prompt" in said
+
+
+# ---- Python in the reader's browser, which can reach no other host
+
+
+@pytest.fixture
+def lite(site):
+    if not (site / "lite").is_dir():
+        assert not os.environ.get("CI"), "the site was built without JupyterLite"
+        pytest.skip("the site was built without JupyterLite: make .venv-browser/.done fetches what it needs")
+
+
+def typed(browser, name, text):
+    browser.js(f"document.querySelector('#demo [name={name}]').select()")
+    browser("Input.insertText", text=text)
+
+
+def test_the_page_grades_an_answer_and_finds_habits(lite, browser, home):
+    browser.width(390)
+    browser.open(home + "tutorials/try.html")
+    verdict, marked = (
+        "document.querySelector('#demo .verdict').innerText",
+        "document.querySelector('#demo .marked').innerText",
+    )
+    for answer, said in (("10 * 3 + 4", "1: correct"), ("10 + 4 * 3", "0.1: wrong value: 22 instead of 34")):
+        typed(browser, "answer", answer)
+        browser.click("#demo .puzzle .btn-primary")
+        assert browser.until(f"{verdict}.includes({json.dumps(said)}) && {verdict}") == said
+    browser.click("#demo [name=solve]")
+    assert browser.until(f"{verdict}.endsWith('= 34') && {verdict}") == "4 + (3 * 10) = 34"
+    typed(browser, "trace", "𝟛: 7 * 3 = 21. That's too low, let me try another way. <b> First get 12.")
+    browser.click("#demo .trace .btn-primary")
+    assert "verification 1 backtracking 1 subgoal 1" in browser.until(
+        f"{marked}.includes('too low') && {marked}"
+    )
+    marks = browser.js(
+        "[...document.querySelectorAll('#demo .marked p:last-child mark')].map(e => e.innerText)"
+    )
+    assert marks == ["That's too low", "let me try another way.", "<b> First get 12."]  # as text
+    typed(browser, "numbers", "none")
+    browser.click("#demo [name=solve]")
+    assert "whole numbers" in browser.until(f"{verdict}.includes('whole') && {verdict}")
+    assert not browser.js(WIDE) and not browser.faults(home)
+
+
+def test_the_notebook_runs_in_jupyterlite(lite, browser, home):
+    browser.width(1280)
+    browser.open(home + "lite/notebooks/index.html?path=try.ipynb")
+    browser.until(
+        "!!document.querySelector('.jp-CodeCell .cm-line') && /Pyodide/.test(document.body.innerText)"
+    )
+    browser.until("!!document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]')")
+    browser.click(".jp-CodeCell .cm-line:nth-child(4)")  # answer = "10 + 4 * 3"
+    browser.press("End", 35)
+    browser.press("Enter", 13, text="\r")
+    browser("Input.insertText", text="answer = '3 * 10 + 4'")
+    browser.press("Enter", 13, modifiers=8, text="\r")  # with shift
+    browser.until("document.querySelector('.jp-CodeCell .jp-InputPrompt').innerText.includes('[1]')")
+    assert (
+        browser.js("document.querySelector('.jp-CodeCell .jp-OutputArea').innerText").strip() == "1: correct"
+    )
+    server = home.removesuffix("stars/")
+    assert not [f for f in browser.faults(server) if "asks another host" in f]
 
 
 # ---- the examination itself
