@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Cell', 'MIXED', 'RICH_BASE', 'SEARCH', 'PLANNING', 'CLAIMS', 'VERDICTS', 'PRIMED', 'OF_PRIMED', 'OF_BASE',
-           'OUR_CLAIMS', 'ANSWERS', 'WHOSE', 'TITLES', 'LONG_STATEMENT', 'VERDICT_AT', 'MARGIN_REACH', 'CLAIM_DOTS',
-           'UNITS', 'VERDICT_RULE', 'CLAIM_HEIGHT', 'SOURCE_HEIGHT', 'STATEMENT_ROOM', 'HEADING_ROOM', 'Claim', 'plain',
-           'claimed_cells', 'at_time', 'run_value', 'run_outcomes', 'cell_runs', 'effect', 'verdict', 'verdict_text',
-           'solved_in', 'gains', 'sharpens', 'learns_from_misses', 'turned', 'repeats_less', 'remembers', 'helps_under',
-           'Measured', 'family_models', 'own_rows', 'finished', 'trainer_configs', 'own_answers', 'published_rows',
-           'seeds_told', 'unit_of', 'rows_of', 'found_in', 'replication', 'effect_text', 'replication_table',
-           'whose_of', 'replication_title', 'filled', 'halves', 'draw_outcome', 'draw_claims', 'claims_by_unit',
-           'populations_told', 'head_sections', 'replication_figure']
+           'OUR_CLAIMS', 'ANSWERS', 'WHOSE', 'TITLES', 'SIGNS', 'SIGN_STEP', 'SIGN_ROOM', 'MARGIN_REACH', 'CLAIM_DOTS',
+           'STATEMENT_ROOM', 'UNITS', 'SIGNS_NOTE', 'VERDICT_RULE', 'FORM_NAMES', 'CLAIM_HEIGHT', 'SOURCE_HEIGHT',
+           'HEADING_ROOM', 'Claim', 'plain', 'claimed_cells', 'at_time', 'run_value', 'run_outcomes', 'cell_runs',
+           'effect', 'verdict', 'verdict_text', 'solved_in', 'gains', 'sharpens', 'learns_from_misses', 'turned',
+           'repeats_less', 'remembers', 'helps_under', 'Measured', 'family_models', 'own_rows', 'finished',
+           'trainer_configs', 'own_answers', 'published_rows', 'seeds_told', 'unit_of', 'rows_of', 'found_in',
+           'replication', 'effect_text', 'replication_table', 'whose_of', 'who', 'counted', 'replication_title',
+           'filled', 'write_signs', 'draw_claims', 'claims_by_unit', 'forms_note', 'populations_told', 'head_sections',
+           'head_signs', 'replication_figure']
 
 # %% ../../nbs/show/94_claims.ipynb #ie003
 from collections.abc import Callable, Sequence
@@ -46,8 +47,25 @@ from stars.measure.intervals import (
 )
 from ..measure.trees import problem_table
 from ..models.checkpoints import BASES
-from .figures import SERIES, interval_dots, make_room, row_offset
-from .plots import CAPTION, DARK, EQUAL, GOOD_FOR, LABEL, Layout, listed, page, span, styled
+from .figures import FORMS, Look, interval_dots, row_offset
+from stars.show.plots import (
+    ABOUT,
+    DARK,
+    EQUAL,
+    GOOD_FOR,
+    LABEL,
+    PUBLISHED,
+    QUIET,
+    Caption,
+    Layout,
+    balanced,
+    capital,
+    listed,
+    page,
+    signed,
+    span,
+    styled,
+)
 from .sources import ALGORITHMS, PARTS, published_results, with_algorithm
 
 # %% ../../nbs/show/94_claims.ipynb #ie006
@@ -85,32 +103,32 @@ CLAIMS = (
     Claim("gap", "under the same PPO, the base with habits ends higher", RICH_BASE, plain("base")),
     Claim(
         "primed_rich",
-        "primed, the base without habits ends above the one with habits",
+        "the base without habits, once primed, ends above the one with habits",
         plain("backtracking_verification"),
         RICH_BASE,
     ),
     Claim("mixes", "priming with habits lifts where PPO ends", plain(*MIXED), plain("base")),
     Claim(
         "empty_cot",
-        "priming with answers alone does not: habits end higher",
+        "priming with habits ends above priming with answers alone",
         plain("backtracking_verification"),
         plain("empty_cot"),
     ),
     Claim(
         "dots",
-        "nor does length: habits end higher",
+        "priming with habits ends above priming with length alone",
         plain("backtracking_verification"),
         plain("dots"),
     ),
     Claim(
         "incorrect",
-        "priming with wrong answers lifts it, too",
+        "priming with habits in wrong answers lifts where PPO ends",
         plain("incorrect_only"),
         plain("base"),
     ),
     Claim(
         "as_good",
-        "as far as with right ones (within .05)",
+        "habits in wrong answers lift it as far as in right ones (within .05)",
         plain("incorrect_only"),
         plain("all_strategies", "backtracking_verification"),
         margin=EQUAL,
@@ -127,16 +145,18 @@ CLAIMS += (
     ),
     Claim(
         "base_habits",
-        "before RL, one base verifies and turns back more",
+        "before RL, the base with habits verifies and turns back more",
         RICH_BASE,
         plain("base"),
         SEARCH,
         "first",
     ),
-    Claim("amplified", "RL amplifies that", RICH_BASE, (), SEARCH, "gain"),
+    Claim(
+        "amplified", "RL makes the base with habits verify and turn back more", RICH_BASE, (), SEARCH, "gain"
+    ),
     Claim(
         "kept",
-        "after priming, RL keeps verification and backtracking growing",
+        "after priming, RL makes verification and backtracking grow",
         plain("backtracking_verification"),
         (),
         SEARCH,
@@ -144,7 +164,7 @@ CLAIMS += (
     ),
     Claim(
         "fading",
-        "and lets subgoals and backward chaining fade",
+        "after priming, RL lets subgoals and backward chaining fade",
         plain("all_strategies"),
         (),
         PLANNING,
@@ -335,18 +355,26 @@ OUR_CLAIMS = (
         ("response_length",),
         "growth",
     ),
-    Measured("adds", "RL adds: primed, more problems are solved in many attempts", "draws", OF_PRIMED, gains),
-    Measured("adds_base", "without priming, too, RL adds", "draws", OF_BASE, gains),
+    Measured(
+        "adds", "RL adds: once primed, more problems are solved in many attempts", "draws", OF_PRIMED, gains
+    ),
+    Measured(
+        "adds_base",
+        "RL adds without priming: more problems are solved in many attempts",
+        "draws",
+        OF_BASE,
+        gains,
+    ),
     Measured(
         "sharpens",
-        "RL sharpens: primed, it gains more at one attempt than at many",
+        "RL sharpens: once primed, one attempt gains more than many",
         "draws",
         OF_PRIMED,
         sharpens,
     ),
     Measured(
         "sharpens_base",
-        "without priming, too, one attempt gains more than many",
+        "RL sharpens without priming: one attempt gains more than many",
         "draws",
         OF_BASE,
         sharpens,
@@ -530,11 +558,11 @@ def replication(
 # %% ../../nbs/show/94_claims.ipynb #ie042
 def effect_text(
     row: pd.Series,  # of `replication`
-) -> str:  # "+0.10 (+0.04 to +0.16), shown"
+) -> str:  # "+.10 (+.04 to +.16), shown"
     if not np.isfinite(row.value):
         return row.verdict
-    interval = f" ({row.lo:+.2f} to {row.hi:+.2f})" if np.isfinite(row.lo) else ""
-    return f"{row.value:+.2f}{interval}, {verdict_text(row)}"
+    interval = f" ({signed(row.lo)} to {signed(row.hi)})" if np.isfinite(row.lo) else ""
+    return f"{signed(row.value)}{interval}, {verdict_text(row)}"
 
 
 def replication_table(
@@ -555,17 +583,28 @@ def whose_of(
     return r.claim.map({c.name: whose for whose, claims in WHOSE.items() for c in claims})
 
 
+def who(source: str, sources: Sequence[str]) -> str:  # "the published runs", "our runs"
+    if source == PUBLISHED:
+        return "the published runs"
+    return f"our {source} runs" if sum(s != PUBLISHED for s in sources) > 1 else "our runs"
+
+
+def counted(rows: pd.DataFrame) -> str:  # "show 7 of 12 (4 have no interval)"
+    without = (rows.verdict == "no interval").sum()
+    said = f"show {(rows.verdict == 'shown').sum()} of {len(rows)}"
+    return said + (f" ({without} {'has' if without == 1 else 'have'} no interval)" if without else "")
+
+
 def replication_title(
     r: pd.DataFrame,  # from `replication`
 ) -> str:
-    "How many claims each source shows"
-    said = {}
-    for (whose, source), rows in r.assign(whose=whose_of(r)).groupby(["whose", "source"], sort=False):
-        if rows.value.notna().any() or whose != "ours":
-            counts = rows.verdict.value_counts()
-            counted = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts.get(v))
-            said.setdefault(whose, []).append(f"{source}: {counted}")
-    return ". ".join(f"{TITLES[whose]} – {'; '.join(parts)}" for whose, parts in said.items())
+    "How many claims each source shows, of those that were run"
+    said, sources = {}, list(dict.fromkeys(r.source))
+    run = r[r.value.notna()]
+    for (whose, source), rows in run.assign(whose=whose_of(run)).groupby(["whose", "source"], sort=False):
+        if (rows.verdict != "no interval").any():
+            said.setdefault(whose, []).append(f"{who(source, sources)} {counted(rows)}")
+    return ". ".join(f"{TITLES[whose]}: {listed(parts)}" for whose, parts in said.items())
 
 # %% ../../nbs/show/94_claims.ipynb #rs002
 def filled(
@@ -577,49 +616,39 @@ def filled(
     rows = pd.concat([known.assign(whose=whose_of(known)), r]).drop_duplicates(keys)
     return rows.set_index(keys).loc[pd.MultiIndex.from_frame(r[keys])].reset_index()[list(r.columns)]
 
-# %% ../../nbs/show/94_claims.ipynb #ie048
-LONG_STATEMENT = 46  # letters that fit into a line
-
-
-def halves(s: str) -> str:
-    "Break a sentence in two where it is too long for one line"
-    if len(s) < LONG_STATEMENT:
-        return s
-    spaces = [i for i, letter in enumerate(s) if letter == " "]
-    middle = min(spaces, key=lambda i: abs(i - len(s) / 2))
-    return s[:middle] + "\n" + s[middle + 1 :]
-
 # %% ../../nbs/show/94_claims.ipynb #ie051
-VERDICT_AT = 1.02  # of the width of the axes
+SIGNS = dict(zip(VERDICTS, ("✓", "✗", "○", "–", "")))
+SIGN_STEP, SIGN_ROOM = 0.55, 0.12  # inches from sign to sign, and from the axes to the first
 
 
-def draw_outcome(
+def write_signs(
     ax: Axes,
-    outcome: pd.DataFrame,  # one row of `replication`
+    outcomes: pd.DataFrame,  # rows of `replication` of one claim
     y: float,  # height
-    color: str,  # of the source
+    sources: Sequence[str],  # from left to right
 ):
-    "A dot with its interval, and the verdict beside it"
-    row = outcome.iloc[0]
-    interval_dots(ax, [y], outcome, color)
-    dot = ax.lines[-1]
-    dot.set_marker("s" if row.verdict == "reversed" else "o")
-    if row.verdict not in ("shown", "reversed"):
-        dot.set_markerfacecolor("white")
-    place = dict(xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
-    ax.annotate(f"{row.source}: {verdict_text(row)}", (VERDICT_AT, y), size=CAPTION, color=color, **place)
+    "The verdict of each source, right of the axes"
+    place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", annotation_clip=False)
+    for row in outcomes.itertuples():
+        at = 72 * (SIGN_ROOM + SIGN_STEP * (sources.index(row.source) + 0.4))
+        tone = DARK if row.verdict in ("shown", "reversed") else QUIET
+        look = dict(
+            size=LABEL + 2, color=tone, ha="center", va="center", gid=f"sign-{row.claim}-{row.source}"
+        )
+        ax.annotate(SIGNS[row.verdict], (1, y), xytext=(at, 0), **place, **look)
 
 # %% ../../nbs/show/94_claims.ipynb #ie053
 MARGIN_REACH, CLAIM_DOTS = 0.42, 0.72  # shares of a row: of a margin's half, of all dots
+STATEMENT_ROOM = 2.45  # inches at the left
 
 
 def draw_claims(
     ax: Axes,
     claims: Sequence[Claim | Measured],  # from top to bottom
     seen: pd.DataFrame,  # rows of `replication` with a value
-    sources: Sequence[str],  # in the order of `SERIES`
+    sources: Sequence[str],  # in the order of `FORMS`
 ):
-    "A row per claim, a dot per source"
+    "A row per claim, a mark per source"
     ax.axvline(0, color=DARK, linewidth=0.8)
     heights = range(len(claims) - 1, -1, -1)
     for height, claim in zip(heights, claims):
@@ -630,16 +659,21 @@ def draw_claims(
         told = [source for source in sources if source in set(outcomes.source)]
         for i, source in enumerate(told):
             at = height + row_offset(i, len(told), share=CLAIM_DOTS)
-            draw_outcome(ax, outcomes[outcomes.source == source], at, SERIES[sources.index(source)])
-    ax.set_yticks(heights, [halves(c.says) for c in claims])
+            form = FORMS[sources.index(source)]
+            interval_dots(ax, [at], outcomes[outcomes.source == source], Look(DARK, form))
+        write_signs(ax, outcomes, height, sources)
+    ax.set_yticks(
+        heights, [balanced(c.says, STATEMENT_ROOM - 0.1, LABEL, bold=False) for c in claims], color=DARK
+    )
     ax.set_ylim(-0.5, len(claims) - 0.5)
+    ax.tick_params(axis="y", length=0)
 
 # %% ../../nbs/show/94_claims.ipynb #ie055
 UNITS = {
     "accuracy": "difference in accuracy",
-    "per completion": "difference in habits per completion",
-    "share": "difference in the share of problems solved, or of attempts",
-    "growth": "growth during RL, as a share of the start",
+    "per completion": "difference in habits per response",
+    "share": "difference in shares",
+    "growth": "growth, share of the start",
 }
 
 
@@ -659,10 +693,20 @@ def claims_by_unit(
     return groups
 
 # %% ../../nbs/show/94_claims.ipynb #ie057
+SIGNS_NOTE = "✓ shown, ✗ reversed, ○ not shown, – no interval. Bars: 95 % intervals."
 VERDICT_RULE = (
-    "Shown: the 95 % interval (bar) of the difference lies on the claimed side of zero, or within ± .05 "
+    "Shown: the 95 % interval of the difference lies on the claimed side of zero, or within ±.05 (grey) "
     "where the claim is equality; reversed: on the other; not shown: neither."
 )
+FORM_NAMES = "circles", "diamonds", "squares", "triangles", "turned triangles"
+
+
+def forms_note(
+    sources: Sequence[str],
+) -> str:  # "Circles: our runs; diamonds: the published runs."
+    "Which marks are whose"
+    said = [f"{form}: {who(source, sources)}" for form, source in zip(FORM_NAMES, sources)]
+    return capital("; ".join(said)) + "." if len(said) > 1 else ""
 
 
 def populations_told(
@@ -679,9 +723,8 @@ def populations_told(
     return " ".join(said)
 
 # %% ../../nbs/show/94_claims.ipynb #ief003
-CLAIM_HEIGHT, SOURCE_HEIGHT = 0.3, 0.16  # inches of a row, and for each further source
-STATEMENT_ROOM = 2.5  # inches at the left
-HEADING_ROOM = 0.2  # inches above axes
+CLAIM_HEIGHT, SOURCE_HEIGHT = 0.34, 0.1  # inches of a row, and for each further source
+HEADING_ROOM = 0.24  # inches above axes
 
 
 def head_sections(
@@ -691,8 +734,21 @@ def head_sections(
     "Say above the first axes of each section whose claims they are"
     for i, (ax, name) in enumerate(zip(axes, whose)):
         if name not in whose[:i]:
-            place = dict(xytext=(-72 * STATEMENT_ROOM, 5), textcoords="offset points", va="bottom")
+            place = dict(
+                xytext=(72 * (Layout.edge - STATEMENT_ROOM), 5), textcoords="offset points", va="bottom"
+            )
             ax.annotate(TITLES[name], (0, 1), xycoords="axes fraction", size=LABEL, weight="bold", **place)
+
+
+def head_signs(
+    ax: Axes,
+    sources: Sequence[str],
+):
+    "Say above the signs whose they are"
+    for i, source in enumerate(sources):
+        words = source if source == PUBLISHED or sum(s != PUBLISHED for s in sources) > 1 else "ours"
+        place = dict(xytext=(72 * (SIGN_ROOM + SIGN_STEP * (i + 0.4)), 4), textcoords="offset points")
+        ax.annotate(words, (1, 1), xycoords="axes fraction", size=ABOUT, ha="center", color=QUIET, **place)
 
 # %% ../../nbs/show/94_claims.ipynb #dhy459hv
 def replication_figure(
@@ -700,22 +756,25 @@ def replication_figure(
     note: str = "",  # added to the caption
 ) -> Figure:
     "Each claim's difference by source, with interval and verdict"
-    sources, seen = list(dict.fromkeys(r.source)), r[r.value.notna()]
-    if len(sources) > len(SERIES):
-        raise ValueError(f"{len(sources)} sources; give at most {len(SERIES)}")
+    seen = r[r.value.notna()]
+    sources = sorted(dict.fromkeys(r.source), key=lambda s: s == PUBLISHED)  # ours first
+    if len(sources) > len(FORMS):
+        raise ValueError(f"{len(sources)} sources; give at most {len(FORMS)}")
     groups = claims_by_unit(seen)
     whose = [name for name, _ in groups]
     row_height = CLAIM_HEIGHT + SOURCE_HEIGHT * (len(sources) - 1)
-    heights = tuple(row_height * len(claims) + 0.15 for claims in groups.values())
+    heights = tuple(row_height * len(claims) + 0.1 for claims in groups.values())
     more = HEADING_ROOM * (len(set(whose)) > 1)
-    layout = Layout(heights, width=8.4, gap=0.62 + more, right=1.6, head=0.12 + more)
+    rooms = ((0.02, SIGN_ROOM + SIGN_STEP * len(sources)),)
+    layout = Layout(heights, rooms, STATEMENT_ROOM, gap=0.6 + more, head=0.18 + more)
+    see = f"{SIGNS_NOTE} {forms_note(sources)}".strip()
+    about = " ".join(filter(None, [VERDICT_RULE, populations_told(r), note]))
     with styled(**{"axes.grid.axis": "x"}):
-        foot = " ".join(filter(None, [VERDICT_RULE, populations_told(r), note]))
-        fig, axes = page([replication_title(r)], foot, layout)
-        for ((_, unit), claims), ax in zip(groups.items(), axes[0, :, 0]):
-            make_room(ax, STATEMENT_ROOM)
+        fig, (grid,) = page([replication_title(r)], Caption(see, about), layout)
+        for ((_, unit), claims), ax in zip(groups.items(), grid[:, 0]):
             draw_claims(ax, claims, seen, sources)
             ax.set_xlabel(UNITS[unit])
+        head_signs(grid[0, 0], sources)
         if more:
-            head_sections(axes[0, :, 0], whose)
+            head_sections(grid[:, 0], whose)
     return fig

@@ -42,17 +42,16 @@ def test_the_title_follows_the_texts():
     table = order_table(draws([GIVES_UP, GIVES_UP], [GIVES_UP, GOES_ON]))
     title = figure_text(order_figure(table), "title")
     assert title.startswith(
-        "Backtracking + verification after PPO: gives up less often after a failed attempt"
+        "After PPO, backtracking + verification gives up less often after a failed attempt"
     )
-    assert "(100 → 50 %)" in title.replace("\u00a0", " ") and "fails less often per attempt" in title
-    assert "right one" not in title  # there was none before
+    assert "fails less often per attempt" in title and "right one" not in title  # there was none before
     back = order_table(draws([GIVES_UP, GOES_ON], [GIVES_UP, GIVES_UP]))
     assert "gives up more often" in figure_text(order_figure(back), "title")
     same = figure_text(order_figure(order_table(draws([GOES_ON, AGAIN], [GOES_ON, AGAIN]))), "title")
-    assert same.count("not told apart (") == 4 and "more often" not in same and "less often" not in same
-    more = figure_text(order_figure(order_table(draws([GOES_ON], [GOES_ON, AGAIN]))), "title")
-    assert "repeats itself more often (0 → 20 %)" in more.replace("\u00a0", " ")
-    assert more.replace("\u00a0", " ").endswith("less than a search without memory (22 %)")
+    assert "are not told apart from before" in same and "more often" not in same and "less often" not in same
+    more = order_figure(order_table(draws([GOES_ON], [GOES_ON, AGAIN])))
+    assert "repeats itself more often" in figure_text(more, "title")
+    assert "repeats itself less than a search without memory" in figure_text(more, "caption")
 
 
 def test_the_table_is_what_the_measurements_say():
@@ -85,14 +84,14 @@ def test_conditions_have_panels_of_their_own():
     two = pd.concat([draws([GIVES_UP], [GOES_ON]), draws([GOES_ON], [GIVES_UP], condition="all_strategies")])
     fig = order_figure(order_table(two), note="A note.")
     first, second = figure_text(fig, "title").split("\n")
-    assert "gives up less often" in first and second.startswith("All strategies") and "more often" in second
+    assert "gives up less often" in first and "all strategies" in second and "more often" in second
     assert len(fig.axes) == 8 and figure_text(fig, "caption").endswith("A note.")
 
 
 def test_texts_without_habits_can_be_drawn():
     fig = order_figure(order_table(draws([HIT + END], [MISS + END], condition="base")))
-    assert "Base after PPO" in figure_text(fig, "title")
-    assert "no attempts" in figure_text(order_figure(order_table(draws(["?"], ["!"]))), "title")
+    assert "base" in figure_text(fig, "title")
+    assert "makes no attempts" in figure_text(order_figure(order_table(draws(["?"], ["!"]))), "title")
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -35,14 +35,23 @@ from stars.show.figures import (
 )
 from stars.show.plots import (
     CONDITIONS,
+    TITLE,
+    Layout,
+    balanced,
+    color,
     figure_text,
     gap_between,
+    ink,
     interval,
     interval_note,
+    num,
+    percent,
     save_figure,
+    short_table,
     signed,
     spread_labels,
     summary_table,
+    wrap,
 )
 
 FIGURES = (controls, priming, dynamics, incorrect)
@@ -130,7 +139,7 @@ def test_one_seed_is_wilson():
     assert (a.lo, a.hi) == pytest.approx(wilson(20, 50)) and a.population == NEW_PROBLEMS
     assert (
         interval_note(interval(table(dict(base=0.4), n=50)))
-        == "shaded: 95 % interval for new problems, not for another training (1 seed of 50 completions)"
+        == "95 % intervals for new problems, not for another training (1 seed of 50 completions)"
     )
 
 
@@ -225,21 +234,46 @@ def title(fig):
 
 
 def test_controls_title_follows_the_data():
-    there = title(
-        controls(table(dict(base=0.3, empty_cot=0.32, incorrect_only=0.58, backtracking_verification=0.61)))
+    there = dict(base=0.3, empty_cot=0.32, incorrect_only=0.58, backtracking_verification=0.61)
+    assert title(controls(table(there))) == (
+        "Primed with backtracking + verification, the model ends above base and empty CoT, "
+        "and is not told apart from incorrect only"
     )
-    assert (
-        there == "Primed with backtracking + verification: .10 → .61, "
-        "above base (.30) and empty CoT (.32); not told apart from incorrect only (.58)"
+    alike, below = (
+        dict(base=0.3, backtracking_verification=0.31),
+        dict(base=0.6, backtracking_verification=0.3),
     )
-    assert (
-        title(controls(table(dict(base=0.3, backtracking_verification=0.31))))
-        == "Primed with backtracking + verification: .10 → .31, not told apart from base (.30)"
+    who = "Primed with backtracking + verification, the model"
+    assert title(controls(table(alike))) == f"{who} is not told apart from base"
+    assert title(controls(table(below))) == f"{who} ends below base"
+
+
+def test_numbers_stand_at_the_lines_in_one_format():
+    "Values at the ends, none in the title; no leading zero and no hyphen anywhere"
+    assert [num(x) for x in (0.614, -0.05, -0.001, 1.0, 12.345)] == [".61", "−.05", ".00", "1.00", "12.35"]
+    assert (signed(0.05), signed(-0.05), percent(0.0972), percent(0.1)) == (
+        "+.05",
+        "−.05",
+        "9.7\u00a0%",
+        "10\u00a0%",
     )
-    assert (
-        title(controls(table(dict(base=0.6, backtracking_verification=0.3))))
-        == "Primed with backtracking + verification: .10 → .30, below base (.60)"
-    )
+    fig = controls(table(dict(base=0.3, backtracking_verification=0.61), seeds=(0, 1), jitter=0.02))
+    fig.canvas.draw()
+    assert not any(letter.isdigit() for letter in title(fig))
+    assert [t.get_text().split()[-1] for t in fig.axes[0].texts] == [".30", ".61"]
+    numbers = [t.get_text() for ax in fig.axes for t in ax.get_yticklabels()]
+    assert {"0", ".2"} <= set(numbers) and not any(text.startswith("0.") for text in numbers)
+
+
+def test_seeds_are_thin_lines_and_the_last_interval_a_bar():
+    rows = table(dict(base=0.3, dots=0.5), seeds=(0, 1, 2), jitter=0.02)
+    ax, last = controls(rows).axes[0], interval(rows).query("step == 20").set_index("condition")
+    widths = [line.get_linewidth() for line in ax.lines if len(line.get_xdata()) == 3]
+    assert sorted(widths) == [0.6] * 6 + [1.7] * 2  # three seeds and a mean of each condition
+    bars = [line.get_ydata() for line in ax.lines if len(line.get_xdata()) == 2]
+    assert sorted(map(tuple, bars)) == sorted(zip(last.lo, last.hi))
+    shifts = {line.get_transform().transform((1, 0))[0] for line in ax.lines if len(line.get_xdata()) == 2}
+    assert len(shifts) == 2 and not ax.collections  # side by side, and no band
 
 
 def test_fewer_completions_take_the_claim_back():
@@ -251,27 +285,48 @@ def test_fewer_completions_take_the_claim_back():
 
 def test_priming_title_follows_the_data():
     base = dict(base=0.3)
-    assert title(priming(table(base | dict.fromkeys(MIXES, 0.5)))).startswith(
-        "All 5 mixes end above base (.30)"
+    for last, said in (
+        (0.5, "All 5 mixes of habits end above base"),
+        (0.3, "None of 5 mixes of habits ends above base"),
+    ):
+        assert title(priming(table(base | dict.fromkeys(MIXES, last)))) == said
+    low = title(priming(table(base | dict.fromkeys(MIXES, 0.1))))
+    assert low == "None of 5 mixes of habits ends above base; 5 end below"
+    last = base | dict(zip(MIXES, (0.5, 0.3, 0.3, 0.1, 0.1)), negative_control=0.3)
+    assert title(priming(table(last))) == (
+        "1 of 5 mixes of habits ends above base and negative control; 2 end below; 2 are not told apart"
     )
-    assert title(priming(table(base | dict.fromkeys(MIXES, 0.3)))).startswith(
-        "None of 5 mixes is told apart from base (.30)"
-    )
-    assert title(priming(table(base | dict.fromkeys(MIXES, 0.1)))).startswith(
-        "All 5 mixes end below base (.30)"
-    )
-    some = title(priming(table(base | dict(zip(MIXES, (0.5, 0.3, 0.3, 0.1, 0.1)), negative_control=0.5))))
+    last["negative_control"] = 0.5  # a mix has to end above both
+    assert title(priming(table(last))).startswith("None of 5 mixes of habits ends above base and negative")
+
+
+def test_dynamics_title_says_what_grows_by_the_interval_of_the_change():
+    def said(last, **more):
+        return title(dynamics(table(dict(base=0.1, backtracking_verification=last), first=0.4, **more)))
+
+    both = "Primed with backtracking + verification: under PPO, verification and backtracking"
     assert (
-        some == "Of 5 mixes, 1 ends above, 2 end below and 2 are not told apart from base (.30); "
-        "0 of 5 above negative control (.50); highest all strategies, .10 → .50"
+        said(0.9) == f"{both} grow (one run, no interval)"
+        and said(0.0) == f"{both} fade (one run, no interval)"
     )
+    assert said(0.9, seeds=(0, 1, 2), jitter=0.01) == f"{both} grow"
+    rows = table(dict(base=0.1, backtracking_verification=0.45), seeds=(0, 1, 2), first=0.4)
+    rows["avg_verifications"] += (rows.seed - 1) * (rows.step == 20)
+    rows["avg_backtracking"] += 0.01 * rows.seed
+    assert title(dynamics(rows)).endswith("; verification is not told apart from its start")
 
 
-def test_dynamics_title_states_counts():
-    up, down = (
-        title(dynamics(table(dict(base=0.1, backtracking_verification=b), first=0.4))) for b in (0.9, 0.0)
-    )
-    assert "backtracking 0.8 → 1.8 (base 0.8 → 0.2)" in up and "backtracking 0.8 → 0.0" in down
+def test_habits_that_hardly_occur_are_one_grey_sentence():
+    rows = table(dict(base=0.2, backtracking_verification=0.9), seeds=(0, 1, 2), jitter=0.01)
+    rows[["avg_subgoals", "avg_backwards"]] *= 0.01
+    fig = dynamics(rows)
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["verification", "backtracking"]
+    (grey,) = [t.get_text() for t in fig.axes[-1].texts if "not drawn" in t.get_text()]
+    assert grey == "Subgoal and backward: below .1 per response in every condition, not drawn."
+    rows.loc[rows.condition == "base", [f"avg_{h.column}" for h in HABITS]] = 0.0
+    also = pd.concat([rows, rows[rows.condition == "base"].assign(condition="dots")])
+    texts = [t.get_text() for t in dynamics(also).axes[0].texts]
+    assert "all others 0" in texts and len(texts) == 2  # lines that end at zero share a label
 
 
 def test_one_title_per_model():
@@ -282,12 +337,13 @@ def test_one_title_per_model():
         ]
     )
     one, two = title(controls(r)).split("\n")
-    assert (
-        one.startswith("plain – ")
-        and "above base" in one
-        and two.startswith("rich – ")
-        and "not told apart from base" in two
-    )
+    assert "above base" in one and "not told apart from base" in two
+    assert figure_text(controls(r), "panel") == "plain\nrich"
+
+
+def test_a_title_that_holds_for_both_panels_is_written_once():
+    r = table(dict(base=0.3, backtracking_verification=0.6), models=("plain", "rich"))
+    assert title(controls(r)).count("above base") == 1 and figure_text(controls(r), "panel") == "plain\nrich"
 
 
 def test_caption_says_what_it_is():
@@ -297,10 +353,13 @@ def test_caption_says_what_it_is():
         "Preset cpu",
         "model plain",
         "seed 0",
-        "95 % interval for new problems, not for another training (1 seed of 336 completions)",
+        "95 % intervals for new problems, not for another training (1 seed of 336 completions)",
         "Mind this.",
     ):
         assert part in c
+    see, about = c.split("\n")
+    assert see == "A line is one run. At the right: last value and its 95 % interval."
+    assert about.startswith("Preset cpu")
     assert "base on plain to step 10" in figure_text(
         controls(r[(r.condition != "base") | (r.step < 20)]), "caption"
     )
@@ -429,6 +488,32 @@ def test_a_condition_keeps_its_colour():
             }
 
 
+def test_type_is_as_many_pixels_on_a_phone_as_it_has_points():
+    "390 pixels across, and nothing smaller than seven; every axis has four numbers"
+    for plot in FIGURES:
+        fig = plot(
+            table(dict(base=0.3, backtracking_verification=0.6), models=("plain", "rich"), source="cpu")
+        )
+        fig.canvas.draw()
+        assert fig.get_figwidth() == Layout.width and abs(Layout.width * 72 - 390) < 2
+        assert min(t.get_size() for t in fig.findobj(matplotlib.text.Text) if t.get_text()) >= 7
+        for ax in fig.axes:
+            for axis, (lo, hi) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+                assert sum(lo <= x <= hi for x in axis.get_majorticklocs()) >= 3 + (axis is ax.yaxis)
+
+
+@given(
+    st.lists(st.text("abc +", min_size=1, max_size=14).map(str.strip).filter(bool), min_size=1, max_size=30)
+)
+@settings(max_examples=100, deadline=None)
+def test_lines_of_a_title_are_as_few_as_before_and_about_equally_long(words):
+    text = " ".join(" ".join(words).split())
+    lines = balanced(text, 4.0).split("\n")
+    plain = wrap(text, 4.0, TITLE, bold=True).split("\n")
+    assert " ".join(lines) == text and len(lines) == len(plain)
+    assert max(map(len, lines)) <= max(map(len, plain))
+
+
 # ---- files and tables
 
 
@@ -479,6 +564,8 @@ def test_summary_table():
     )
     t = summary_table(r)
     assert list(t.index) == [(m, c) for m in ("plain", "rich") for c in ("base", "backtracking_verification")]
+    short = short_table(t)
+    assert len(short) == 4 and short.loc[("rich", "backtracking + verification"), "accuracy"] == ".10 → .60"
     row = t.loc[("rich", "backtracking_verification")]
     assert (row.step_first, row.step_last, row.seeds, row.interval) == (0, 20, 3, NEW_SEEDS)
     assert (
@@ -512,15 +599,15 @@ def test_pretraining_shows_every_corpus_and_habit(tmp_path):
         ]
     )
     fig = pretraining({"web": stats}, rates={h.name: 0.02 for h in HABITS}, preset="cpu")
-    assert (
-        "web: verification in 1.0%, backtracking in 2.0%, subgoal in 3.0%, backward in 4.0%"
-        in figure_text(fig, "title")
-        and "500 texts, 2.0% without labels" in figure_text(fig, "caption")
-    )
-    two = pretraining({"web": stats, "books": stats.assign(share=2 * stats.share)})
-    assert "between 1.00% and 8.0% in 2 corpora" in figure_text(two, "title")
-    assert {"web", "books"} <= {t.get_text() for t in two.axes[0].texts}
-    with pytest.raises(ValueError, match="6 series; give between 1 and 5"):
+    assert title(fig) == "Each habit shows in fewer than one text in 22 (web)"  # at most .045
+    assert "500 texts, 2\u00a0% without labels" in figure_text(fig, "caption")
+    assert [t.get_text() for t in fig.axes[0].texts] == [f"{i}\u00a0%" for i in (1, 2, 3, 4)]
+    assert fig.axes[0].get_xlim()[1] < 5  # no further than the data
+    two = pretraining({"web": stats, "books": stats.assign(share=2 * stats.share, share_hi=0.6)})
+    assert title(two) == "Some habit may show in half of the texts, or more (2 corpora)"
+    said = [t.get_text() for t in two.axes[0].texts]
+    assert any(text.startswith("web ") for text in said) and any(text.startswith("books ") for text in said)
+    with pytest.raises(ValueError, match="6 corpora; give between 1 and 5"):
         pretraining({str(i): stats for i in range(6)})
 
 
@@ -552,38 +639,35 @@ def test_curated_figure_compares_with_negated_and_sums_the_habits():
     fig = curated(pd.DataFrame(rows).assign(source="cpu"))
     said = figure_text(fig, "title")
     assert (
-        said.startswith("Curated pretraining: ")
-        and "above base" in said
+        said.startswith("Pretrained on curated text, the model ends above base")
         and "negated pretraining" in said
         and max(line.get_ydata().max() for line in fig.axes[1].lines) == 4.0
     )
 
 
-def test_two_sources_stand_beside_each_other():
-    "Each axis says whose steps it counts; colours and accuracy scale are shared, the scale of lengths is not"
+def test_two_sources_share_their_axes_and_say_whose_they_are():
     last = dict(base=0.3, backtracking_verification=0.6)
     both = pd.concat(
         [
             table(last, models=("plain",), seeds=(0, 1, 2), source="cpu"),
             table(last, models=("Llama-3.2-3B",), n=1024, source="published").assign(
-                response_length=lambda r: 20 * r.response_length, seed=0
+                response_length=lambda r: 3 * r.response_length, seed=0
             ),
         ]
     )
     fig = controls(both)
-    assert [a.get_xlabel() for a in fig.axes if a.get_xlabel()] == [
-        "PPO steps (cpu, seeds 0, 1, 2)",
-        "PPO steps (3B, published)",
-    ]
-    acc, below = fig.axes[::2], fig.axes[1::2]
-    assert acc[0].get_ylim() == acc[1].get_ylim() and below[1].get_ylim()[1] > 10 * below[0].get_ylim()[1]
-    assert {line.get_color() for line in acc[0].lines} == {line.get_color() for line in acc[1].lines}
+    assert figure_text(fig, "panel") == "ours, .5 M weights\npublished, 3 B"
+    for pair in (fig.axes[::2], fig.axes[1::2]):
+        assert pair[0].get_ylim() == pair[1].get_ylim()
+        assert {line.get_color() for line in pair[0].lines} == {line.get_color() for line in pair[1].lines}
+    assert [ax.get_xlabel() for ax in fig.axes[1::2]] == ["PPO steps"] * 2
+    assert [ax.get_ylabel() for ax in fig.axes] == ["accuracy", "characters"] * 2
     said = figure_text(fig, "caption")
     assert (
-        "Preset cpu · model plain · seeds 0, 1, 2 · shaded: 95 % interval for new seeds, not for new problems"
+        "Preset cpu · model plain · seeds 0, 1, 2 · 95 % intervals for new seeds, not for new problems"
         in said
-        and "Published results · model Llama-3.2-3B · shaded: 95 % interval for new problems, not" in said
     )
+    assert "Published results · model Llama-3.2-3B · 95 % intervals for new problems, not" in said
 
 
 def test_gap_compares_families_within_a_source():
@@ -602,23 +686,20 @@ def test_gap_compares_families_within_a_source():
         ["plain", "Llama"],
     )
     ours, theirs = title(fig).split("\n")
-    assert (
-        ours == "cpu – rich .10 → .50, above plain .10 → .20"
-        and theirs == "published – Qwen .10 → .20, below Llama .10 → .50"
-    )
+    assert ours == "Under the same PPO, the base with habits ends above the one without"
+    assert theirs == "Under the same PPO, the base with habits ends below the one without"
+    assert "models plain, rich" in figure_text(fig, "caption")
     assert {t.get_text() for t in fig.axes[0].texts} == {"plain .20", "rich .50"}
 
 
 def test_incorrect_title_follows_the_data():
     rest = dict(base=0.3, backtracking_verification=0.6)
-    assert (
-        title(incorrect(table(rest | dict(incorrect_only=0.59))))
-        == "Primed with wrong answers only: .10 → .59, "
-        "above base (.30); not told apart from backtracking + verification (.60)"
+    who = "Primed with wrong answers only, the model"
+    assert title(incorrect(table(rest | dict(incorrect_only=0.59)))) == (
+        f"{who} ends above base, and is not told apart from backtracking + verification"
     )
-    assert "not told apart from base (.30); " not in title(
-        incorrect(table(rest | dict(incorrect_only=0.59)))
-    ) and "below backtracking + verification" in title(incorrect(table(rest | dict(incorrect_only=0.4))))
+    lower = title(incorrect(table(rest | dict(incorrect_only=0.4))))
+    assert lower == f"{who} ends above base and below backtracking + verification"
 
 
 def test_base_behaviours_are_those_of_the_first_step():
@@ -628,16 +709,29 @@ def test_base_behaviours_are_those_of_the_first_step():
             table(dict(base=0.9), first=0.4, models=("rich",), source="cpu"),
         ]
     )
+    fig = base_behaviors(rows)
     assert (
-        title(base_behaviors(rows))
-        == "Backward per completion of the untrained model: plain 0.40 and rich 1.60"
-    )  # the fourth habit counts 4 × accuracy in `table`
-    fig = base_behaviors(
-        pd.concat(
-            [rows, table(dict(base=0.2, base_70b=0.2), models=("Llama",), steps=(0,), source="published")]
-        )
+        title(fig)
+        == "Before any training, rich shows every habit more often than plain (single runs, no interval)"
     )
+    texts = {t.get_text(): to_rgb(t.get_color()) for t in fig.axes[0].texts}
+    assert {"plain .10", "rich .40", "1.6"} <= set(texts)  # the fourth habit counts 4 × accuracy in `table`
+    assert texts["plain .10"] == to_rgb(color("base")) and texts["rich .40"] == ink(color("rich_base"))
+    more = pd.concat(
+        [rows, table(dict(base=0.2, base_70b=0.2), models=("Llama-3.2-3B",), steps=(0,), source="published")]
+    )
+    fig = base_behaviors(more)
     assert "Llama-3.1-70B" in title(fig) and len(fig.axes) == 2
+    assert figure_text(fig, "panel") == "ours, .5 M weights\npublished, 3 B and 70 B"
+
+
+def test_base_behaviours_are_told_apart_by_the_interval():
+    rows = table(dict(base=0.3), seeds=(0, 1, 2), first=0.3, models=("plain", "rich"), source="cpu")
+    for h in HABITS:
+        rows[f"avg_{h.column}"] = 0.3 + 0.01 * rows.seed
+    assert title(base_behaviors(rows)) == "Before any training, rich shows no habit more often than plain"
+    rows.loc[rows.model == "rich", "avg_backtracking"] += 0.1
+    assert title(base_behaviors(rows)) == "Before any training, rich shows backtracking more often than plain"
 
 
 def dosed(**last):
@@ -654,14 +748,13 @@ def dosed(**last):
 def test_dose_names_the_share_from_which_bases_end_higher():
     assert (
         title(dose(dosed(**{"0": 0.2, ".02": 0.2, ".1": 0.4, ".3": 0.5})))
-        == "From 10 % of documents with habits on, "
-        "a base ends above one without after PPO (0 %: .20, 30 %: .50)"
+        == "From 10\u00a0% of documents with habits on, a base ends above one without"
     )
     assert title(dose(dosed(**{"0": 0.2, ".02": 0.4, ".1": 0.2, ".3": 0.5}))).startswith(
-        "From 30 %"
+        "From 30\u00a0%"
     )  # one that falls back is no threshold
     assert title(dose(dosed(**{"0": 0.2, ".02": 0.2, ".1": 0.2}))).startswith(
-        "No share of habits in pretraining ends above none"
+        "No share of habits in pretraining lifts a base"
     )
     with pytest.raises(ValueError, match="give 0 and between 1 and 7 others"):
         dose(dosed(**{"0": 0.2}))
@@ -720,8 +813,8 @@ def test_titles_and_sentences_go_by_the_difference_problem_by_problem():
     assert "above base" in title(controls(r))
     said = findings(r, [("backtracking_verification", "base"), ("base", "base"), ("base", "dots")])
     assert said == (
-        f"Backtracking + verification ends {signed(want.value)} above base (95 % interval "
-        f"{signed(want.lo)} to {signed(want.hi)}; new problems and new seeds)."
+        f"Backtracking + verification ends {num(want.value)} above base (95 % interval "
+        f"{num(want.lo)} to {num(want.hi)}; new problems and new seeds)."
     )
     without = r.drop(columns="solved")
     assert "new seeds, these problems" in findings(without, [("backtracking_verification", "base")])
@@ -764,8 +857,8 @@ def test_changes_are_read_seed_by_seed():
     said = changes(r, ["avg_backtracking", "accuracy"], ["base"]).split("\n")
     lo, hi = stats.t.interval(0.95, 2, 1.1, 0.1 / math.sqrt(3))
     assert said[0] == (
-        f"Base: the backtracking count ends 1.10 above its start (95 % interval {signed(lo)} to "
-        f"{signed(hi)}; new seeds, these problems)."
+        f"Base: the backtracking count ends 1.10 above its start (95 % interval {num(lo)} to "
+        f"{num(hi)}; new seeds, these problems)."
     )
     assert said[1].startswith("Base: the accuracy ends") and said[1].endswith("new problems and new seeds).")
 

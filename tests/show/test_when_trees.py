@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from stars.measure.intervals import read_estimate, relation
 from stars.show import plots
 from stars.show.reasons import (
+    TRIES,
     differences_said,
     trees,
     trees_table,
@@ -13,7 +15,6 @@ from stars.show.reasons import (
     when,
     when_table,
     when_title,
-    with_sign,
 )
 
 plots.plt.switch_backend("Agg")
@@ -35,9 +36,11 @@ def trees_rows(draws):
 
 
 def dots(ax):
-    "Filled dots of some axes: (x, y)"
-    filled = [line for line in ax.lines if line.get_marker() == "o" and line.get_markerfacecolor() != "white"]
-    return sorted((round(x, 6), round(y, 2)) for line in filled for x, y in zip(*line.get_data()))
+    "x of all dots, hollow (before) and full (after)"
+    marks = [line for line in ax.lines if line.get_marker() == "o"]
+    hollow = [x for m in marks if m.get_markerfacecolor() == "white" for x in m.get_xdata()]
+    full = [x for m in marks if m.get_markerfacecolor() != "white" for x in m.get_xdata()]
+    return np.sort(np.round(hollow, 6)), np.sort(np.round(full, 6))
 
 
 def test_when_says_what_was_measured_and_for_whom(when_rows):
@@ -45,11 +48,11 @@ def test_when_says_what_was_measured_and_for_whom(when_rows):
     last = when_rows[
         (when_rows.step == 60) & (when_rows.difficulty == "all") & (when_rows.habit == "backtracking")
     ]
-    value = last.set_index("comparison")["value"]
+    ways = {row.comparison: relation(read_estimate(row)) for _, row in last.iterrows()}
+    assert (ways["problem"], ways["missed"]) == ("below", "above")
     title = plots.figure_text(fig, "title")
-    for comparison in ("problem", "missed", "fresh"):
-        assert with_sign(value[comparison]) in title
-    assert "right less often (−" in title and "if the first try missed, right more often (+" in title
+    assert "less often right on the same problem, and more often right if the first try missed" in title
+    assert f"a further try is {TRIES[ways['fresh']]} against a fresh one" in title
     caption = plots.figure_text(fig, "caption")
     for said in ("reset cpu", "seed 0", "60 problems, 16 responses to each", "new problems", "Note."):
         assert said in caption
@@ -61,7 +64,8 @@ def test_when_draws_the_differences_of_the_table_and_none_without_interval(when_
     drawn = when_rows[when_rows.difficulty != "all"]
     for ax, comparison in zip(fig.axes, ("problem", "length", "missed", "fresh")):
         rows = drawn[(drawn.comparison == comparison) & drawn.lo.notna()]
-        assert [x for x, _ in dots(ax)] == sorted(rows["value"].round(6))
+        for found, (_, part) in zip(dots(ax), rows.groupby("step")):
+            assert list(found) == sorted(part["value"].round(6))
     assert drawn.lo.isna().any()  # so that the test above means something
 
 
@@ -70,9 +74,9 @@ def test_verdicts_come_from_the_interval_and_name_conditions_only_where_they_dif
     rows = pd.DataFrame(
         dict(condition=["base", "dots"], value=[-0.2, -0.3], lo=[-0.3, -0.4], hi=[-0.1, -0.2], population="")
     )
-    assert differences_said(rows, words) == "less (−.20, −.30)"
+    assert differences_said(rows, words) == "less"
     rows.loc[0, "hi"] = 0.1
-    assert differences_said(rows, words) == "the same (base −.20) or less (dots −.30)"
+    assert differences_said(rows, words) == "the same (base) or less (dots)"
 
 
 def test_when_needs_a_habit_and_one_model(draws, when_rows):
@@ -94,23 +98,23 @@ def test_the_table_of_trees_counts_right_responses(draws, trees_rows):
 
 
 def test_trees_say_gain_or_loss_by_the_interval_of_the_gain(trees_rows):
-    assert "where × or ÷ is needed, base is right less often (" in trees_title(trees_rows)
+    assert "where × or ÷ is needed" in trees_title(trees_rows) and "base loses" in trees_title(trees_rows)
     table = trees_rows.copy()
     table.loc[(table.what == "gain") & (table.condition == "base"), ["lo", "hi"]] = [-1.0, 1.0]
-    assert "where × or ÷ is needed, base is as often right, as far as can be told, (" in trees_title(table)
+    said = trees_title(table)
+    assert "base loses" not in said and said.count("base is not told apart") == 2
 
 
-def test_trees_draw_small_kinds_as_open_circles(trees_rows):
+def test_trees_draw_small_kinds_without_bars(trees_rows):
     fig = trees(trees_rows)
-    few = trees_rows[(trees_rows.what == "accuracy") & trees_rows.lo.isna()]
-    circles = [
-        x
-        for ax in fig.axes
-        for line in ax.lines
-        if line.get_markerfacecolor() == "white"
-        for x in line.get_xdata()
-    ]
-    assert sorted(np.round(circles, 6)) == sorted(few["value"].round(6)) and len(few)
+    solved = trees_rows[trees_rows.what == "accuracy"]
+    few = solved[solved.lo.isna()]
+    assert len(few)
+    for ax, (_, rows) in zip(fig.axes[::2], solved.groupby("condition", sort=False)):
+        for found, (_, part) in zip(dots(ax), rows.groupby("step")):
+            assert list(found) == sorted(part["value"].round(6))
+        bars = sum(len(lines.get_segments()) for lines in ax.collections)
+        assert bars == rows.lo.notna().sum()
     names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
-    counts = trees_rows[trees_rows.what == "accuracy"].groupby(["by", "group"]).of_kind.first()
+    counts = solved.groupby(["by", "group"]).of_kind.first()
     assert f"chain ({counts['only', 'chain']:.0f})" in names
