@@ -7,14 +7,14 @@ __all__ = ['WHO', 'RIGHT_ANSWERS', 'COUNTS', 'LENGTH', 'ALL_HABITS', 'RARE', 'FO
            'BAR_OPACITY', 'DOTS_SHARE', 'ROWS', 'SMALL', 'ROW_HEIGHT', 'ROW_GROWS', 'AXIS_HEIGHT', 'HABIT_ROOM',
            'NUMBER_ROOM', 'TICKS_NOTE', 'FLOOR_NOTE', 'FLOOR_RULE', 'TICK_REACH', 'FLOOR_HEIGHT', 'MOST_SHARES',
            'NONE_BESIDE', 'against', 'controls_focus', 'compared', 'controls_title', 'incorrect_title', 'mixes_that',
-           'priming_title', 'both_in', 'sides', 'findings', 'change', 'changes', 'Guard', 'draw_guard', 'over_steps',
-           'controls', 'incorrect', 'curated', 'priming', 'check_families', 'as_families', 'called', 'gap',
-           'habits_focus', 'habit_changes', 'dynamics_title', 'raters_note', 'worth_drawing', 'rare_note',
-           'habit_labels', 'draw_habits', 'dynamics', 'Look', 'look_of', 'interval_dots', 'row_offset', 'draw_series',
-           'habit_rows', 'rows_layout', 'untrained', 'shown_more', 'base_behaviors_title', 'base_behaviors',
-           'base_findings', 'pretraining_title', 'pretraining_caption', 'habit_marks', 'pretraining',
-           'pretraining_findings', 'share_colors', 'dose_title', 'dose_curves', 'share_places', 'dose_response',
-           'check_shares', 'dose', 'dose_findings']
+           'priming_title', 'both_in', 'sides', 'differences', 'findings', 'claimed', 'change', 'changed', 'changes',
+           'growth_claimed', 'Guard', 'draw_guard', 'over_steps', 'controls', 'incorrect', 'curated', 'priming',
+           'check_families', 'as_families', 'called', 'gap', 'habits_focus', 'habit_changes', 'dynamics_title',
+           'raters_note', 'worth_drawing', 'rare_note', 'habit_labels', 'draw_habits', 'dynamics', 'Look', 'look_of',
+           'interval_dots', 'row_offset', 'draw_series', 'habit_rows', 'rows_layout', 'untrained', 'shown_more',
+           'base_behaviors_title', 'base_behaviors', 'base_differences', 'base_findings', 'pretraining_title',
+           'pretraining_caption', 'habit_marks', 'pretraining', 'pretraining_findings', 'share_colors', 'dose_title',
+           'dose_curves', 'share_places', 'dose_response', 'check_shares', 'dose', 'dose_findings']
 
 # %% ../../nbs/show/93_figures.ipynb #id003
 from collections.abc import Callable, Sequence
@@ -59,6 +59,7 @@ from stars.show.plots import (
     listed,
     num,
     order,
+    outcome,
     page,
     panel_names,
     panel_titles,
@@ -151,7 +152,7 @@ def priming_title(
     many, names = len(mixes), listed(list(map(label, others)))
     above = mixes_that(e, mixes, others, "above", every=True)
     below = mixes_that(e, mixes, others, "below", every=False)
-    count = "All" if above == many else f"{above or 'None'} of"
+    count = "All" if above == many > 1 else f"{above or 'None'} of"
     verb = "ends" if above < 2 else "end"
     said = f"{count} {many} mixes of habits {verb} above {names}"
     if below:
@@ -182,6 +183,21 @@ def sides(
     return f"the {COUNTS.get(column, column.replace('_', ' '))} of {names[0]}", f"that of {names[1]}"
 
 # %% ../../nbs/show/93_figures.ipynb #idf003
+def differences(
+    results: pd.DataFrame,  # tidy results
+    pairs: Sequence[tuple[str, str]],  # conditions: the first is compared with the second
+    column: str = "accuracy",
+    before: bool = False,  # compare at the first step, not at the last
+) -> dict[tuple[str, str, str], Estimate]:  # model and both conditions → the first minus the second
+    "How far conditions are apart"
+    found = {}
+    for model, rows in interval(results, column).groupby("model", sort=False):
+        e = ends(rows)
+        for a, b in both_in(e, pairs):
+            found[model, a, b] = gap_between(*(e[c][0 if before else 1] for c in (a, b)))
+    return found
+
+
 def findings(
     results: pd.DataFrame,  # tidy results
     pairs: Sequence[tuple[str, str]],  # conditions: the first is compared with the second
@@ -191,15 +207,28 @@ def findings(
     before: bool = False,  # compare at the first step, not at the last
 ) -> str:  # a sentence per line
     "Each comparison in words: difference, 95 % interval, what it is good for"
-    frame, said = interval(results, column), []
-    for model, rows in frame.groupby("model", sort=False):
-        e, verb = ends(rows), "begins" if before else "ends"
-        for a, b in both_in(e, pairs):
-            gap = gap_between(*(e[c][0 if before else 1] for c in (a, b)))
-            names = sides(column, (name(model, a), name(model, b)))
-            said.append((model, finding(names, gap, verb, (a, b) in equals)))
-    several = frame.model.nunique() > 1
-    return "\n".join(f"{model} – {sentence}" if several else sentence for model, sentence in said)
+    said, verb = [], "begins" if before else "ends"
+    several = results.model.nunique() > 1
+    for (model, a, b), gap in differences(results, pairs, column, before).items():
+        names = sides(column, (name(model, a), name(model, b)))
+        said.append(f"{model} – " * several + finding(names, gap, verb, (a, b) in equals))
+    return "\n".join(said)
+
+# %% ../../nbs/show/93_figures.ipynb #idf011
+def claimed(
+    results: pd.DataFrame,  # tidy results
+    pairs: Sequence[tuple[str, str]],  # conditions: the first is claimed to end above the second
+    column: str = "accuracy",
+    equals: Sequence[tuple[str, str]] = (),  # pairs that are claimed to be level
+    name: Callable[[str, str], str] = condition_name,  # of a condition, from model and condition
+) -> str:  # one sentence
+    "Where a claim about conditions is shown, open and refuted"
+    found, level, several = {}, [], results.model.nunique() > 1
+    for (model, a, b), e in differences(results, pairs, column).items():
+        what = f"{name(model, a)} against {name(model, b)}" + f" ({model})" * several
+        found[what] = e
+        level += [what] if (a, b) in equals else []
+    return outcome(found, level)
 
 # %% ../../nbs/show/93_figures.ipynb #idf007
 def change(
@@ -214,6 +243,20 @@ def change(
     return Runs(tuple(values.tolist()), last.n, False, outcomes)
 
 # %% ../../nbs/show/93_figures.ipynb #idf008
+def changed(
+    results: pd.DataFrame,  # tidy results
+    columns: Sequence[str],
+    conditions: Sequence[str],
+) -> dict[tuple[str, str, str], Estimate]:  # column, model and condition → last minus first step
+    "What changed from the first to the last step"
+    found = {}
+    for column in columns:
+        for model, rows in interval(results, column).groupby("model", sort=False):
+            for c, (first, last) in ends(rows[rows.condition.isin(conditions)]).items():
+                found[column, model, c] = compare([change(first.runs, last.runs)], [1.0])
+    return found
+
+
 def changes(
     results: pd.DataFrame,  # tidy results
     columns: Sequence[str],
@@ -221,13 +264,21 @@ def changes(
 ) -> str:  # a sentence per line
     "What changed from the first to the last step of each condition, in words"
     said, several = [], results.model.nunique() > 1
-    for column in columns:
-        for model, rows in interval(results, column).groupby("model", sort=False):
-            for c, (first, last) in ends(rows[rows.condition.isin(conditions)]).items():
-                gap = compare([change(first.runs, last.runs)], [1.0])
-                sentence = finding((f"{label(c)}: the {COUNTS.get(column, column)}", "its start"), gap)
-                said.append(f"{model} – {sentence}" if several else sentence)
+    for (column, model, c), e in changed(results, columns, conditions).items():
+        sentence = finding((f"{label(c)}: the {COUNTS.get(column, column)}", "its start"), e)
+        said.append(f"{model} – " * several + sentence)
     return "\n".join(said)
+
+
+def growth_claimed(
+    results: pd.DataFrame,  # tidy results
+    columns: Sequence[str],
+    conditions: Sequence[str],
+) -> str:  # one sentence
+    "Where the claim that something grows is shown, open and refuted"
+    several = results.model.nunique() > 1
+    found = changed(results, columns, conditions).items()
+    return outcome({f"the {COUNTS.get(c, c)}" + f" of {model}" * several: e for (c, model, _), e in found})
 
 # %% ../../nbs/show/93_figures.ipynb #id026
 class Guard(NamedTuple):
@@ -423,7 +474,7 @@ def dynamics_title(
         if those := [h for h in found if way_of[h] == way]:
             said.append(f"{listed(those)} {verbs[len(those) > 1]}")
     who = f"Primed with {label(focus)}" if MIXES.get(focus) else capital(label(focus))
-    return f"{who}: under PPO, {'; '.join(said)}" + " (one run, no interval)" * single
+    return f"{who}: under PPO, {'; '.join(said)}" + " (no interval)" * single
 
 # %% ../../nbs/show/93_figures.ipynb #id057
 def raters_note(
@@ -670,7 +721,7 @@ def base_behaviors_title(
         verb = "shows " if len(models) == 1 else "show "
         ending = "" if said else f" more often than {one}"
         said.append(f"{listed(models)} {'' if said else verb}{what or 'no habit'}{ending}")
-    return f"Before any training, {'; '.join(said)}" + " (single runs, no interval)" * single
+    return f"Before any training, {'; '.join(said)}" + " (no interval)" * single
 
 # %% ../../nbs/show/93_figures.ipynb #id086
 def base_behaviors(
@@ -696,18 +747,27 @@ def base_behaviors(
     return fig
 
 # %% ../../nbs/show/93_figures.ipynb #idb015
-def base_findings(
+def base_differences(
     results: pd.DataFrame,  # tidy results of base models, with a column `source`; first steps are taken
-) -> str:  # a sentence per line
+) -> dict[tuple[str, str, str], Estimate]:  # column, model, first model of the source → difference
     "How the models' counts differ before any training"
-    first, said = untrained(results), []
-    for rows in by_source(first).values():
+    found = {}
+    for rows in by_source(untrained(results)).values():
         one, *others = dict.fromkeys(rows.model)
         for column in COUNTS:
             at = interval(rows, column).set_index("model")
-            gaps = {m: gap_between(at.loc[m], at.loc[one]) for m in others}
-            said += [finding(sides(column, (m, one)), e, "is") for m, e in gaps.items()]
-    return "\n".join(said)
+            found |= {(column, m, one): gap_between(at.loc[m], at.loc[one]) for m in others}
+    return found
+
+
+def base_findings(
+    results: pd.DataFrame,  # tidy results of base models, with a column `source`; first steps are taken
+) -> str:  # a sentence per line
+    "The same in words, and what becomes of the claim"
+    found = base_differences(results)
+    said = [finding(sides(column, names), e, "is") for (column, *names), e in found.items()]
+    claim = {f"the {COUNTS[column]} of {model}": e for (column, model, _), e in found.items()}
+    return "\n".join([*said, outcome(claim)])
 
 # %% ../../nbs/show/93_figures.ipynb #id089
 def pretraining_title(
@@ -795,14 +855,15 @@ def pretraining_findings(
     tables: dict[str, pd.DataFrame],  # name of a corpus -> `pretraining.statistics`
 ) -> str:  # a sentence per line
     "Whether fewer than half of the texts show each habit, in words"
-    said = []
+    said, rare = [], {}
     for name, table in tables.items():
         whole = table[table.by == "all"].set_index("label")
         for h in HABITS:
-            ends_at = whole.loc[h.name, ["share", "share_lo", "share_hi"]].astype(float) - 0.5
-            e = Estimate(*ends_at, "new texts")
-            said.append(finding((f"{name}: the share with {h.name}", "one half"), e, "is"))
-    return "\n".join(said)
+            value, lo, hi = whole.loc[h.name, ["share", "share_lo", "share_hi"]].astype(float) - 0.5
+            what = f"the share with {h.name}"
+            said.append(finding((f"{name}: {what}", "one half"), Estimate(value, lo, hi, "new texts"), "is"))
+            rare[what + f" in {name}" * (len(tables) > 1)] = Estimate(-value, -hi, -lo, "new texts")
+    return "\n".join([*said, outcome(rare)])
 
 # %% ../../nbs/show/93_figures.ipynb #id098
 MOST_SHARES = 8
@@ -925,7 +986,7 @@ def dose(
 def dose_findings(
     results: pd.DataFrame,  # tidy results of bases, with a column `share`
 ) -> str:  # a sentence per line
-    "Each share of habits against none, in words"
+    "Each share of habits against none, in words, and what becomes of the claim"
     shares = check_shares(results)
     frame = interval(results.assign(model=results.share.map("{:.9f}".format)))
     last = frame[frame.step == frame.step.max()].assign(share=lambda f: f.model.astype(float))
@@ -934,4 +995,5 @@ def dose_findings(
     names = {
         s: (f"a base that met habits in {percent(s)} of its documents", "one that met none") for s in gaps
     }
-    return "\n".join(finding(names[s], e) for s, e in gaps.items())
+    said = [finding(names[s], e) for s, e in gaps.items()]
+    return "\n".join([*said, outcome({percent(s): e for s, e in gaps.items()})])

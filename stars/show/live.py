@@ -242,11 +242,11 @@ def note(runs: Sequence[Run]) -> str:
     return ". ".join(filter(None, parts)) + "."
 
 # %% ../../nbs/show/97_live.ipynb #ih031
-PANEL_WIDTH, PANEL_HEIGHT, PANEL_GAP = 3.7, 1.3, 0.5  # inches; the width with all labels
+PANEL_WIDTH, PANEL_HEIGHT, PANEL_GAP = 4.0, 1.3, 0.5  # inches; the width with all labels
 PANEL_LEFT = 0.5  # inches for numbers
-LABEL_ROOM = 0.55, 0.055  # inches for a number, and for each letter of a name
-HEAD, HEAD_LINE = 0.42, 0.16  # inches above the panels, and for each line of the title
-FOOT, FOOT_LINE = 0.5, 0.13  # inches below them, and for each line of the note
+LABEL_ROOM = 0.6, 0.064  # inches for a number, and for each letter of a name
+HEAD, HEAD_LINE = 0.42, 0.185  # inches above the panels, and for each line of the title
+FOOT, FOOT_LINE = 0.5, 0.15  # inches below them, and for each line of the note
 
 
 def name_room(

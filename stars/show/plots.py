@@ -9,13 +9,13 @@ __all__ = ['CONDITIONS', 'CONTRAST', 'GOOD_FOR', 'EQUAL', 'APART', 'LEVEL', 'WAY
            'BARS_AT', 'BAR_STEP', 'BAR', 'DOT', 'BESIDE', 'LEADER', 'RULE', 'PUBLISHED', 'WEIGHTS', 'HEADS', 'METADATA',
            'order', 'label', 'color', 'ink', 'check_results', 'check_values', 'check_steps', 'gathered',
            'one_row_per_run', 'interval', 'invented', 'span', 'interval_note', 'gap_between', 'stands', 'num', 'signed',
-           'tick_number', 'count', 'percent', 'listed', 'capital', 'ends', 'in_brackets', 'finding', 'pooled',
-           'spread_labels', 'styled', 'Layout', 'wrap', 'balanced', 'on_page', 'ticks', 'add_axes', 'panel_axes',
-           'Caption', 'write', 'head_height', 'write_head', 'page', 'of_seeds', 'draw_curves', 'set_axes', 'EndLabel',
-           'end_label', 'moved', 'end_bars', 'end_labels', 'room_for', 'two_lines', 'lines', 'top_of', 'by_source',
-           'seeds_note', 'lines_note', 'source_note', 'shorter_runs', 'condition_name', 'caption', 'size_of',
-           'whose_runs', 'panel_names', 'panel_titles', 'summary_table', 'short_table', 'figure_text', 'picture',
-           'save_figure']
+           'tick_number', 'count', 'percent', 'listed', 'capital', 'ends', 'in_brackets', 'finding', 'decided',
+           'outcome', 'in_words', 'pooled', 'spread_labels', 'styled', 'Layout', 'wrap', 'balanced', 'on_page', 'ticks',
+           'add_axes', 'panel_axes', 'Caption', 'write', 'head_height', 'write_head', 'page', 'of_seeds', 'draw_curves',
+           'set_axes', 'EndLabel', 'end_label', 'moved', 'end_bars', 'end_labels', 'room_for', 'two_lines', 'lines',
+           'top_of', 'by_source', 'seeds_note', 'lines_note', 'source_note', 'shorter_runs', 'condition_name',
+           'caption', 'size_of', 'whose_runs', 'panel_names', 'panel_titles', 'summary_table', 'short_table',
+           'figure_text', 'picture', 'save_figure']
 
 # %% ../../nbs/show/91_plots.ipynb #ib003
 import hashlib
@@ -347,6 +347,41 @@ def finding(
         said += ", not told apart from it"
     return capital(f"{said} {in_brackets(e)}.")
 
+# %% ../../nbs/show/91_plots.ipynb #ibs007
+def decided(
+    e: Estimate,
+    level: bool = False,  # is it claimed to be level?
+) -> str:  # "shown", "refuted" or "open"
+    if e.population == NOTHING:
+        return "open"
+    way = relation(e, EQUAL if level else 0.0)
+    if way == "undecided":
+        return "open"
+    return "shown" if way == ("level" if level else "above") else "refuted"
+
+
+def outcome(
+    found: dict[str, Estimate],  # what a difference is about → it
+    level: Sequence[str] = (),  # of them, those that are claimed to be level
+) -> str:  # "The claim is shown for a, open for b and refuted nowhere."
+    "What becomes of a claim"
+    verdicts = {name: decided(e, name in level) for name, e in found.items()}
+    groups = {v: [name for name in verdicts if verdicts[name] == v] for v in ("shown", "open", "refuted")}
+    said = [f"{v} for {listed(names)}" for v, names in groups.items() if names]
+    nowhere = "" if groups["refuted"] else ", and refuted nowhere"
+    return (
+        f"The claim is {'; '.join(said)}{nowhere}."
+        if found
+        else "There is nothing to hold the claim against."
+    )
+
+
+def in_words(
+    found: dict[str, Estimate],  # what a difference is about → it
+) -> str:  # a line each
+    "Differences with their intervals"
+    return "\n".join(f"{capital(name)}: {signed(e.value)} {in_brackets(e)}." for name, e in found.items())
+
 # %% ../../nbs/show/91_plots.ipynb #ib067
 def pooled(
     wishes: Sequence[float],  # in any order
@@ -452,7 +487,7 @@ class Layout:
 # %% ../../nbs/show/91_plots.ipynb #ib079
 TITLE_LINE, NAME_LINE, CAPTION_LINE, ABOUT_LINE = 0.185, 0.18, 0.145, 0.127  # inches that a line is high
 TITLE_TOP = 0.1  # inches from the top of a panel to its title
-LETTER, BOLD_LETTER = 0.515, 0.585  # width of a letter, as a share of the size of the type
+LETTER, BOLD_LETTER = 0.53, 0.585  # width of a letter, as a share of the size of the type
 
 
 def wrap(

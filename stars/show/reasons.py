@@ -9,15 +9,16 @@ __all__ = ['RUNS', 'FARES', 'ONE_ATTEMPT', 'PLURAL', 'CURVES', 'BAND', 'PASSK_SE
            'WIDEST', 'BEND', 'LOOP', 'ORDER_ROOM', 'MOST_ROWS', 'SURE', 'STRIP', 'TENTH', 'ORDER_SEE', 'ORDER_NOTE',
            'KINDS', 'OFTEN', 'TREES_SEE', 'TREES_NOTES', 'TREES_ROOM', 'TREES_COLUMN', 'TREES_UNITS', 'SIDES',
            'TRAINER_RULE', 'about_draws', 'passk_table', 'change_at', 'clause', 'passk_title', 'crossings', 'curves_of',
-           'draw_measure', 'draw_passk', 'draws_caption', 'passk', 'transfer_table', 'in_words', 'moves',
-           'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows', 'key', 'draw_transfer', 'transfer',
-           'before_after', 'side_by_side', 'write_above', 'when_table', 'verdict', 'differences_said', 'when_title',
-           'when_rows', 'draw_when', 'undivided_note', 'one_model', 'when', 'order_rows', 'change_rows',
-           'condition_rows', 'order_table', 'Followed', 'said_changes', 'memory_said', 'order_title', 'arrow_course',
-           'draw_arrow', 'draw_graph', 'habit_transitions', 'share_rows', 'draw_shares', 'place_states', 'draw_places',
-           'order_caption', 'order_layout', 'order_figure', 'trees_table', 'trees_title', 'trees_rows', 'trees',
-           'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title', 'draw_trainer',
-           'token_unit', 'trainer_heading', 'algorithms']
+           'draw_measure', 'draw_passk', 'draws_caption', 'passk', 'passk_found', 'passk_findings', 'transfer_table',
+           'space_name', 'moves', 'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows', 'key',
+           'draw_transfer', 'transfer', 'transfer_findings', 'before_after', 'side_by_side', 'write_above',
+           'when_table', 'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'undivided_note',
+           'one_model', 'when', 'when_findings', 'order_rows', 'change_rows', 'condition_rows', 'order_table',
+           'Followed', 'said_changes', 'memory_said', 'order_title', 'arrow_course', 'draw_arrow', 'draw_graph',
+           'habit_transitions', 'share_rows', 'draw_shares', 'place_states', 'draw_places', 'order_caption',
+           'order_layout', 'order_figure', 'order_findings', 'trees_table', 'trees_title', 'trees_rows', 'trees',
+           'trees_findings', 'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title',
+           'draw_trainer', 'token_unit', 'trainer_heading', 'algorithms', 'algorithms_findings']
 
 # %% ../../nbs/show/99_reasons.ipynb #dr001
 import re
@@ -69,6 +70,8 @@ from stars.show.plots import (
     end_label,
     end_labels,
     ends,
+    in_brackets,
+    in_words,
     ink,
     interval,
     label,
@@ -76,9 +79,11 @@ from stars.show.plots import (
     listed,
     num,
     order,
+    outcome,
     page,
     panel_names,
     panel_titles,
+    percent,
     room_for,
     seeds_note,
     signed,
@@ -289,6 +294,28 @@ def passk(
             draw_passk(panel, rows)
     return fig
 
+# %% ../../nbs/show/99_reasons.ipynb #dr029
+def passk_found(
+    table: pd.DataFrame,  # from `passk_table`
+    most: bool,  # at as many attempts as were drawn, or at one
+) -> dict[str, Estimate]:  # condition, in words → trained minus start
+    "What RL changes in pass@k"
+    change = table[(table.what == "difference") & (table.measure == "pass@k")]
+    k, several = change["at"].max() if most else change["at"].min(), table.model.nunique() > 1
+    rows = [row for _, row in change[change["at"] == k].iterrows()]
+    rows = sorted(rows, key=lambda row: order(table.condition).index(row.condition))
+    return {
+        f"{label(row.condition)} at {k:.0f}" + f" ({row.model})" * several: read_estimate(row) for row in rows
+    }
+
+
+def passk_findings(
+    table: pd.DataFrame,  # from `passk_table`
+) -> str:  # a line each
+    "Gains in words, and what becomes of the claim that RL adds"
+    many = passk_found(table, most=True)
+    return f"{in_words(passk_found(table, most=False) | many)}\n{outcome(many)}"
+
 # %% ../../nbs/show/99_reasons.ipynb #tf003
 ACCURACY = Measure("pass@k", 1)  # the mean over all draws
 
@@ -309,7 +336,7 @@ def transfer_table(
 HOME = "world"  # the space of training
 
 
-def in_words(space: str) -> str:  # "more numbers"
+def space_name(space: str) -> str:  # "more numbers"
     return "the training world" if space == HOME else space.replace("_", " ")
 
 # %% ../../nbs/show/99_reasons.ipynb #tf011
@@ -335,7 +362,7 @@ def transfer_title(
         rows = change[change.space == space].set_index("condition")
         ways = {c: relation(read_estimate(rows.loc[c])) for c in order(rows.index)}
         if moves(ways):
-            said.setdefault(moves(ways), []).append(in_words(space))
+            said.setdefault(moves(ways), []).append(space_name(space))
     parts = [f"in {listed(spaces)} {who}" for who, spaces in said.items()]
     return f"After RL, {'; '.join(parts) or 'no condition gains or loses in any space'}"
 
@@ -402,7 +429,7 @@ def draw_transfer(
         draw_levels(levels, rows, color(c))
         draw_change(change, rows, color(c))
     change.axvline(0, color=DARK, linewidth=0.8, zorder=1)
-    names = [in_words(s).removeprefix("the ") for s in spaces]
+    names = [space_name(s).removeprefix("the ") for s in spaces]
     levels.set_yticks(range(len(spaces)), names[::-1])
     change.set_yticks(range(len(spaces)), [""] * len(spaces))
     for ax in axes:
@@ -437,6 +464,20 @@ def transfer(
         for model, (axes,) in zip(titles, panels):
             draw_transfer(axes, table[table.model == model])
     return fig
+
+# %% ../../nbs/show/99_reasons.ipynb #tf031
+def transfer_findings(
+    table: pd.DataFrame,  # from `transfer_table`
+) -> str:  # a line each
+    "Gains in words, and what becomes of the claim that they carry"
+    change, several = table[table.what == "difference"], table.model.nunique() > 1
+    found, away = {}, {}
+    for _, row in change.iterrows():
+        name = f"{label(row.condition)} in {space_name(row['space'])}" + f" ({row.model})" * several
+        found[name] = read_estimate(row)
+        if row["space"] != HOME:
+            away[name] = found[name]
+    return f"{in_words(found)}\n{outcome(away)}"
 
 # %% ../../nbs/show/99_reasons.ipynb #wh003
 APART = 0.17  # of a row: its two dots from the middle
@@ -636,6 +677,16 @@ def when(
             ax.set_xlim(min(thirds.lo.min(), 0) - 0.04, max(thirds.hi.max(), 0) + 0.04)
         grid[-1, 0].set_xlabel("difference in accuracy", loc="left")
     return fig
+
+# %% ../../nbs/show/99_reasons.ipynb #wh022
+def when_findings(
+    table: pd.DataFrame,  # from `when_table`
+) -> str:  # a line each
+    "What habits are worth after a miss, in words, and what becomes of the claim that they pay"
+    last = table[(table.step == table.step.max()) & (table.difficulty == "all")]
+    missed = last[(last.comparison == "missed") & last.lo.notna()]
+    found = {f"{row.habit}, {label(row.condition)}": read_estimate(row) for _, row in missed.iterrows()}
+    return f"{in_words(found)}\n{outcome(found)}"
 
 # %% ../../nbs/show/99_reasons.ipynb #wo002
 def order_rows(
@@ -968,6 +1019,24 @@ def order_figure(
             stands.set_title("where in the text", loc="left", pad=5)
     return fig
 
+# %% ../../nbs/show/99_reasons.ipynb #wo031
+def order_findings(
+    table: pd.DataFrame,  # from `order_table`
+) -> str:  # a line each
+    "What changed, in words, with its interval in percentage points"
+    said = []
+    for (_, condition), rows in table.groupby(["model", "condition"], sort=False):
+        found = Followed(rows)
+        for *where, _, noun, circumstance in SAID:
+            sides = [found.find(*where, when) for when in ("before", "after", "change")]
+            if all(sides):
+                before, after, e = sides
+                told = "" if relation(e) != "undecided" else ", not told apart from no change"
+                change = f"from {percent(before.value)} to {percent(after.value)}{told} {in_brackets(e)}"
+                said.append(f"{capital(label(condition))}: {noun}{circumstance} goes {change}.")
+        said.append(memory_said(found))
+    return "\n".join(filter(None, said))
+
 # %% ../../nbs/show/99_reasons.ipynb #tr002
 KINDS = {  # what kinds are by, and kind → name of the row
     "only chain": "chain",
@@ -1066,6 +1135,18 @@ def trees(
         for ax, unit in zip(grid[-1], TREES_UNITS):
             ax.set_xlabel(unit)
     return fig
+
+# %% ../../nbs/show/99_reasons.ipynb #tr011
+def trees_findings(
+    table: pd.DataFrame,  # from `trees_table`
+) -> str:  # a line each
+    "Gains of kinds of problems in words, and what becomes of the claim that all gain"
+    gained = table[(table.what == "gain") & table.lo.notna()]
+    found = {
+        f"{label(row.condition)}, {KINDS[f'{row.by} {row.group}']}": read_estimate(row)
+        for _, row in gained.iterrows()
+    }
+    return f"{in_words(found)}\n{outcome(found)}"
 
 # %% ../../nbs/show/99_reasons.ipynb #al005
 def over_tokens(
@@ -1190,3 +1271,12 @@ def algorithms(
         for ax in list(grid.flat)[len(found) :]:
             ax.set_visible(False)
     return fig
+
+# %% ../../nbs/show/99_reasons.ipynb #al021
+def algorithms_findings(
+    table: pd.DataFrame,  # from `algorithms_table`
+) -> str:  # a line each
+    "Differences in words, and what becomes of the claim"
+    apart = table[table.what == "difference"]
+    found = {ALGORITHMS[row.algorithm].label: read_estimate(row) for _, row in apart.iterrows()}
+    return f"{in_words(found)}\n{outcome(found)}"

@@ -88,7 +88,7 @@ def test_a_crossing_within_the_interval_is_not_claimed():
     "The lines cross, but at 8 attempts the interval holds 0"
     table = table_of(base=sharpens)
     assert crossings(table) == "Curves cross: base near k = 4."
-    assert crossings(table) in figure_text(passk(table), "caption")
+    assert crossings(table) in figure_text(passk(passk_table(draws(dict(base=sharpens)))), "caption")
     last = (table.what == "difference") & (table["at"] == 8)
     table.loc[last, "hi"] = 0.01
     assert passk_title(table).endswith("solves more at one attempt and is not told apart at 8")

@@ -429,7 +429,7 @@ def test_the_published_results_show_what_the_paper_says():
         "shown"
     } and set(r.verdict[["amplified", "kept", "fading"]]) == {"no interval"}
     assert (
-        "+0.41"
+        "+.41"
         in replication_table(r.reset_index()).loc["priming with habits lifts where PPO ends", "published"]
     )
 
