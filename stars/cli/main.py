@@ -197,6 +197,8 @@ def check_fits(job: "Job"):
                 file=sys.stderr,
             )
         return
+    if job.cfg.trainer != "ppo":
+        return  # a plan counts PPO
     if job.condition in METHODS:
         job = replace(job, cfg=replace(job.cfg, sft=job.cfg.cpt))
     memory = cuda.get_device_properties(0).total_memory / 2**30

@@ -339,6 +339,8 @@ def plan(
     "Count what each phase needs of a device"
     if gpus < 1:
         raise ValueError(f"gpus={gpus} must be at least 1")
+    if cfg.trainer != "ppo":
+        raise ValueError(f"trainer={cfg.trainer!r}: a plan counts PPO, which needs the most; leave it out")
     if not 0 < memory < 1e6:
         raise ValueError(f"memory={memory} GiB must be above 0, and that of one GPU")
     if prompt is not None and prompt < 1:

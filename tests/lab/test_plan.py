@@ -524,6 +524,11 @@ def test_the_cheapest_setting_is_named_first():
     check(plan(changed(PAPER, ppo=dict(micro_tokens=32_768)), QWEN, 4, 80))
 
 
+def test_a_plan_of_another_trainer_is_refused():
+    with pytest.raises(ValueError, match="trainer='star': a plan counts PPO"):
+        plan(preset("cpu", trainer="star"), "plain")
+
+
 def test_a_hopeless_plan_says_so():
     with pytest.raises(ValueError, match="A smaller model or GPUs with more memory"):
         check(plan(CPU, "plain", memory=0.5))
