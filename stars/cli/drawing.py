@@ -115,10 +115,11 @@ def for_readers(
     notebook: Path,  # executed
     to: Path,  # a copy of it
 ):
-    "Keep the cells and their results; drop progress bars and bookkeeping"
+    "Keep the cells and their results; drop progress bars, bookkeeping and the picture of another run"
     nb = nbformat.read(notebook, as_version=4)
     for key in ("papermill", "widgets"):
         nb.metadata.pop(key, None)
+    nb.cells = [cell for cell in nb.cells if "committed" not in cell.metadata.get("tags", [])]
     for cell in nb.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
         if cell.cell_type == "code":

@@ -11,8 +11,8 @@ __all__ = ['Cell', 'MIXED', 'RICH_BASE', 'SEARCH', 'PLANNING', 'CLAIMS', 'VERDIC
            'repeats_less', 'remembers', 'helps_under', 'Measured', 'family_models', 'own_rows', 'finished',
            'trainer_configs', 'own_answers', 'published_rows', 'seeds_told', 'unit_of', 'rows_of', 'found_in',
            'replication', 'effect_text', 'replication_table', 'whose_of', 'who', 'counted', 'replication_title',
-           'filled', 'write_signs', 'draw_claims', 'claims_by_unit', 'forms_note', 'populations_told', 'head_sections',
-           'head_signs', 'replication_figure']
+           'filled', 'replication_findings', 'write_signs', 'draw_claims', 'claims_by_unit', 'forms_note',
+           'populations_told', 'head_sections', 'head_signs', 'replication_figure']
 
 # %% ../../nbs/show/94_claims.ipynb #ie003
 from collections.abc import Callable, Sequence
@@ -615,6 +615,26 @@ def filled(
     known, keys = saved[saved.value.notna()], ["claim", "source"]
     rows = pd.concat([known.assign(whose=whose_of(known)), r]).drop_duplicates(keys)
     return rows.set_index(keys).loc[pd.MultiIndex.from_frame(r[keys])].reset_index()[list(r.columns)]
+
+# %% ../../nbs/show/94_claims.ipynb #rs005
+def replication_findings(
+    r: pd.DataFrame,  # from `replication`
+) -> str:  # a line per source
+    "What becomes of the claims"
+    run, said, sources = r[r.value.notna()], [], list(dict.fromkeys(r.source))
+    for source, rows in run.groupby("source", sort=False):
+        parts = [
+            f"{capital(who(source, sources))} show {(rows.verdict == 'shown').sum()} of {len(rows)} claims"
+        ]
+        for verdict, words in {
+            "reversed": "refuted",
+            "not shown": "open",
+            "no interval": "no interval",
+        }.items():
+            names = [f"“{s}”" for s in rows.says[rows.verdict == verdict]]
+            parts += [f"{words}: {listed(names)}"] if names else ["refuted: none"] * (verdict == "reversed")
+        said.append("; ".join(parts) + ".")
+    return "\n".join(said)
 
 # %% ../../nbs/show/94_claims.ipynb #ie051
 SIGNS = dict(zip(VERDICTS, ("✓", "✗", "○", "–", "")))

@@ -225,7 +225,7 @@ def claimed(
     "Where a claim about conditions is shown, open and refuted"
     found, level, several = {}, [], results.model.nunique() > 1
     for (model, a, b), e in differences(results, pairs, column).items():
-        what = f"{name(model, a)} against {name(model, b)}" + f" ({model})" * several
+        what = name(model, a), name(model, b) + f" on {model}" * several
         found[what] = e
         level += [what] if (a, b) in equals else []
     return outcome(found, level)

@@ -10,12 +10,12 @@ __all__ = ['CONDITIONS', 'CONTRAST', 'GOOD_FOR', 'EQUAL', 'APART', 'LEVEL', 'WAY
            'order', 'label', 'color', 'ink', 'check_results', 'check_values', 'check_steps', 'gathered',
            'one_row_per_run', 'interval', 'invented', 'span', 'interval_note', 'gap_between', 'stands', 'num', 'signed',
            'tick_number', 'count', 'percent', 'listed', 'capital', 'ends', 'in_brackets', 'finding', 'decided',
-           'outcome', 'in_words', 'pooled', 'spread_labels', 'styled', 'Layout', 'wrap', 'balanced', 'on_page', 'ticks',
-           'add_axes', 'panel_axes', 'Caption', 'write', 'head_height', 'write_head', 'page', 'of_seeds', 'draw_curves',
-           'set_axes', 'EndLabel', 'end_label', 'moved', 'end_bars', 'end_labels', 'room_for', 'two_lines', 'lines',
-           'top_of', 'by_source', 'seeds_note', 'lines_note', 'source_note', 'shorter_runs', 'condition_name',
-           'caption', 'size_of', 'whose_runs', 'panel_names', 'panel_titles', 'summary_table', 'short_table',
-           'figure_text', 'picture', 'save_figure']
+           'against_each', 'outcome', 'in_words', 'pooled', 'spread_labels', 'styled', 'Layout', 'wrap', 'balanced',
+           'on_page', 'ticks', 'add_axes', 'panel_axes', 'Caption', 'write', 'head_height', 'write_head', 'page',
+           'of_seeds', 'draw_curves', 'set_axes', 'EndLabel', 'end_label', 'moved', 'end_bars', 'end_labels',
+           'room_for', 'two_lines', 'lines', 'top_of', 'by_source', 'seeds_note', 'lines_note', 'source_note',
+           'shorter_runs', 'condition_name', 'caption', 'size_of', 'whose_runs', 'panel_names', 'panel_titles',
+           'summary_table', 'short_table', 'figure_text', 'picture', 'save_figure']
 
 # %% ../../nbs/show/91_plots.ipynb #ib003
 import hashlib
@@ -360,15 +360,29 @@ def decided(
     return "shown" if way == ("level" if level else "above") else "refuted"
 
 
+def against_each(
+    pairs: Sequence[tuple[str, str]],
+) -> str:  # "a and b against c; d against e"
+    "Pairs in words, each side named as seldom as can be"
+    by_other, alike = {}, {}
+    for one, other in pairs:
+        by_other.setdefault(other, []).append(one)
+    for other, ones in by_other.items():
+        alike.setdefault(tuple(ones), []).append(other)
+    return " and ".join(f"{listed(ones)} against {listed(others)}" for ones, others in alike.items())
+
+
 def outcome(
-    found: dict[str, Estimate],  # what a difference is about → it
-    level: Sequence[str] = (),  # of them, those that are claimed to be level
-) -> str:  # "The claim is shown for a, open for b and refuted nowhere."
+    found: dict[str | tuple[str, str], Estimate],  # what a difference is about, or a pair → it
+    level: Sequence[str | tuple[str, str]] = (),  # of them, those that are claimed to be level
+) -> str:  # "The claim is shown for a; open for b, and refuted nowhere."
     "What becomes of a claim"
-    verdicts = {name: decided(e, name in level) for name, e in found.items()}
-    groups = {v: [name for name in verdicts if verdicts[name] == v] for v in ("shown", "open", "refuted")}
-    said = [f"{v} for {listed(names)}" for v, names in groups.items() if names]
-    nowhere = "" if groups["refuted"] else ", and refuted nowhere"
+    verdicts, said = {what: decided(e, what in level) for what, e in found.items()}, []
+    for verdict in ("shown", "open", "refuted"):
+        those = [what for what in verdicts if verdicts[what] == verdict]
+        pairs = those and isinstance(those[0], tuple)
+        said += [f"{verdict} for {against_each(those) if pairs else listed(those)}"] if those else []
+    nowhere = "" if "refuted" in verdicts.values() else ", and refuted nowhere"
     return (
         f"The claim is {'; '.join(said)}{nowhere}."
         if found
