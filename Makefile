@@ -43,7 +43,7 @@ prepare: .venv/.dev ## clean and format the notebooks, export the modules, write
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/prepare
 	$(BIN)/ruff check
 
-lab: .venv/.dev ## open the notebooks (LABFLAGS=...)
+lab: .venv/.lab ## open the notebooks (LABFLAGS=...); some chapters need more: make dev
 	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb $(LABFLAGS)
 
 docs: .venv/.dev .venv-browser/.done ## the site, in _docs
@@ -71,6 +71,11 @@ clean: ## drop what can be built again, but no runs
 	$(PIP) --no-deps -e .
 	@touch $@
 	@echo "source .venv/bin/activate puts stars and python on your path"
+
+.venv/.lab: requirements/lab.lock .venv/.cpu
+	@echo "installing JupyterLab into .venv"
+	$(PIP) --no-deps -r $<
+	@touch $@
 
 .venv/.dev: requirements/dev.lock .venv/.cpu
 	@echo "installing notebooks, tests, docs, Ray and vLLM into .venv: 2 GB more, some minutes"

@@ -101,15 +101,20 @@ def test_the_container_leaves_out_nothing_that_git_tracks():
     assert ".venv*" in ignored and tracked.stdout == ""
 
 
-def test_binder_installs_the_tested_versions():
+def pins(name):
+    "What pip reads from a file of requirements"
     from pip._internal.network.session import PipSession
     from pip._internal.req.req_file import parse_requirements
 
-    def pins(name):
-        found = parse_requirements(str(ROOT / name), PipSession())
-        return {r.requirement for r in found if not r.constraint}
+    return {r.requirement for r in parse_requirements(str(ROOT / name), PipSession())}
 
-    assert pins(".binder/requirements.txt") == pins("requirements/cpu.lock") | {"ipywidgets"}
+
+def test_every_place_has_the_tested_versions():
+    cpu, lab, dev = (pins(f"requirements/{name}.lock") for name in ("cpu", "lab", "dev"))
+    [widgets] = pins(".binder/requirements.txt") - cpu
+    assert widgets.startswith("ipywidgets==") and cpu <= pins(".binder/requirements.txt")
+    assert widgets in lab and lab <= dev and not lab & cpu and cpu <= dev
+    assert any(pin.startswith("jupyterlab==") for pin in lab)
     assert (ROOT / ".binder" / "postBuild").stat().st_mode & 0o100
     assert text(".binder/runtime.txt").strip() == "python-3.11"
 
