@@ -12,7 +12,8 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends git make \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 stars \
-    && install -d -o stars -g stars /stars
+    && install -d -o stars -g stars /stars \
+    && git config --system --add safe.directory /stars
 USER stars
 WORKDIR /stars
 
@@ -21,7 +22,7 @@ COPY --chown=stars Makefile ./
 COPY --chown=stars requirements/cpu.lock requirements/
 RUN make .venv/.lock && rm -rf ~/.cache
 
-# .git comes along, so that manifests name the commit.
+# .git comes along, so that manifests name the commit, whoever runs it.
 COPY --chown=stars . .
 RUN make setup && install -d -m 777 runs figures
 
