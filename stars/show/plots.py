@@ -10,12 +10,12 @@ __all__ = ['CONDITIONS', 'CONTRAST', 'GOOD_FOR', 'EQUAL', 'APART', 'LEVEL', 'WAY
            'order', 'label', 'color', 'ink', 'check_results', 'check_values', 'check_steps', 'gathered',
            'one_row_per_run', 'interval', 'invented', 'span', 'interval_note', 'gap_between', 'stands', 'num', 'signed',
            'tick_number', 'count', 'percent', 'listed', 'capital', 'ends', 'in_brackets', 'finding', 'decided',
-           'against_each', 'outcome', 'in_words', 'pooled', 'spread_labels', 'styled', 'Layout', 'wrap', 'balanced',
+           'paired', 'outcome', 'in_words', 'pooled', 'spread_labels', 'styled', 'Layout', 'wrap', 'balanced',
            'on_page', 'ticks', 'add_axes', 'panel_axes', 'Caption', 'write', 'head_height', 'write_head', 'page',
            'of_seeds', 'draw_curves', 'set_axes', 'EndLabel', 'end_label', 'moved', 'end_bars', 'end_labels',
            'room_for', 'two_lines', 'lines', 'top_of', 'by_source', 'seeds_note', 'lines_note', 'source_note',
            'shorter_runs', 'condition_name', 'caption', 'size_of', 'whose_runs', 'panel_names', 'panel_titles',
-           'summary_table', 'short_table', 'figure_text', 'picture', 'save_figure']
+           'summary_table', 'short_table', 'estimate_texts', 'figure_text', 'picture', 'save_figure']
 
 # %% ../../nbs/show/91_plots.ipynb #ib003
 import hashlib
@@ -360,28 +360,30 @@ def decided(
     return "shown" if way == ("level" if level else "above") else "refuted"
 
 
-def against_each(
+def paired(
     pairs: Sequence[tuple[str, str]],
-) -> str:  # "a and b against c; d against e"
+    word: str,  # between the two: "against", "in" …
+) -> str:  # "a and b against c and d against e"
     "Pairs in words, each side named as seldom as can be"
     by_other, alike = {}, {}
     for one, other in pairs:
         by_other.setdefault(other, []).append(one)
     for other, ones in by_other.items():
         alike.setdefault(tuple(ones), []).append(other)
-    return " and ".join(f"{listed(ones)} against {listed(others)}" for ones, others in alike.items())
+    return ", ".join(f"{listed(ones)} {word} {listed(others)}" for ones, others in alike.items())
 
 
 def outcome(
     found: dict[str | tuple[str, str], Estimate],  # what a difference is about, or a pair → it
     level: Sequence[str | tuple[str, str]] = (),  # of them, those that are claimed to be level
+    word: str = "against",  # between the two of a pair
 ) -> str:  # "The claim is shown for a; open for b, and refuted nowhere."
     "What becomes of a claim"
     verdicts, said = {what: decided(e, what in level) for what, e in found.items()}, []
     for verdict in ("shown", "open", "refuted"):
         those = [what for what in verdicts if verdicts[what] == verdict]
         pairs = those and isinstance(those[0], tuple)
-        said += [f"{verdict} for {against_each(those) if pairs else listed(those)}"] if those else []
+        said += [f"{verdict} for {paired(those, word) if pairs else listed(those)}"] if those else []
     nowhere = "" if "refuted" in verdicts.values() else ", and refuted nowhere"
     return (
         f"The claim is {'; '.join(said)}{nowhere}."
@@ -391,10 +393,14 @@ def outcome(
 
 
 def in_words(
-    found: dict[str, Estimate],  # what a difference is about → it
+    found: dict[str | tuple[str, str], Estimate],  # what a difference is about, or a pair → it
+    word: str = "against",  # between the two of a pair
 ) -> str:  # a line each
     "Differences with their intervals"
-    return "\n".join(f"{capital(name)}: {signed(e.value)} {in_brackets(e)}." for name, e in found.items())
+    names = {what: what if isinstance(what, str) else f" {word} ".join(what) for what in found}
+    return "\n".join(
+        f"{capital(names[what])}: {signed(e.value)} {in_brackets(e)}." for what, e in found.items()
+    )
 
 # %% ../../nbs/show/91_plots.ipynb #ib067
 def pooled(
@@ -940,6 +946,19 @@ def short_table(
         f"{num(lo)} to {num(hi)}" if lo == lo else "–" for lo, hi in bars
     ]  # of the last accuracy
     return pd.DataFrame(rows, index=table.index).rename(index=label, level="condition")
+
+# %% ../../nbs/show/91_plots.ipynb #ib12d
+def estimate_texts(
+    table: pd.DataFrame,  # columns value, lo, hi
+    digits: int = 2,  # after the point
+) -> pd.Series:  # ".92 (.81 to 1.04)"
+    "Estimates to be read, row by row"
+    triples = zip(table["value"], table.lo, table.hi)
+    texts = [
+        num(value, digits) + (f" ({num(lo, digits)} to {num(hi, digits)})" if lo == lo else "")
+        for value, lo, hi in triples
+    ]
+    return pd.Series(texts, table.index)
 
 # %% ../../nbs/show/91_plots.ipynb #ib127
 def figure_text(

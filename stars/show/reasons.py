@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RUNS', 'FARES', 'ONE_ATTEMPT', 'PLURAL', 'CURVES', 'BAND', 'PASSK_SEE', 'PASSK_RULE', 'ACCURACY', 'HOME', 'MOVES',
            'TRANSFER_SEE', 'TRANSFER_RULE', 'SPACE_ROOM', 'APART', 'ROW', 'WHEN', 'RIGHT', 'TRIES', 'WHEN_SEE',
-           'WHEN_NOTES', 'WHEN_ROOM', 'WHEN_COLUMN', 'WAYS', 'SAID', 'CHANCE', 'NODES', 'ROOM', 'NAMED', 'LEAST',
-           'WIDEST', 'BEND', 'LOOP', 'ORDER_ROOM', 'MOST_ROWS', 'SURE', 'STRIP', 'TENTH', 'ORDER_SEE', 'ORDER_NOTE',
-           'KINDS', 'OFTEN', 'TREES_SEE', 'TREES_NOTES', 'TREES_ROOM', 'TREES_COLUMN', 'TREES_UNITS', 'SIDES',
-           'TRAINER_RULE', 'about_draws', 'passk_table', 'change_at', 'clause', 'passk_title', 'crossings', 'curves_of',
-           'draw_measure', 'draw_passk', 'draws_caption', 'passk', 'passk_found', 'passk_findings', 'transfer_table',
-           'space_name', 'moves', 'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows', 'key',
-           'draw_transfer', 'transfer', 'transfer_findings', 'before_after', 'side_by_side', 'write_above',
+           'WHEN_NOTES', 'WHEN_ROOM', 'WHEN_COLUMN', 'WHEN_TICK', 'WAYS', 'SAID', 'CHANCE', 'NODES', 'ROOM', 'NAMED',
+           'LEAST', 'WIDEST', 'BEND', 'LOOP', 'ORDER_ROOM', 'MOST_ROWS', 'SURE', 'STRIP', 'TENTH', 'ORDER_SEE',
+           'ORDER_NOTE', 'KINDS', 'OFTEN', 'TREES_SEE', 'TREES_NOTES', 'TREES_ROOM', 'TREES_COLUMN', 'TREES_UNITS',
+           'SIDES', 'TRAINER_RULE', 'about_draws', 'passk_table', 'change_at', 'clause', 'passk_title', 'crossings',
+           'curves_of', 'draw_measure', 'draw_passk', 'draws_caption', 'passk', 'passk_found', 'passk_findings',
+           'transfer_table', 'space_name', 'moves', 'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows',
+           'key', 'draw_transfer', 'transfer', 'transfer_findings', 'before_after', 'side_by_side', 'write_above',
            'when_table', 'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'undivided_note',
            'one_model', 'when', 'when_findings', 'order_rows', 'change_rows', 'condition_rows', 'order_table',
            'Followed', 'said_changes', 'memory_said', 'order_title', 'arrow_course', 'draw_arrow', 'draw_graph',
@@ -32,6 +32,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.ticker import MultipleLocator
 
 from ..habits.behaviors import HABIT_NAMES
 from ..lab.configs import EVALUATION_SPACES
@@ -298,15 +299,14 @@ def passk(
 def passk_found(
     table: pd.DataFrame,  # from `passk_table`
     most: bool,  # at as many attempts as were drawn, or at one
-) -> dict[str, Estimate]:  # condition, in words → trained minus start
+) -> dict[tuple[str, str], Estimate]:  # condition and attempts → trained minus start
     "What RL changes in pass@k"
     change = table[(table.what == "difference") & (table.measure == "pass@k")]
     k, several = change["at"].max() if most else change["at"].min(), table.model.nunique() > 1
-    rows = [row for _, row in change[change["at"] == k].iterrows()]
-    rows = sorted(rows, key=lambda row: order(table.condition).index(row.condition))
-    return {
-        f"{label(row.condition)} at {k:.0f}" + f" ({row.model})" * several: read_estimate(row) for row in rows
-    }
+    found, at = {}, f"{k:.0f} attempt{'s' if k > 1 else ''}"
+    for (model, c), rows in change[change["at"] == k].groupby(["model", "condition"], sort=False):
+        found[label(c) + f" of {model}" * several, at] = read_estimate(rows.iloc[0])
+    return found
 
 
 def passk_findings(
@@ -314,7 +314,7 @@ def passk_findings(
 ) -> str:  # a line each
     "Gains in words, and what becomes of the claim that RL adds"
     many = passk_found(table, most=True)
-    return f"{in_words(passk_found(table, most=False) | many)}\n{outcome(many)}"
+    return f"{in_words(passk_found(table, most=False) | many, 'at')}\n{outcome(many, word='at')}"
 
 # %% ../../nbs/show/99_reasons.ipynb #tf003
 ACCURACY = Measure("pass@k", 1)  # the mean over all draws
@@ -470,14 +470,11 @@ def transfer_findings(
     table: pd.DataFrame,  # from `transfer_table`
 ) -> str:  # a line each
     "Gains in words, and what becomes of the claim that they carry"
-    change, several = table[table.what == "difference"], table.model.nunique() > 1
-    found, away = {}, {}
-    for _, row in change.iterrows():
-        name = f"{label(row.condition)} in {space_name(row['space'])}" + f" ({row.model})" * several
-        found[name] = read_estimate(row)
-        if row["space"] != HOME:
-            away[name] = found[name]
-    return f"{in_words(found)}\n{outcome(away)}"
+    change, several, found = table[table.what == "difference"], table.model.nunique() > 1, {}
+    for (space, model, c), rows in change.groupby(["space", "model", "condition"], sort=False):
+        found[label(c) + f" of {model}" * several, space_name(space)] = read_estimate(rows.iloc[0])
+    away = {what: e for what, e in found.items() if what[1] != space_name(HOME)}
+    return f"{in_words(found, 'in')}\n{outcome(away, word='in')}"
 
 # %% ../../nbs/show/99_reasons.ipynb #wh003
 APART = 0.17  # of a row: its two dots from the middle
@@ -654,6 +651,7 @@ def one_model(table: pd.DataFrame):
 
 # %% ../../nbs/show/99_reasons.ipynb #wh018
 WHEN_ROOM, WHEN_COLUMN = 1.22, (0.06, 0.08)  # inches, of names of rows and beside each axes
+WHEN_TICK = 0.3  # of accuracy: a narrow axis has room for four numbers
 
 
 def when(
@@ -674,6 +672,7 @@ def when(
         for ax, head in zip(grid[0], WHEN.values()):
             write_above(ax, head)
         for ax in grid.flat:
+            ax.xaxis.set_major_locator(MultipleLocator(WHEN_TICK))
             ax.set_xlim(min(thirds.lo.min(), 0) - 0.04, max(thirds.hi.max(), 0) + 0.04)
         grid[-1, 0].set_xlabel("difference in accuracy", loc="left")
     return fig
@@ -685,8 +684,8 @@ def when_findings(
     "What habits are worth after a miss, in words, and what becomes of the claim that they pay"
     last = table[(table.step == table.step.max()) & (table.difficulty == "all")]
     missed = last[(last.comparison == "missed") & last.lo.notna()]
-    found = {f"{row.habit}, {label(row.condition)}": read_estimate(row) for _, row in missed.iterrows()}
-    return f"{in_words(found)}\n{outcome(found)}"
+    found = {(row.habit, label(row.condition)): read_estimate(row) for _, row in missed.iterrows()}
+    return f"{in_words(found, 'with')}\n{outcome(found, word='with')}"
 
 # %% ../../nbs/show/99_reasons.ipynb #wo002
 def order_rows(
@@ -1143,10 +1142,10 @@ def trees_findings(
     "Gains of kinds of problems in words, and what becomes of the claim that all gain"
     gained = table[(table.what == "gain") & table.lo.notna()]
     found = {
-        f"{label(row.condition)}, {KINDS[f'{row.by} {row.group}']}": read_estimate(row)
+        (label(row.condition), f"“{KINDS[f'{row.by} {row.group}']}”"): read_estimate(row)
         for _, row in gained.iterrows()
     }
-    return f"{in_words(found)}\n{outcome(found)}"
+    return f"{in_words(found, 'on')}\n{outcome(found, word='on')}"
 
 # %% ../../nbs/show/99_reasons.ipynb #al005
 def over_tokens(
