@@ -340,6 +340,17 @@ def commands(name, params):
     return "\n".join(["```sh", *(f"{c:{wide}}  # {about}" for c, about in lines), "```"])
 
 
+def message(name, manifest):
+    "What a picture says: its titles, one per panel"
+    return " · ".join(manifest.get("title", name).splitlines())
+
+
+def caption(manifest):
+    "What to see; then the particulars of the runs, smaller"
+    first, *more = manifest.get("caption", "").splitlines() or [""]
+    return first, " ".join(more)
+
+
 def drawn(name, place, manifest, folder=""):
     """A picture of the repository with what belongs to it; `folder`: where the pictures are, seen from the
     page"""
@@ -349,9 +360,12 @@ def drawn(name, place, manifest, folder=""):
         for ext in ("svg", "csv", "json")
         if (ROOT / f"figures/{place}/{name}.{ext}").is_file() and not (ext == "csv" and "published" in place)
     ]
+    if (ROOT / f"figures/{place}/{name}.ipynb").is_file():
+        links.append(f'<a href="{path}.ipynb" download>Notebook with results</a>')
+    see, more = caption(manifest)
     return (
-        f"[![{manifest.get('title', name)}]({path}.png)]({path}.svg)\n\n{manifest.get('caption', '')} "
-        f"{' · '.join(links)}\n"
+        f"[![{message(name, manifest)}]({path}.png)]({path}.svg)\n\n::: {{.caption}}\n{see}\n\n"
+        f"{more} {' · '.join(links)}\n:::\n"
     )
 
 
@@ -402,7 +416,7 @@ def said(nb):
 
 def opening(nb, name, place, manifest):
     "The message of a figure, its picture, what it says"
-    text = [f"**{manifest.get('title', name)}.**", drawn(name, place, manifest)]
+    text = [f"**{message(name, manifest)}.**", drawn(name, place, manifest)]
     if words := said(nb):
         text.append("\n".join(f"- {line}" for line in words.splitlines() if line.strip()))
     return markdown("\n\n".join(text))
@@ -421,6 +435,9 @@ def figure(nb, name):
     to draw it, the code"""
     at = next(i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", []))
     title, *about, code = [*nb["cells"][:at], nb["cells"][at:]]
+    about = [
+        c for c in about if "committed" not in c["metadata"].get("tags", [])
+    ]  # the picture, for code hosts
     params, places = defaults(nb), pictures(name)
     how = markdown(
         f"## How to draw it\n\n{commands(name, params)}\n\nThe notebook below does the work. These are its "
@@ -442,7 +459,7 @@ def figure(nb, name):
 def headline(name, places):
     "Place and message of a figure's picture"
     best = best_of(places)
-    return best, places[best].get("title", name) if best else ""
+    return best, message(name, places[best]) if best else ""
 
 
 def thumbnail(proc, name, place):
@@ -460,14 +477,14 @@ def write_gallery(proc, figures):
     "gallery.qmd: a small picture of every figure and what it says"
     cards = []
     for name, (title, _) in figures.items():
-        place, message = headline(name, pictures(name))
+        place, says = headline(name, pictures(name))
         if not place:
             continue
         w, h = thumbnail(proc, name, place)
         cards.append(
             f'<a class="card" href="figures/{name}.html"><img src="thumbnails/{name}.png" width="{w}" '
             f'height="{h}" loading="lazy" alt="{html.escape(title)}"><b>{html.escape(title)}</b>'
-            f"<small>{html.escape(message)}</small></a>"
+            f"<small>{html.escape(says)}</small></a>"
         )
     text = [
         '---\ntitle: Gallery\nsubtitle: "Every figure and what it says."\ntoc: false\n---\n',
@@ -560,17 +577,17 @@ def write_symbols(proc, chapters):
 
 def front(nb, places):
     "The first page opens with the question, where to go next and what was found; the rest is the README's"
-    place, message = headline(HEADLINE, places)
+    place, says = headline(HEADLINE, places)
     if not place:
         return nb
     title, intro, *rest = nb["cells"]
     question, _, more = source(intro).partition("\n\n")
     ways = "\n".join(f'<a href="{u}">{what}</a>' for u, what in NEXT)
     hero = [
-        f'<div class="hero">\n<div>\n\n{question}\n',
-        f'<p class="next">{ways}</p>\n\n</div>',
+        f'<div class="hero">\n<div>\n\n{question}\n\n</div>',
         f'<a href="figures/{HEADLINE}.html"><img src="figures/{place}/{HEADLINE}.png" '
-        f'alt="{html.escape(message)}"></a>\n</div>',
+        f'alt="{html.escape(says)}"></a>',
+        f'<p class="next">{ways}</p>\n</div>',
     ]
     return nb | dict(cells=[title, markdown("\n".join(hero)), markdown(more), *rest])
 
@@ -782,6 +799,10 @@ def main(out):
     quarto = shutil.which("quarto")
     with tempfile.TemporaryDirectory() as proc:
         subtitles = prepare(proc := Path(proc))
+        if quarto:  # which otherwise is light until somebody turns the switch; smalldocs knows no such option
+            cfg = yaml.safe_load((proc / "_quarto.yml").read_text())
+            cfg["format"]["html"]["respect-user-color-scheme"] = True
+            (proc / "_quarto.yml").write_text(yaml.safe_dump(cfg, sort_keys=False))
         subprocess.run(
             [quarto, "render"]
             if quarto
