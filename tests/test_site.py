@@ -107,18 +107,18 @@ class Browser:
 
     def _next(self):
         message = json.loads(self.socket.recv())
+        if message.get("method") == "Page.javascriptDialogOpening":  # "leave this page?"
+            self._send(id=0, method="Page.handleJavaScriptDialog", params=dict(accept=True))
         if "method" in message:
             self.events.append(message)
         return message
 
+    def _send(self, **message):
+        self.socket.send(json.dumps(message | (dict(sessionId=self.session) if self.session else {})))
+
     def __call__(self, method, **params):
         self.n += 1
-        self.socket.send(
-            json.dumps(
-                dict(id=self.n, method=method, params=params)
-                | (dict(sessionId=self.session) if self.session else {})
-            )
-        )
+        self._send(id=self.n, method=method, params=params)
         while (message := self._next()).get("id") != self.n:
             pass
         if "error" in message:
