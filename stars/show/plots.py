@@ -25,6 +25,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from io import BytesIO
 from itertools import product
 from pathlib import Path
@@ -283,8 +284,11 @@ def num(
     x: float,
     digits: int = 2,  # after the point
 ) -> str:  # ".61", "−.05", "1.00"
-    "A number in our format"
-    text = f"{x:,.{digits}f}".replace("-", "−" if round(abs(x), digits) else "")  # no minus before zero
+    "A number in our format; .115 becomes .12, whatever its last binary digit"
+    if not np.isfinite(x):
+        return "–"
+    exact = Decimal(str(round(float(x), 10))).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
+    text = f"{exact:,}".replace("-", "−" if exact else "")  # no minus before zero
     return re.sub(r"^(−?)0\.", r"\1.", text)
 
 
@@ -943,7 +947,7 @@ def short_table(
         rows[head] = [f"{num(first, digits)} → {num(last, digits)}" for first, last in pairs]
     bars = zip(table.accuracy_last_lo, table.accuracy_last_hi)
     rows["95 % interval"] = [
-        f"{num(lo)} to {num(hi)}" if lo == lo else "–" for lo, hi in bars
+        f"{num(lo)} to {num(hi)}" if np.isfinite(lo) else "–" for lo, hi in bars
     ]  # of the last accuracy
     return pd.DataFrame(rows, index=table.index).rename(index=label, level="condition")
 

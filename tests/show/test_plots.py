@@ -251,6 +251,7 @@ def test_controls_title_follows_the_data():
 def test_numbers_stand_at_the_lines_in_one_format():
     "Values at the ends, none in the title; no leading zero and no hyphen anywhere"
     assert [num(x) for x in (0.614, -0.05, -0.001, 1.0, 12.345)] == [".61", "−.05", ".00", "1.00", "12.35"]
+    assert (num(0.1 + 0.1425 + 0.1025 - 0.23), num(0.205), num(float("nan"))) == (".12", ".21", "–")
     assert (signed(0.05), signed(-0.05), percent(0.0972), percent(0.1)) == (
         "+.05",
         "−.05",
