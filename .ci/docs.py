@@ -531,11 +531,10 @@ def write_book(proc, about):
     for n, part in enumerate((p for p in parts if "section" in p), 1):
         out.append(f"## {n}. {part['section']}\n")
         for path in part["contents"]:
-            number = re.match(r"\d+", Path(path).name)[0]
             if path not in about:
                 continue
             title, line = about[path]
-            out.append(f"{number}. [{title}]({final_name(Path(path))}): {line}")
+            out.append(f"{number(path)}. [{title}]({final_name(Path(path))}): {line}")
         out.append("")
     out.append("Every function, class and constant, one line each: [all symbols](api.qmd).\n")
     (proc / "book.qmd").write_text("\n".join(out), encoding="utf-8")
@@ -682,6 +681,11 @@ def trim_navigation(root):
         (root / name).write_text(yaml.safe_dump(cfg, sort_keys=False))
 
 
+def number(path):
+    "Of a chapter, by which the book is ordered; 0 for other pages"
+    return int(m[0]) if (m := re.match(r"\d+", Path(path).name)) else 0
+
+
 def final_name(path):
     return path.with_name(re.sub(r"^\d\d[a-z]?_", "", path.name))
 
@@ -728,7 +732,7 @@ def prepare(proc):
     }
     chapters = {
         module_of(nb): (subtitle(nb), exported(nb, str(final_name(p).relative_to(nbs).with_suffix(""))))
-        for p, nb in notebooks.items()
+        for p, nb in sorted(notebooks.items(), key=lambda x: number(x[0]))
         if module_of(nb)
     }
     known = [s for _, found in chapters.values() for s in found]

@@ -399,6 +399,13 @@ def test_every_exported_symbol_is_documented(pages):
     assert not missing
 
 
+def test_the_index_of_symbols_goes_through_the_book(browser, home):
+    browser.open(home + "api.html")
+    parts = browser.js("[...document.querySelectorAll('main h2')].map(e => e.innerText.split('.')[1])")
+    order = ["util", "task", "llm", "habits", "models", "rl", "text", "measure", "lab", "show", "cli"]
+    assert list(dict.fromkeys(parts)) == order
+
+
 def test_signatures_carry_their_comments(pages):
     text = pages["rl/ppo.html"]["text"]
     for said in (
