@@ -213,7 +213,7 @@ def pass_bytes(
 
     made = logit_bytes(shape, tokens, (12 if entropy else 8) + size)
     forward = moment(1 if frozen else shape.layers, made)
-    back_again = turn_bytes(shape, tokens, 20 if entropy else 12, 0 if how.rank else size)
+    back_again = turn_bytes(shape, tokens, 20 if entropy else 12, 0 if how.rank else 2 if how.half else 4)
     turn = moment(0 if how.remat else shape.layers, back_again)
     back = moment(1 if how.remat else shape.layers, walked=walked, head=False)
     casts, logits, walked = max(forward, turn, back, key=sum)

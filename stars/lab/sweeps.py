@@ -62,9 +62,11 @@ def shared_stages(job: Job) -> dict[tuple, Job]:  # (stage, what it belongs to â
     return out
 
 # %% ../../nbs/lab/86_sweeps.ipynb #m012
-def share_of(job: Job, gpus: float, cpus: float) -> dict[str, float]:  # options of a Ray task
-    "What a job's task holds"
-    return dict(num_gpus=0, num_cpus=0) if job.cfg.run.spreads else dict(num_gpus=gpus, num_cpus=cpus)
+def share_of(job: Job, gpus: float, cpus: float, stage: str = "eval") -> dict[str, float]:
+    "What the task of a job's stage holds: options of Ray"
+    if job.cfg.run.spreads and stage != "base":  # a base is trained by the task itself
+        return dict(num_gpus=0, num_cpus=0)
+    return dict(num_gpus=gpus, num_cpus=cpus)
 
 # %% ../../nbs/lab/86_sweeps.ipynb #m014
 def check_share(
@@ -371,10 +373,10 @@ class Tasks:
 
     def _start(self, stage: str, job: Job):
         "Hand a stage over to Ray"
-        options = share_of(job, self.gpus, self.cpus)
+        options = share_of(job, self.gpus, self.cpus, stage)
         options |= dict(max_retries=self.retries, retry_exceptions=False, name=f"{stage} {job.name}")
         needs = [] if stage in ("data", "base", "curate") else self._needs(job)
-        remote = ray.remote(_build).options(**options)
+        remote = ray.remote(max_calls=1)(_build).options(**options)  # a new process has no other card
         return remote.remote(stage, job, self.gpus, self.cpus, os.getcwd(), *needs)
 
 # %% ../../nbs/lab/86_sweeps.ipynb #m051

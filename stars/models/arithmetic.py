@@ -111,9 +111,11 @@ def tensor_cores_for(
     weights: int,  # of the model that is trained or sampled
 ) -> Iterator[None]:
     "Inside, fp32 products of a small model go through a GPU's tensor cores"
+    if weights >= TF32_WEIGHTS or not torch.cuda.is_available():
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if weights < TF32_WEIGHTS and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ __all__ = ['PIECE', 'SPECIAL', 'micro_words', 'micro_tokenizer', 'unknown_in', '
            'n_params']
 
 # %% ../../nbs/models/42_micro.ipynb #x003
-import importlib.util
 import re
 from collections.abc import Iterable
 
@@ -16,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import is_flash_attn_2_available
 
 from ..habits.priming import PHRASES
 from ..task.countdown import TEMPLATES
@@ -87,7 +87,7 @@ def attention(
     "The fastest attention that this machine has for a model"
     if torch.device(device).type == "cuda":
         half = dtype in (torch.float16, torch.bfloat16)
-        return "flash_attention_2" if half and importlib.util.find_spec("flash_attn") else "sdpa"
+        return "flash_attention_2" if half and is_flash_attn_2_available() else "sdpa"
     return "eager" if micro else "sdpa"
 
 # %% ../../nbs/models/42_micro.ipynb #x018

@@ -602,7 +602,7 @@ def is_loss(e: Exception) -> bool:
     "Does an error of a worker mean that some worker was lost?"
     from ray.exceptions import RayTaskError
 
-    if isinstance(e, dist.DistError) or "by peer" in str(e):
+    if isinstance(e, dist.DistError | WorkerLost) or "by peer" in str(e):
         return True
     return type(e).__module__.startswith("ray.") and not isinstance(e, RayTaskError)
 
@@ -718,9 +718,10 @@ def on_devices(
     "Work on pieces side by side, each on a device that it has booked"
     kind, devices = device_count()
     import ray
-    from ray.exceptions import RayTaskError, WorkerCrashedError
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-    task = ray.remote(run_piece).options(**{f"num_{kind.lower()}s": 1, "max_retries": restarts})
+    options = {f"num_{kind.lower()}s": 1, "max_retries": restarts, "max_calls": 1}
+    task = ray.remote(**options)(run_piece)
     waiting = [task.remote(fn, args, min(devices, len(pieces))) for args in pieces]
     try:
         while waiting:
@@ -728,7 +729,7 @@ def on_devices(
             yield ray.get(ended)
     except RayTaskError as e:
         raise e.cause from None
-    except WorkerCrashedError:
+    except (WorkerCrashedError, OutOfMemoryError):
         message = f"a process died {restarts + 1} times (killed, or out of memory?); the same command goes on"
         raise RuntimeError(message) from None
     finally:

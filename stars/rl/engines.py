@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from ..models.checkpoints import Weights, check_checkpoint, end_ids, known_ids, saved_name
-from ..models.parallel import Team, start_ray
+from ..models.parallel import Team, WorkerLost, start_ray
 from .rollouts import Engine, RemoteEngine, Rollout, check_lengths
 
 # %% ../../nbs/rl/54_engines.ipynb #n001
@@ -50,6 +50,7 @@ def undisturbed(
     "Build an engine without a trace in this process's settings and random generators"
     before, threads = {k: os.environ.get(k) for k in settings}, torch.set_num_threads
     states, products = (random.getstate(), np.random.get_state()), torch.backends.mkldnn.matmul.fp32_precision
+    precision = torch.get_float32_matmul_precision() if torch.cuda.is_available() else None
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     os.environ.update(settings)
     try:
@@ -65,6 +66,8 @@ def undisturbed(
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_num_threads = threads
+        if precision:
+            torch.set_float32_matmul_precision(precision)  # before the line below, which it would undo
         torch.backends.mkldnn.matmul.fp32_precision = products
 
 # %% ../../nbs/rl/54_engines.ipynb #n003
@@ -649,7 +652,9 @@ def do_all(
                     raise e.cause from e
                 ray.kill(engine.actors[i])
                 if engine.send:
-                    raise  # nobody but the workers has the weights: the team starts again
+                    raise WorkerLost(
+                        f"engine {i} died: {reason(e)}"
+                    ) from e  # only the workers have the weights
                 if not left:
                     raise RuntimeError(
                         f"engine {i} died, and so did {engine.replacements} that took its place "

@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..models.parallel import Team, saved_states
+from ..models.parallel import States, Team, saved_states
 from ..util.files import flush, replacing
 
 # %% ../../nbs/rl/51_loops.ipynb #m005
@@ -314,11 +314,14 @@ def check_finite(
     step: int,  # from 1
     numbers: dict[str, float],  # what must be finite
     out: Path,  # folder of the run
+    saving: States | None = None,  # states of it that may not have their names yet
 ):
     "Raise FloatingPointError, before the optimiser spoils the weights, if a number is not finite"
     bad = [f"{k} is {v}" for k, v in numbers.items() if not math.isfinite(v)]
     if not bad:
         return
+    if saving:
+        saving.settle()
     states = saved_states(out)
     last = f"the last good state is {states[0].name}" if states else "no state was saved yet"
     raise FloatingPointError(

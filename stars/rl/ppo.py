@@ -432,7 +432,7 @@ class Learner:
         self.models = dict(policy=self.policy)
         if self.critic is not None:
             self.models["critic"] = self.critic
-        self.actor = Actor(self.policy, self.cfg.bf16)
+        self.actor = Actor(self.policy)
         asked = self.models | dict(policy=self.actor)
         self.nets = {name: self.team.wrap(m, self.cfg.bf16) for name, m in asked.items()}
         self.optimizers = {name: self._optimizer(m) for name, m in self.models.items()}
@@ -456,7 +456,7 @@ def make_learner(
 ) -> Learner:
     "The models that an estimator and a KL need beside the policy"
     critic = Critic.from_policy(policy) if cfg.estimator == "gae" else None
-    frozen = Actor(reference().eval().requires_grad_(False), cfg.bf16) if cfg.kl_coef else None
+    frozen = Actor(reference().eval().requires_grad_(False)) if cfg.kl_coef else None
     if frozen is not None and team.shard:
         frozen = team.wrap(frozen, cfg.bf16)
     return Learner(policy, critic, frozen, cfg, vocab, team)
@@ -769,6 +769,7 @@ class Run:
     prompt_ids: Sequence[Sequence[int]]  # of each problem
     tokenizer: PreTrainedTokenizerBase
     out: Path  # its folder
+    states: States | None = None  # that are being saved
 
     @property
     def made_by(self) -> dict:
@@ -831,7 +832,7 @@ def update_step(
         optimizer.param_groups[0]["lr"] = warmed_up(rates[name], step, cfg.warmup)
 
     def check(norms):
-        check_finite(step + 1, norms, run.out)
+        check_finite(step + 1, norms, run.out, run.states)
 
     with memory_for(f"training on micro-batches of {cfg.micro_tokens} tokens", "ppo.micro_tokens"):
         return update(learner, batch, f"{cfg.seed}/{step}", check)
@@ -887,17 +888,17 @@ def train(
     sync(run.engine, learner.policy, team)
     bar = tqdm(total=cfg.steps, initial=done, desc="ppo", disable=not progress)
     log = Log(run.out / "metrics.jsonl", done, team.first, tracking)
-    with log, States(run.out, models, optimizers, team) as states:
+    with log, States(run.out, models, optimizers, team) as run.states:
         for step in range(done, cfg.steps):
             row = ppo_step(run, step)
             log(**row)
             bar.set_postfix(acc=f"{row['accuracy']:.2f}", len=f"{row['response_tokens']:.0f}")
             bar.update()
-            states.settle(wait=False)
+            run.states.settle(wait=False)
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 save_policy(run, step + 1)
                 log.flush()
-                states.save(step + 1, dict(made_by=run.made_by))
+                run.states.save(step + 1, dict(made_by=run.made_by))
     bar.close()
 
 # %% ../../nbs/rl/56_ppo.ipynb #c024

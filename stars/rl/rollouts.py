@@ -504,12 +504,11 @@ def probe(
     device: str | torch.device = "cpu",  # the model's
 ) -> tuple[float, float]:  # largest |log p_engine - log p_trainer|; estimated KL; nats per token
     "How far the engine's logprobs are from the trainer's"
-    gaps = []
-    for r in rollouts:
-        ids = torch.tensor([r.prompt + r.ids], device=device)
-        logp = actor(ids, len(r.prompt) - 1, temperature, vocab=vocab)
-        gaps.append(logp[0].cpu() - torch.tensor(r.logprobs))
-    d = torch.cat(gaps)
+    rows = [r.prompt + r.ids for r in rollouts]
+    logp = actor(pad(rows).to(device), 0, temperature, vocab=vocab, lengths=list(map(len, rows))).cpu()
+    ends = [(len(r.prompt) - 1, len(row) - 1) for r, row in zip(rollouts, rows)]
+    parts = [row[start:end] for row, (start, end) in zip(logp, ends)]
+    d = torch.cat(parts) - torch.tensor([x for r in rollouts for x in r.logprobs])
     return d.abs().max().item(), (d.exp() - 1 - d).mean().item()
 
 # %% ../../nbs/rl/53_rollouts.ipynb #t004

@@ -213,10 +213,11 @@ class SFTRun:
     cfg: SFTConfig
     out: Path  # folder of the run
     team: Team = Team()
+    states: States | None = None  # that are being saved
 
     def __post_init__(self):
         self.lengths = [len(e.ids) for e in self.examples]
-        self.actor = Actor(self.model, self.cfg.bf16)
+        self.actor = Actor(self.model)
         self.net = self.team.wrap(self.actor, self.cfg.bf16)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -277,7 +278,7 @@ def sft_update(
         group["lr"] = lr
     loss = accumulate_gradients(run, members)
     norm = run.team.clip(run.trained, run.cfg.clip)
-    check_finite(step + 1, dict(loss=loss, grad_norm=norm), run.out)
+    check_finite(step + 1, dict(loss=loss, grad_norm=norm), run.out, run.states)
     run.optimizer.step()
     run.optimizer.zero_grad()
     seconds = time.perf_counter() - start
@@ -316,7 +317,7 @@ def sft_loop(
     bar = tqdm(total=total, initial=done, desc="sft", disable=not progress)
     with (
         Log(run.out / "metrics.jsonl", done, team.first, tracking) as log,
-        States(run.out, **state) as states,
+        States(run.out, **state) as run.states,
     ):
         for step, epoch, members in sft_schedule(len(run.examples), cfg, done):
             row = dict(step=step + 1, epoch=epoch)
@@ -327,10 +328,10 @@ def sft_loop(
             log(**row)
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             bar.update()
-            states.settle(wait=False)
+            run.states.settle(wait=False)
             if (step + 1) % cfg.save_every == 0 or step + 1 == total:
                 log.flush()
-                states.save(step + 1, dict(made_by=run.made_by))
+                run.states.save(step + 1, dict(made_by=run.made_by))
     bar.close()
 
 # %% ../../nbs/rl/52_sft.ipynb #s031

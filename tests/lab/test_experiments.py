@@ -321,8 +321,12 @@ def test_no_eval_problem_is_trained_on(reproduced):
         ]  # of rewritten pretraining text
         assert len(puzzles) > 5 and all(split_of(p) != "eval" for p in puzzles)
     assert all(split_of(p) == "eval" for p in from_parquet(data / "eval.parquet"))
-    done = pd.concat(map(pd.read_parquet, (cwd / "runs").rglob("completions-*.parquet")))
-    assert {(tuple(sorted(n)), t) for n, t in zip(done.numbers, done.target)} <= keys["eval"]
+    for stage, own in dict(eval=True, draws=True, transfer=False).items():  # transfer asks other spaces, too
+        files = (cwd / "runs").rglob(f"{stage}-*/completions-*.parquet")
+        done = pd.concat(map(pd.read_parquet, files))
+        asked = {Problem(tuple(map(int, sorted(n))), int(t)) for n, t in zip(done.numbers, done.target)}
+        assert all(split_of(p) == "eval" for p in asked)
+        assert not own or {p.key for p in asked} <= keys["eval"]
 
 
 def test_killed_at_any_stage_and_resumed(tmp_path):

@@ -1,5 +1,7 @@
 "The figures about when a habit pays, and about trees"
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,7 +24,7 @@ plots.plt.switch_backend("Agg")
 
 @pytest.fixture(scope="module")
 def draws():
-    return pd.read_parquet("nbs/data/payoff.parquet").assign(source="cpu")
+    return pd.read_parquet(Path(__file__).parents[2] / "nbs/data/payoff.parquet").assign(source="cpu")
 
 
 @pytest.fixture(scope="module")
