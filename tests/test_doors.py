@@ -258,3 +258,19 @@ def test_commands_of_the_guides_parse(path):
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         for command in re.findall(r"(?:^|&& )(?:\w+=\S+ )*(stars [a-z]\w* ?[^#&]*)", line):
             assert parses(command), command
+
+
+def test_a_kernel_without_widgets_is_quiet(tmp_path):
+    "`make setup` installs none, and each figure would say so"
+    import nbformat
+
+    from stars.lab.notebooks import run_notebook
+
+    hide = "import sys\nsys.modules['ipywidgets'] = None\n"
+    look = "import warnings\nwith warnings.catch_warnings(record=True) as seen:\n    import stars.rl.sft\n"
+    cells = [nbformat.v4.new_code_cell("", metadata=dict(tags=["parameters"]))]
+    cells.append(nbformat.v4.new_code_cell(hide + look + "[str(w.message) for w in seen]"))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    done = nbformat.read(run_notebook(tmp_path / "a.ipynb", tmp_path / "b.ipynb"), as_version=4)
+    [result] = done.cells[-1].outputs
+    assert result.data["text/plain"] == "[]"

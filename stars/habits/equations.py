@@ -33,11 +33,11 @@ class Equation(NamedTuple):
     left: str  # the left side as it stands
 
 # %% ../../nbs/habits/32_equations.ipynb #c008
-NUMBER = rf"(?:\d{{1,9}}+(?:\.\d{{1,9}}+)?+(?!\.?\d)|{TARGET}++)"  # in plain text; it may be the target
+NUMBER = rf"(?:\d{{1,9}}+(?>(?:\.\d{{1,9}}+)?)(?!\.?\d)|{TARGET}++)"  # in plain text; it may be the target
 _APPLIED = rf"[-+*/x][-( ]{{0,9}}{NUMBER}[ )]{{0,9}}"  # an operator and the number it is applied to
-_SIDE = rf"{NUMBER}[ )]{{0,9}}(?:{_APPLIED}){{0,8}}+"
+_SIDE = rf"{NUMBER}[ )]{{0,9}}(?>(?:{_APPLIED}){{0,8}})"
 _CHAIN = re.compile(
-    rf"(?<![\d.{TARGET}])(?:(?<![\w)])-)?+[(]{{0,9}}+-?+{_SIDE}(?:=[-( ]{{0,9}}{_SIDE}){{0,9}}+"
+    rf"(?<![\d.{TARGET}])(?>(?:(?<![\w)])-)?)[(]{{0,9}}+-?+{_SIDE}(?>(?:=[-( ]{{0,9}}{_SIDE}){{0,9}})"
 )
 _SIGNED = re.compile(rf"(?:(?<=[-+*/x=(])|(?<=[-+*/x=] )|^)-{NUMBER}|{NUMBER}")
 

@@ -629,3 +629,11 @@ def test_missed_before():
         ("24 = 8 * 3, and 8 = 2 * 4.", "backward"),
     ):
         assert count_behaviors(text, (2, 3, 4), 24)[habit] >= 1, text
+
+
+def test_no_repeat_that_some_pythons_get_wrong():
+    """Before 3.11.5, as in Debian 12, `(…)*+` forgets what its group took back (gh-106052); `(?>(…)*)` means
+    the same and does not. Single characters, as in `\\d++`, are right everywhere"""
+    for path in (Path(__file__).parents[2] / "stars").rglob("*.py"):
+        found = re.findall(r"\)(?:[*+?]|\{[^}]*\}+)\+", path.read_text(encoding="utf-8"))
+        assert not found, f"{path.name}: {found}"
