@@ -136,6 +136,10 @@ def build(out, notebooks):
         tree = Path(tree)
         runtime(tree / "static" / "pyodide")
         (tree / "jupyter-lite.json").write_text(json.dumps(SETTINGS))
+        dark = {
+            "@jupyterlab/apputils-extension:themes": {"adaptive-theme": True}
+        }  # as the reader's system is
+        (tree / "overrides.json").write_text(json.dumps(dark))
         (tree / "contents").mkdir()
         for p in notebooks:
             nb = json.loads(p.read_text(encoding="utf-8"))
