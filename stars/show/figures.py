@@ -208,7 +208,7 @@ def findings(
 ) -> str:  # a sentence per line
     "Each comparison in words: difference, 95 % interval, what it is good for"
     said, verb = [], "begins" if before else "ends"
-    several = results.model.nunique() > 1
+    several = results.model.nunique() > 1 and name is condition_name  # else names are models
     for (model, a, b), gap in differences(results, pairs, column, before).items():
         names = sides(column, (name(model, a), name(model, b)))
         said.append(f"{model} – " * several + finding(names, gap, verb, (a, b) in equals))
@@ -223,7 +223,8 @@ def claimed(
     name: Callable[[str, str], str] = condition_name,  # of a condition, from model and condition
 ) -> str:  # one sentence
     "Where a claim about conditions is shown, open and refuted"
-    found, level, several = {}, [], results.model.nunique() > 1
+    found, level = {}, []
+    several = results.model.nunique() > 1 and name is condition_name  # else names are models
     for (model, a, b), e in differences(results, pairs, column).items():
         what = name(model, a), name(model, b) + f" on {model}" * several
         found[what] = e
