@@ -122,6 +122,14 @@ def fails(at, fn, how):
     return failing
 
 
+def slowly(fn):
+    def slow(*args):
+        time.sleep(2)
+        return fn(*args)
+
+    return slow
+
+
 def too_much(*args, **kwargs):
     return torch.empty(2**60)  # what the allocator says is the real thing
 
@@ -193,6 +201,7 @@ def test_a_loss_that_is_no_number(whole, begun, monkeypatch, capsys):
         patch.setattr(
             P, "reward_of", fails(16 * 2 + 5, P.reward_of, lambda *args, **how: math.nan)
         )  # in the third step
+        patch.setattr(parallel, "sealed", slowly(parallel.sealed))  # the state has no name yet
         said = refused(capsys, "ppo")
     out = folder("ppo")
     assert (

@@ -66,6 +66,20 @@ def test_pieces_run_side_by_side_each_on_a_card_of_its_own(cards, tmp_path):
     assert sorted(map(tuple, cards_of)) in ([(0,), (1,)], [("0",), ("1",)])
 
 
+def test_every_piece_has_a_process_of_its_own(cards):
+    "One that is used again has CUDA on its first card, whatever it books"
+    assert len(set(on_devices(os.getpid, [()] * 4))) == 4
+
+
+def test_micro_models_share_a_card_that_is_large_enough(monkeypatch):
+    def share(gib, model="plain", **run):
+        jobs = ex.grid(changed(ex.preset("gpu"), run=run), [model], ["base"], [0, 1])
+        return ex.gpu_share(jobs, gib * 2**30)
+
+    assert [share(gib) for gib in (140, 80, 36, 16)] == [0.25, 0.25, 0.5, 1.0]
+    assert share(80, "smollm2") == share(80, engine="vllm") == share(80, workers=2) == 1.0
+
+
 def test_a_piece_whose_process_dies_is_repeated_and_one_that_raises_is_not(cards, tmp_path):
     assert list(on_devices(die_once, [(str(tmp_path),)], restarts=1)) == ["alive"]
     with pytest.raises(ValueError, match="^steps=3 must be at least 4$"):

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from stars.lab.configs import preset
-from stars.models.arithmetic import MICRO_WEIGHTS, autocast, share_cores, threads_for, warn_of_slow_half
+from stars.models.arithmetic import (
+    MICRO_WEIGHTS,
+    autocast,
+    share_cores,
+    suited_to,
+    threads_for,
+    warn_of_slow_half,
+)
 from stars.models.micro import micro_model, micro_tokenizer
 from stars.rl.loops import Runtime
 from stars.rl.sft import SFTConfig, sft
@@ -73,3 +80,13 @@ def test_a_micro_model_trains_on_one_thread_and_leaves_the_others_as_they_were(t
     share_cores(cores())
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "cuda,weights,inside", [(True, 5_000_000, "high"), (True, 10**8, "highest"), (False, 10, "highest")]
+)
+def test_small_models_multiply_in_tf32_on_a_card(monkeypatch, cuda, weights, inside):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    with suited_to(weights):
+        assert torch.get_float32_matmul_precision() == inside
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stars.models.checkpoints import load_model, load_tokenizer
-from stars.models.heads import Actor, Critic, flat_states, has_plain_head
+from stars.models.heads import Actor, Critic, chosen_in_pieces, flat_states, has_plain_head
 from stars.rl.loops import read_log
 from stars.rl.sft import SFTConfig, sft
 
@@ -134,6 +134,20 @@ def test_packed_fine_tuning_with_flash_attention_learns_the_same(flash, tmp_path
     assert losses[0] == [pytest.approx(pair, rel=1e-3) for pair in losses[1]]
 
 
+def test_a_model_that_mixes_rows_gets_no_flash_attention(monkeypatch):
+    "Layers that know nothing of bounds, here attention that overlooks them"
+
+    def across(*args, cu_seq_lens_q=None, cu_seq_lens_k=None, **how):
+        return varlen(*args, **how)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", across)
+    model = made("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.warns(UserWarning, match="LlamaModel mixes rows that lie in one row"):
+        Actor(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("pieces", [False, True])
 def test_logprobs_and_entropies_of_every_family_are_those_of_its_own_logits(name, pieces, monkeypatch):
@@ -155,6 +169,20 @@ def test_logprobs_and_entropies_of_every_family_are_those_of_its_own_logits(name
     (logp.sum() + entropy.sum()).backward()
     for a, b in zip((p.grad for p in model.parameters()), grads):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_of_many_pieces_is_not_summed_in_16_bits(monkeypatch):
+    "512 pieces with a gradient of 1 each: bfloat16 cannot count beyond 256"
+    head, states = torch.nn.Linear(4, 6, bias=False), torch.randn(1, 512, 4)
+    ids = torch.randint(6, (1, 512))
+    grads = []
+    for bf16 in (False, True):
+        head.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            (logp,) = chosen_in_pieces(head, states, ids, 1, 1.0, False, None)
+        logp.sum().backward()
+        grads.append(head.weight.grad)
+    assert (grads[0] - grads[1]).norm() < 4e-3 * grads[0].norm()
 
 
 def test_logits_in_pieces_are_not_kept(monkeypatch):
