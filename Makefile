@@ -6,8 +6,9 @@ FIGURES ?= fig_controls,fig_dynamics,fig_passk
 DRAWS ?= 8
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
-# PyTorch's build for CPUs: that of PyPI, under the same version, brings 4 GB of CUDA along.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An index with PyTorch's build for CPUs ("Get Started" on its site names one): the default build of the same
+# version brings 4 GB of CUDA along.
+TORCH_INDEX ?=
 # For tests on a busy machine: Ray's workers do not give way to all other work, its dashboard may take its time.
 # The notebook that starts a Ray with all its parts runs alone.
 RAY := RAY_worker_niceness=0 RAY_DASHBOARD_STARTUP_TIMEOUT_S=600
@@ -62,8 +63,7 @@ clean: ## drop what can be built again, but no runs
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the locks need Python 3.11 or newer: make PYTHON=...")'
 	@echo "installing PyTorch and the rest of requirements/cpu.lock into .venv: 2 GB, a few minutes"
 	$(PYTHON) -m venv .venv
-	@$(PIP) --no-deps --retries 1 --index-url $(TORCH_INDEX) $$(grep '^torch==' $<) 2>/dev/null || \
-	    echo "$(TORCH_INDEX) cannot be reached: PyTorch comes from PyPI, with 4 GB for GPUs"
+	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' $<)")
 	$(PIP) -r $<
 	@touch $@
 

@@ -119,7 +119,7 @@ PROCESSOR = Sizes(
     shape=dict(hidden=64, layers=2, heads=2, ffn=128),
     gpu=FEW
     | TINY
-    | {f"base.{k}": v for k, v in dict(docs=256, val=32, hidden=32, layers=2, heads=2, ffn=64).items()}
+    | {f"base.{k}": v for k, v in dict(docs=256, val=32, hidden=64, layers=2, heads=2, ffn=128).items()}
     | {"base.batch_size": 32, "base.bf16": False, "sft.bf16": False, "priming.rows": 64, "priming.val": 8}
     | {"priming.attempts": 2, "priming.patience": 2, "priming.budget": 80, "ppo.max_tokens": 80}
     | {"ppo.prompts": 4, "ppo.minibatch": 8},
