@@ -613,7 +613,8 @@ def filled(
 ) -> pd.DataFrame:  # the rows of the first, in their order
     "Every claim that a saved table has numbers for, by that table"
     known, keys = saved[saved.value.notna()], ["claim", "source"]
-    rows = pd.concat([known.assign(whose=whose_of(known)), r]).drop_duplicates(keys)
+    now = dict(whose=whose_of(known), says=known.claim.map(dict(zip(r.claim, r.says))))
+    rows = pd.concat([known.assign(**now), r]).drop_duplicates(keys)
     return rows.set_index(keys).loc[pd.MultiIndex.from_frame(r[keys])].reset_index()[list(r.columns)]
 
 # %% ../../nbs/show/94_claims.ipynb #rs005
