@@ -376,7 +376,7 @@ def paired(
         alike.setdefault(tuple(ones), []).append(other)
     return ", ".join(f"{listed(ones)} {word} {listed(others)}" for ones, others in alike.items())
 
-
+# %% ../../nbs/show/91_plots.ipynb #ibs009
 def outcome(
     found: dict[str | tuple[str, str], Estimate],  # what a difference is about, or a pair → it
     level: Sequence[str | tuple[str, str]] = (),  # of them, those that are claimed to be level
@@ -629,7 +629,7 @@ def write_head(
     if name:
         write(fig, name, top + 0.03, size=LABEL, weight="bold", color=QUIET, gid=f"panel{number}")
 
-
+# %% ../../nbs/show/91_plots.ipynb #ib09p
 def page(
     titles: Sequence[str],  # a sentence per panel
     caption: Caption,  # under the figure
