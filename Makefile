@@ -61,7 +61,7 @@ clean: ## drop what can be built again, but no runs
 
 .venv/.lock: requirements/cpu.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the locks need Python 3.11 or newer: make PYTHON=...")'
-	@echo "installing PyTorch and the rest of requirements/cpu.lock into .venv: 2 GB, a few minutes"
+	@echo "installing PyTorch and the rest of requirements/cpu.lock into .venv: 6 GB (2 with TORCH_INDEX), a few minutes"
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' $<)")
 	$(PIP) -r $<
