@@ -15,7 +15,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
+TUTORIALS = sorted(p for part in ("tutorials", "figures") for p in (ROOT / "nbs" / part).glob("*.ipynb"))
 GUIDES = sorted((ROOT / "nbs" / "guides").glob("*.ipynb"))
 COLAB = "nbs/tutorials/quickstart.ipynb"
 

@@ -7,12 +7,12 @@ __all__ = ['Cell', 'MIXED', 'RICH_BASE', 'SEARCH', 'PLANNING', 'CLAIMS', 'VERDIC
            'OUR_CLAIMS', 'ANSWERS', 'WHOSE', 'TITLES', 'SIGNS', 'SIGN_STEP', 'SIGN_ROOM', 'MARGIN_REACH', 'CLAIM_DOTS',
            'STATEMENT_ROOM', 'UNITS', 'SIGNS_NOTE', 'VERDICT_RULE', 'FORM_NAMES', 'CLAIM_HEIGHT', 'SOURCE_HEIGHT',
            'HEADING_ROOM', 'Claim', 'plain', 'claimed_cells', 'at_time', 'run_value', 'run_outcomes', 'cell_runs',
-           'effect', 'verdict', 'verdict_text', 'solved_in', 'gains', 'sharpens', 'learns_from_misses', 'turned',
-           'repeats_less', 'remembers', 'helps_under', 'Measured', 'family_models', 'own_rows', 'finished',
-           'trainer_configs', 'own_answers', 'published_rows', 'seeds_told', 'unit_of', 'rows_of', 'found_in',
-           'replication', 'effect_text', 'replication_table', 'whose_of', 'who', 'counted', 'replication_title',
-           'filled', 'replication_findings', 'write_signs', 'draw_claims', 'claims_by_unit', 'forms_note',
-           'populations_told', 'head_sections', 'head_signs', 'replication_figure']
+           'effect', 'verdict', 'verdict_text', 'solved_in', 'gains', 'sharpens', 'learns_from_misses', 'repeats_less',
+           'remembers', 'helps_under', 'Measured', 'family_models', 'own_rows', 'finished', 'trainer_configs',
+           'own_answers', 'published_rows', 'seeds_told', 'unit_of', 'rows_of', 'found_in', 'replication',
+           'effect_text', 'replication_table', 'whose_of', 'who', 'counted', 'replication_title', 'filled', 'beyond',
+           'replication_findings', 'write_signs', 'draw_claims', 'claims_by_unit', 'forms_note', 'populations_told',
+           'head_sections', 'head_signs', 'replication_figure']
 
 # %% ../../nbs/show/94_claims.ipynb #ie003
 from collections.abc import Callable, Sequence
@@ -65,6 +65,7 @@ from stars.show.plots import (
     signed,
     span,
     styled,
+    turned,
 )
 from .sources import ALGORITHMS, PARTS, published_results, with_algorithm
 
@@ -307,11 +308,6 @@ def learns_from_misses(
     return payoff.fresh_or_further(rows, per="try").difference
 
 # %% ../../nbs/show/94_claims.ipynb #ya2w4a47
-def turned(e: Estimate) -> Estimate:
-    "The same difference, the other side first"
-    return Estimate(-e.value, -e.hi, -e.lo, e.population)
-
-
 def repeats_less(tries: pd.DataFrame) -> Estimate | None:  # None: nothing was attempted
     "The share of repeated attempts before RL, less that after"
     sides = first_and_last(tries)
@@ -617,6 +613,16 @@ def filled(
     rows = pd.concat([known.assign(**now), r]).drop_duplicates(keys)
     return rows.set_index(keys).loc[pd.MultiIndex.from_frame(r[keys])].reset_index()[list(r.columns)]
 
+
+def beyond(
+    r: pd.DataFrame,  # from `replication`
+    saved: pd.DataFrame,  # a table from `replication` that was saved earlier
+) -> list[str]:  # names of claims
+    "The claims whose numbers are of today, for the manifest"
+    known = saved[saved.value.notna()]
+    measured = r[r.value.notna() & (r.source != PUBLISHED)]
+    return [c for c in dict.fromkeys(measured.claim) if c not in set(known.claim)]
+
 # %% ../../nbs/show/94_claims.ipynb #rs005
 def replication_findings(
     r: pd.DataFrame,  # from `replication`
@@ -633,7 +639,8 @@ def replication_findings(
             "no interval": "no interval",
         }.items():
             names = [f"“{s}”" for s in rows.says[rows.verdict == verdict]]
-            parts += [f"{words}: {listed(names)}"] if names else ["refuted: none"] * (verdict == "reversed")
+            if names or verdict == "reversed":
+                parts.append(f"{words}: {listed(names) or 'none'}")
         said.append("; ".join(parts) + ".")
     return "\n".join(said)
 

@@ -7,17 +7,18 @@ __all__ = ['WHO', 'RIGHT_ANSWERS', 'COUNTS', 'LENGTH', 'ALL_HABITS', 'GUARD_LEFT
            'BAR_WIDTH', 'BAR_OPACITY', 'DOTS_SHARE', 'ROWS', 'SMALL', 'ROW_HEIGHT', 'ROW_GROWS', 'AXIS_HEIGHT',
            'HABIT_ROOM', 'NUMBER_ROOM', 'TICKS_NOTE', 'FLOOR_NOTE', 'FLOOR_RULE', 'TICK_REACH', 'FLOOR_HEIGHT',
            'MOST_SHARES', 'NONE_BESIDE', 'against', 'controls_focus', 'compared', 'controls_title', 'incorrect_title',
-           'mixes_that', 'priming_title', 'both_in', 'sides', 'differences', 'findings', 'claimed', 'change', 'changed',
-           'changes', 'growth_claimed', 'Guard', 'draw_guard', 'over_steps', 'controls', 'incorrect', 'curated',
-           'priming', 'check_families', 'as_families', 'called', 'gap', 'habits_focus', 'habit_changes',
-           'dynamics_title', 'raters_note', 'worth_drawing', 'rare_note', 'habit_labels', 'draw_habits', 'dynamics',
-           'Look', 'look_of', 'interval_dots', 'row_offset', 'draw_series', 'habit_rows', 'rows_layout', 'untrained',
-           'shown_more', 'base_behaviors_title', 'base_behaviors', 'base_differences', 'base_findings',
-           'pretraining_title', 'pretraining_caption', 'habit_marks', 'pretraining', 'pretraining_findings',
-           'share_colors', 'dose_title', 'dose_curves', 'share_places', 'dose_response', 'check_shares', 'dose',
-           'dose_findings']
+           'mix_way', 'priming_title', 'both_in', 'sides', 'differences', 'findings', 'claimed', 'change', 'grown',
+           'changed', 'changes', 'growth_claimed', 'Guard', 'draw_guard', 'over_steps', 'controls', 'incorrect',
+           'curated', 'priming', 'check_families', 'as_families', 'called', 'gap', 'habits_focus', 'dynamics_title',
+           'raters_note', 'worth_drawing', 'rare_note', 'habit_labels', 'draw_habits', 'dynamics', 'Look', 'look_of',
+           'interval_dots', 'row_offset', 'draw_series', 'habit_rows', 'rows_layout', 'untrained', 'shown_more',
+           'habits_of_each', 'base_behaviors_title', 'base_behaviors', 'base_differences', 'base_table',
+           'base_findings', 'pretraining_title', 'pretraining_caption', 'habit_marks', 'pretraining',
+           'pretraining_findings', 'share_colors', 'dose_title', 'dose_curves', 'share_places', 'dose_response',
+           'check_shares', 'dose', 'dose_findings']
 
 # %% ../../nbs/show/93_figures.ipynb #id003
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ from stars.show.plots import (
     end_label,
     end_labels,
     ends,
+    estimate_texts,
     finding,
     gap_between,
     ink,
@@ -130,16 +132,17 @@ def incorrect_title(
     return compared(e, "incorrect_only", RIGHT_ANSWERS) if "incorrect_only" in e else controls_title(frame)
 
 # %% ../../nbs/show/93_figures.ipynb #id021
-def mixes_that(
+def mix_way(
     e: dict,  # from `ends`
-    mixes: Sequence[str],  # conditions in it
+    mix: str,  # a condition in it
     others: Sequence[str],  # base, negative control
-    way: str,  # of `WAYS`
-    every: bool,  # against each of the others, or against any
-) -> int:
-    "How many mixes end that way"
-    which = all if every else any
-    return sum(which(stands(e[c][1], e[o][1]) == way for o in others) for c in mixes)
+) -> str:  # "above" and "below" are meant against all the others
+    "How a mix ends"
+    ways = {stands(e[mix][1], e[o][1]) for o in others}
+    for way in ("above", "below"):
+        if way in ways:
+            return way if ways == {way} else f"{way} one of them only"
+    return APART
 
 # %% ../../nbs/show/93_figures.ipynb #id023
 def priming_title(
@@ -151,16 +154,16 @@ def priming_title(
     if not mixes or not others:
         return controls_title(frame)
     many, names = len(mixes), listed(list(map(label, others)))
-    above = mixes_that(e, mixes, others, "above", every=True)
-    below = mixes_that(e, mixes, others, "below", every=False)
+    ways = Counter(mix_way(e, c, others) for c in mixes)
+    above = ways.pop("above", 0)
     count = "All" if above == many > 1 else f"{above or 'None'} of"
-    verb = "ends" if above < 2 else "end"
-    said = f"{count} {many} mixes of habits {verb} above {names}"
-    if below:
-        said += f"; {below} {'ends' if below == 1 else 'end'} below"
-    if above and (rest := many - above - below):
-        said += f"; {rest} {'is' if rest == 1 else 'are'} not told apart"
-    return said
+    said = [f"{count} {many} mixes of habits {'ends' if above < 2 else 'end'} above {names}"]
+    for way, number in sorted(ways.items()):
+        if way == APART:
+            said.append(f"{number} {'is' if number == 1 else 'are'} not told apart")
+        else:
+            said.append(f"{number} {'ends' if number == 1 else 'end'} {way}")
+    return "; ".join(said)
 
 # %% ../../nbs/show/93_figures.ipynb #idf002
 COUNTS = {f"avg_{h.column}": f"{h.name} count" for h in HABITS}  # columns, as sentences call them
@@ -209,10 +212,10 @@ def findings(
 ) -> str:  # a sentence per line
     "Each comparison in words: difference, 95 % interval, what it is good for"
     said, verb = [], "begins" if before else "ends"
-    several = results.model.nunique() > 1 and name is condition_name  # else names are models
     for (model, a, b), gap in differences(results, pairs, column, before).items():
         names = sides(column, (name(model, a), name(model, b)))
-        said.append(f"{model} – " * several + finding(names, gap, verb, (a, b) in equals))
+        whose = f"{model} – " if results.model.nunique() > 1 and name is condition_name else ""
+        said.append(whose + finding(names, gap, verb, (a, b) in equals))
     return "\n".join(said)
 
 # %% ../../nbs/show/93_figures.ipynb #idf011
@@ -227,7 +230,7 @@ def claimed(
     found, level = {}, []
     several = results.model.nunique() > 1 and name is condition_name  # else names are models
     for (model, a, b), e in differences(results, pairs, column).items():
-        what = name(model, a), name(model, b) + f" on {model}" * several
+        what = name(model, a), name(model, b) + (f" on {model}" if several else "")
         found[what] = e
         level += [what] if (a, b) in equals else []
     return outcome(found, level)
@@ -245,6 +248,14 @@ def change(
     return Runs(tuple(values.tolist()), last.n, False, outcomes)
 
 # %% ../../nbs/show/93_figures.ipynb #idf008
+def grown(
+    first: pd.Series,  # a row of `interval`
+    last: pd.Series,  # of the same runs, later
+) -> Estimate:
+    "What became of a number, with its interval"
+    return compare([change(first.runs, last.runs)], [1.0])
+
+
 def changed(
     results: pd.DataFrame,  # tidy results
     columns: Sequence[str],
@@ -255,7 +266,7 @@ def changed(
     for column in columns:
         for model, rows in interval(results, column).groupby("model", sort=False):
             for c, (first, last) in ends(rows[rows.condition.isin(conditions)]).items():
-                found[column, model, c] = compare([change(first.runs, last.runs)], [1.0])
+                found[column, model, c] = grown(first, last)
     return found
 
 
@@ -268,7 +279,7 @@ def changes(
     said, several = [], results.model.nunique() > 1
     for (column, model, c), e in changed(results, columns, conditions).items():
         sentence = finding((f"{label(c)}: the {COUNTS.get(column, column)}", "its start"), e)
-        said.append(f"{model} – " * several + sentence)
+        said.append(f"{model} – {sentence}" if several else sentence)
     return "\n".join(said)
 
 
@@ -280,7 +291,9 @@ def growth_claimed(
     "Where the claim that something grows is shown, open and refuted"
     several = results.model.nunique() > 1
     found = changed(results, columns, conditions).items()
-    return outcome({f"the {COUNTS.get(c, c)}" + f" of {model}" * several: e for (c, model, _), e in found})
+    return outcome(
+        {f"the {COUNTS.get(c, c)}" + (f" of {model}" if several else ""): e for (c, model, _), e in found}
+    )
 
 # %% ../../nbs/show/93_figures.ipynb #id026
 class Guard(NamedTuple):
@@ -326,7 +339,8 @@ def over_steps(
         for m, frame in accuracy.groupby("model")
         for c, (_, row) in ends(frame).items()
     }
-    layout = Layout((2.2, 0.85) if guard else (2.7,), ((GUARD_LEFT, room_for(labels.values())),))
+    rooms = ((GUARD_LEFT, room_for(labels.values())),)
+    layout = Layout((2.2, 0.85) if guard else (2.7,), rooms, gap=0.72)
     top, foot = (
         min(1, top_of(accuracy)),
         caption(results, accuracy, lines_note(accuracy), RULE, note, name=name),
@@ -343,7 +357,7 @@ def over_steps(
             )
             if guard:
                 draw_guard(lower, guards, model, guard)
-                upper.tick_params(labelbottom=False)
+                upper.set_xlabel("PPO steps")
             upper.set_ylabel("accuracy")
             lower.set_xlabel("PPO steps")
     return fig
@@ -454,32 +468,26 @@ def habits_focus(
     return next((c for c in primed if c in conditions and c != "base"), conditions[0])
 
 # %% ../../nbs/show/93_figures.ipynb #id054
-def habit_changes(
-    frames: dict[str, pd.DataFrame],  # habit → `interval` of its mean count, one model
-    condition: str,
-) -> dict[str, Estimate]:  # habit → last minus first
-    "What training changed in the habits of a condition"
-    pairs = {habit: ends(frame)[condition] for habit, frame in frames.items()}
-    return {h: compare([change(first.runs, last.runs)], [1.0]) for h, (first, last) in pairs.items()}
-
-
 def dynamics_title(
     frames: dict[str, pd.DataFrame],  # habit → `interval` of its mean count, one model
 ) -> str:  # one sentence
     "Which of the primed habits grow, and which fade"
     focus = habits_focus(order(next(iter(frames.values())).condition))
     shown = MIXES.get(focus) or list(frames)
-    found = {h: e for h, e in habit_changes(frames, focus).items() if h in shown}
-    single = all(e.population == NOTHING for e in found.values())
-    way_of = {h: ("above" if e.value > 0 else "below") if single else relation(e) for h, e in found.items()}
+    who = f"Primed with {label(focus)}" if MIXES.get(focus) else capital(label(focus))
+    pairs = {h: ends(frames[h])[focus] for h in frames if h in shown}
+    found = {h: grown(*pair) for h, pair in pairs.items()}
+    if all(e.population == NOTHING for e in found.values()):
+        said = [f"{h} from {count(first.value)} to {count(last.value)}" for h, (first, last) in pairs.items()]
+        return f"{who}: under PPO, {listed(said)} per response (no interval)"
+    way_of = {h: relation(e) for h, e in found.items()}
     words = dict(above=("grows", "grow"), below=("fades", "fade"))
     words["undecided"] = f"is {APART} its start", f"are {APART} their start"
     said = []
     for way, verbs in words.items():
         if those := [h for h in found if way_of[h] == way]:
             said.append(f"{listed(those)} {verbs[len(those) > 1]}")
-    who = f"Primed with {label(focus)}" if MIXES.get(focus) else capital(label(focus))
-    return f"{who}: under PPO, {'; '.join(said)}" + " (no interval)" * single
+    return f"{who}: under PPO, {'; '.join(said)}"
 
 # %% ../../nbs/show/93_figures.ipynb #id057
 def raters_note(
@@ -697,15 +705,25 @@ def shown_more(
     first: pd.DataFrame,  # results of base models at their first step, of one source
     model: str,
     one: str,  # another model
-) -> tuple[list[str], bool]:  # habits; is there no interval?
+) -> list[str] | None:  # habits; None where no difference has an interval
     "The habits that a model shows more often than another"
     found = {}
     for h in HABITS:
         at = interval(first, f"avg_{h.column}").set_index("model")
         found[h.name] = gap_between(at.loc[model], at.loc[one])
-    single = all(e.population == NOTHING for e in found.values())
-    more = [h for h, e in found.items() if (e.value > 0 if single else relation(e) == "above")]
-    return more, single
+    if all(e.population == NOTHING for e in found.values()):
+        return None
+    return [h for h, e in found.items() if relation(e) == "above"]
+
+# %% ../../nbs/show/93_figures.ipynb #id084b
+def habits_of_each(
+    first: pd.DataFrame,  # results of base models at their first step, of one source
+) -> str:  # one sentence
+    "How many habits a response of each model shows, where nothing tells them apart"
+    summed = first[[f"avg_{h.column}" for h in HABITS]].sum(axis=1, skipna=False)
+    means = first.assign(habits=summed).groupby("model", sort=False).habits.mean()
+    said = listed([f"{count(mean)} in {model}" for model, mean in means.items()])
+    return f"Before any training, habits per response: {said} (no interval)"
 
 
 def base_behaviors_title(
@@ -715,9 +733,11 @@ def base_behaviors_title(
     one, *others = dict.fromkeys(first.model)
     if not others:
         return f"The habits of {one} before any training"
-    groups, single = {}, False
+    groups = {}
     for model in others:
-        more, single = shown_more(first, model, one)
+        more = shown_more(first, model, one)
+        if more is None:
+            return habits_of_each(first)
         groups.setdefault(tuple(more), []).append(model)
     said = []
     for more, models in groups.items():
@@ -726,7 +746,7 @@ def base_behaviors_title(
         verb = "shows " if len(models) == 1 else "show "
         ending = "" if said else f" more often than {one}"
         said.append(f"{listed(models)} {'' if said else verb}{what or 'no habit'}{ending}")
-    return f"Before any training, {'; '.join(said)}" + " (no interval)" * single
+    return f"Before any training, {'; '.join(said)}"
 
 # %% ../../nbs/show/93_figures.ipynb #id086
 def base_behaviors(
@@ -739,7 +759,7 @@ def base_behaviors(
     by_model = {m: f.droplevel(1)[["value", "lo", "hi"]] for m, f in every.groupby("model")}
     sources = by_source(first)
     panels = {s: {m: by_model[m] for m in dict.fromkeys(rows.model)} for s, rows in sources.items()}
-    names = [whose_runs(source, list(series)) * (len(panels) > 1) for source, series in panels.items()]
+    names = [whose_runs(source, list(series)) for source, series in panels.items()] if len(panels) > 1 else []
     bars = "; bars: 95 % intervals" if every.lo.notna().any() else ""
     see = f"Dots: mean count per response{bars}."
     foot = caption(first, every, see, raters_note(first), note)
@@ -749,6 +769,9 @@ def base_behaviors(
         for series, grid in zip(panels.values(), axes):
             habit_rows(grid[0, 0], series, list(map(look_of, series)), count, {})
             grid[0, 0].set_xlabel("habits per response")
+        widest = max(grid[0, 0].get_xlim()[1] for grid in axes)
+        for grid in axes:
+            grid[0, 0].set_xlim(0, widest)
     return fig
 
 # %% ../../nbs/show/93_figures.ipynb #idb015
@@ -765,12 +788,27 @@ def base_differences(
     return found
 
 
+def base_table(
+    results: pd.DataFrame,  # tidy results of base models; first steps are taken
+) -> pd.DataFrame:  # index model, a column per habit
+    "How often each model shows each habit before any training, to be read"
+    first = untrained(results)
+    counts = {h.name: interval(first, f"avg_{h.column}").set_index("model") for h in HABITS}
+    texts = pd.DataFrame({habit: estimate_texts(frame) for habit, frame in counts.items()})
+    return texts.loc[list(dict.fromkeys(first.model))]
+
+
 def base_findings(
     results: pd.DataFrame,  # tidy results of base models, with a column `source`; first steps are taken
 ) -> str:  # a sentence per line
     "The same in words, and what becomes of the claim"
-    found = base_differences(results)
-    said = [finding(sides(column, names), e, "is") for (column, *names), e in found.items()]
+    found, means = base_differences(results), untrained(results).groupby("model")[list(COUNTS)].mean()
+    said = [
+        finding(sides(column, names), e, "is")
+        if means.loc[names, column].any()
+        else f"The {COUNTS[column]} of {listed(names)}: both 0."
+        for (column, *names), e in found.items()
+    ]
     claim = {f"the {COUNTS[column]} of {model}": e for (column, model, _), e in found.items()}
     return "\n".join([*said, outcome(claim)])
 
@@ -841,10 +879,9 @@ def pretraining(
     floors = [t[t.by == "floor"].set_index("label") for t in tables.values() if (t.by == "floor").any()]
     floor = (100 * floors[0].share_hi).to_dict() if floors else {}
     marks = {h: 100 * r for h, r in (rates or {}).items()}
-    see = [TICKS_NOTE * bool(marks), FLOOR_NOTE * bool(floor)]
-    foot = pretraining_caption(
-        corpora, see, [f"Preset {preset}." if preset else "", FLOOR_RULE * bool(marks or floor), note]
-    )
+    see = [TICKS_NOTE if marks else "", FLOOR_NOTE if floor else ""]
+    rule = FLOOR_RULE if marks or floor else ""
+    foot = pretraining_caption(corpora, see, [f"Preset {preset}." if preset else "", rule, note])
     columns = dict(share="value", share_lo="lo", share_hi="hi")
     series = {n: 100 * w[list(columns)].rename(columns=columns) for n, w in corpora.items()}
     with styled(**{"axes.grid.axis": "x"}):
@@ -867,7 +904,8 @@ def pretraining_findings(
             value, lo, hi = whole.loc[h.name, ["share", "share_lo", "share_hi"]].astype(float) - 0.5
             what = f"the share with {h.name}"
             said.append(finding((f"{name}: {what}", "one half"), Estimate(value, lo, hi, "new texts"), "is"))
-            rare[what + f" in {name}" * (len(tables) > 1)] = Estimate(-value, -hi, -lo, "new texts")
+            where = f" in {name}" if len(tables) > 1 else ""
+            rare[what + where] = Estimate(-value, -hi, -lo, "new texts")
     return "\n".join([*said, outcome(rare)])
 
 # %% ../../nbs/show/93_figures.ipynb #id098

@@ -82,6 +82,9 @@ def facts(
     if commit:
         changed = " with uncommitted changes" if about.get("uncommitted_changes") else ""
         said.append(f"commit {str(commit)[:7]}{changed}")
+    added = about.get("added")
+    later = [inner(part, "commit") for part in added] if isinstance(added, list) else []
+    said += [f"later rows: commit {str(c)[:7]}" for c in dict.fromkeys(map(str, filter(None, later)))]
     if about.get("date"):
         said.append(str(about["date"])[:10])
     minutes = about.get("minutes")

@@ -7,15 +7,15 @@ __all__ = ['CONDITIONS', 'CONTRAST', 'GOOD_FOR', 'EQUAL', 'APART', 'LEVEL', 'WAY
            'TICK', 'CAPTION', 'ABOUT', 'LOOK', 'SIZES', 'STYLE', 'TITLE_LINE', 'NAME_LINE', 'CAPTION_LINE',
            'ABOUT_LINE', 'TITLE_TOP', 'LETTER', 'BOLD_LETTER', 'TICKS_PER_INCH', 'LEAST_TICKS', 'MOST_TICKS', 'THIN',
            'BARS_AT', 'BAR_STEP', 'BAR', 'DOT', 'BESIDE', 'LEADER', 'RULE', 'PUBLISHED', 'WEIGHTS', 'HEADS', 'METADATA',
-           'order', 'label', 'color', 'ink', 'check_results', 'check_values', 'check_steps', 'gathered',
+           'order', 'in_order', 'label', 'color', 'ink', 'check_results', 'check_values', 'check_steps', 'gathered',
            'one_row_per_run', 'interval', 'invented', 'span', 'interval_note', 'gap_between', 'stands', 'num', 'signed',
-           'tick_number', 'count', 'percent', 'listed', 'capital', 'ends', 'in_brackets', 'finding', 'decided',
-           'paired', 'outcome', 'in_words', 'pooled', 'spread_labels', 'styled', 'Layout', 'wrap', 'balanced',
-           'on_page', 'ticks', 'add_axes', 'panel_axes', 'Caption', 'write', 'head_height', 'write_head', 'page',
-           'of_seeds', 'draw_curves', 'set_axes', 'EndLabel', 'end_label', 'moved', 'end_bars', 'end_labels',
+           'tick_number', 'count', 'percent', 'listed', 'capital', 'ends', 'in_brackets', 'turned', 'finding',
+           'decided', 'paired', 'outcome', 'in_words', 'pooled', 'spread_labels', 'styled', 'Layout', 'wrap',
+           'balanced', 'on_page', 'ticks', 'add_axes', 'panel_axes', 'Caption', 'write', 'head_height', 'write_head',
+           'page', 'of_seeds', 'draw_curves', 'set_axes', 'EndLabel', 'end_label', 'moved', 'end_bars', 'end_labels',
            'room_for', 'two_lines', 'lines', 'top_of', 'by_source', 'seeds_note', 'lines_note', 'source_note',
            'shorter_runs', 'condition_name', 'caption', 'size_of', 'whose_runs', 'panel_names', 'panel_titles',
-           'summary_table', 'short_table', 'estimate_texts', 'figure_text', 'picture', 'save_figure']
+           'summary_table', 'short_table', 'estimate_texts', 'figure_text', 'picture', 'is_of', 'save_figure']
 
 # %% ../../nbs/show/91_plots.ipynb #ib003
 import hashlib
@@ -88,6 +88,15 @@ def order(
     return [c for c in CONDITIONS if c in set(names)]
 
 # %% ../../nbs/show/91_plots.ipynb #ib011
+def in_order(
+    rows: pd.DataFrame,  # with a column `condition`
+    *columns: str,  # to sort by first, each in the order in which its values come
+) -> pd.DataFrame:
+    "Rows with their conditions in the fixed order"
+    places = {c: list(dict.fromkeys(rows[c])) for c in columns} | dict(condition=order(rows.condition))
+    return rows.sort_values(list(places), key=lambda s: s.map(places[s.name].index), kind="stable")
+
+
 def label(c: str) -> str:
     return CONDITIONS[order([c])[0]][0]
 
@@ -288,12 +297,12 @@ def num(
     if not np.isfinite(x):
         return "–"
     exact = Decimal(str(round(float(x), 10))).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
-    text = f"{exact:,}".replace("-", "−" if exact else "")  # no minus before zero
-    return re.sub(r"^(−?)0\.", r"\1.", text)
+    text = f"{exact:,}".replace("-", "−")
+    return re.sub(r"^(−?)0\.", r"\1.", text) if exact else "0"
 
 
 def signed(x: float) -> str:  # of a difference: "+.05", "−.05"
-    return ("" if num(x).startswith("−") else "+") + num(x)
+    return ("" if num(x) == "0" or num(x).startswith("−") else "+") + num(x)
 
 
 def tick_number(x: float, position: int = 0) -> str:  # as long as it has to be
@@ -335,6 +344,11 @@ def in_brackets(
     return f"(95 % interval {num(e.lo)} to {num(e.hi)}; {e.population})"
 
 # %% ../../nbs/show/91_plots.ipynb #ibs004
+def turned(e: Estimate) -> Estimate:
+    "The same difference, the other side first"
+    return Estimate(-e.value, -e.hi, -e.lo, e.population)
+
+
 def finding(
     names: tuple[str, str],  # what is compared
     e: Estimate,  # of the first minus the second
@@ -349,7 +363,7 @@ def finding(
         said += ", level within ±.05"
     elif relation(e) == "undecided" and e.population != NOTHING:
         said += ", not told apart from it"
-    return capital(f"{said} {in_brackets(e)}.")
+    return capital(f"{said} {in_brackets(e if way == 'above' else turned(e))}.")
 
 # %% ../../nbs/show/91_plots.ipynb #ibs007
 def decided(
@@ -610,8 +624,8 @@ def write(
 # %% ../../nbs/show/91_plots.ipynb #ib090
 def head_height(layout: Layout, title: str, name: str) -> float:  # inches, title with its line breaks
     "Room that a panel needs above its axes"
-    lines = TITLE_LINE * (title.count("\n") + 1) * bool(title) + NAME_LINE * bool(name)
-    return layout.above + lines + layout.head
+    title_height = TITLE_LINE * (title.count("\n") + 1) if title else 0
+    return layout.above + title_height + (NAME_LINE if name else 0) + layout.head
 
 
 def write_head(
@@ -644,8 +658,8 @@ def page(
     rooms = [head_height(*panel) for panel in zip(layouts, heads, names)]
     tops = np.cumsum([0, *(head + layout.body for head, layout in zip(rooms, layouts))])
     see, about = wrap(caption.see, room, CAPTION), wrap(caption.about, room, ABOUT)
-    see_height = CAPTION_LINE * (see.count("\n") + 1) * bool(see) + 0.03
-    height = tops[-1] + see_height + ABOUT_LINE * (about.count("\n") + 1) * bool(about) + Layout.edge
+    see_height = CAPTION_LINE * len(see.splitlines()) + 0.03
+    height = tops[-1] + see_height + ABOUT_LINE * len(about.splitlines()) + Layout.edge
     fig = plt.figure(figsize=(Layout.width, height))
     for i, (head, name, top) in enumerate(zip(heads, names, tops)):
         write_head(fig, head, name, top, i)
@@ -899,8 +913,8 @@ def panel_names(
     for source, rows in sources.items():
         models = list(dict.fromkeys(rows.model))
         for model in models:
-            parts = [whose_runs(source, [model])] * (len(sources) > 1) + [model] * (len(models) > 1)
-            names[model] = ": ".join(parts)
+            whose = whose_runs(source, [model]) if len(sources) > 1 else ""
+            names[model] = ": ".join(filter(None, [whose, model if len(models) > 1 else ""]))
     return names
 
 
@@ -988,6 +1002,14 @@ def picture(
     return out.getvalue()
 
 # %% ../../nbs/show/91_plots.ipynb #ib131
+def is_of(
+    path: Path,  # of a manifest
+    digest: str,  # SHA-256 of a CSV
+) -> bool:
+    "Does a manifest speak of this table?"
+    return path.is_file() and f'"csv_sha256": "{digest}"' in path.read_text("utf-8")
+
+
 def save_figure(
     fig: Figure,  # the picture
     name: str,  # of the files
@@ -1010,5 +1032,6 @@ def save_figure(
     files = dict(png=picture(fig, "png", dpi), svg=picture(fig, "svg"), csv=csv, json=text.encode())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").unlink(missing_ok=True)
+    if not is_of(older := folder / f"{name}.json", about["csv_sha256"]):
+        older.unlink(missing_ok=True)
     return {kind: write_bytes(folder / f"{name}.{kind}", b) for kind, b in files.items()}

@@ -12,13 +12,13 @@ __all__ = ['RUNS', 'FARES', 'ONE_ATTEMPT', 'PLURAL', 'CURVES', 'BAND', 'PASSK_SE
            'curves_of', 'draw_measure', 'draw_passk', 'draws_caption', 'passk', 'passk_found', 'passk_findings',
            'transfer_table', 'space_name', 'moves', 'transfer_title', 'draw_levels', 'draw_change', 'transfer_rows',
            'key', 'draw_transfer', 'transfer', 'transfer_findings', 'before_after', 'side_by_side', 'write_above',
-           'when_table', 'verdict', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'undivided_note',
+           'when_table', 'way_of', 'differences_said', 'when_title', 'when_rows', 'draw_when', 'undivided_note',
            'one_model', 'when', 'when_findings', 'order_rows', 'change_rows', 'condition_rows', 'order_table',
            'Followed', 'said_changes', 'memory_said', 'order_title', 'arrow_course', 'draw_arrow', 'draw_graph',
            'habit_transitions', 'share_rows', 'draw_shares', 'place_states', 'draw_places', 'order_caption',
-           'order_layout', 'order_figure', 'order_findings', 'trees_table', 'trees_title', 'trees_rows', 'trees',
-           'trees_findings', 'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table', 'algorithms_title',
-           'draw_trainer', 'token_unit', 'trainer_heading', 'algorithms', 'algorithms_findings']
+           'order_layout', 'order_figure', 'in_points', 'steps_claimed', 'order_findings', 'trees_table', 'trees_title',
+           'trees_rows', 'trees', 'trees_findings', 'over_tokens', 'primed_of', 'priming_gains', 'algorithms_table',
+           'algorithms_title', 'draw_trainer', 'token_unit', 'trainer_heading', 'algorithms', 'algorithms_findings']
 
 # %% ../../nbs/show/99_reasons.ipynb #dr001
 import re
@@ -59,6 +59,7 @@ from ..measure.trees import problem_table, shares_tried, success
 from .figures import DOT_SIZE, SMALL, Look, interval_dots, row_offset
 from stars.show.plots import (
     DARK,
+    EQUAL,
     LABEL,
     QUIET,
     Caption,
@@ -72,6 +73,7 @@ from stars.show.plots import (
     end_labels,
     ends,
     in_brackets,
+    in_order,
     in_words,
     ink,
     interval,
@@ -252,7 +254,8 @@ def draw_passk(
         left.set(ylim=(0, 1), xlim=(ks[0], max(ks[-1], 2)), ylabel="pass@k", xlabel="k, attempts")
         right.set(ylim=(0, 1), xlim=(0, 1), ylabel="Cover@τ", xlabel="τ, share that must be right")
         end_labels(left, labels)
-        left.set_title(label(c), loc="left", weight="bold", color=ink(color(c)), pad=5)
+        for ax in (left, right):
+            ax.set_title(label(c), loc="left", weight="bold", color=ink(color(c)), pad=5)
 
 # %% ../../nbs/show/99_reasons.ipynb #dr025
 def draws_caption(
@@ -304,8 +307,8 @@ def passk_found(
     change = table[(table.what == "difference") & (table.measure == "pass@k")]
     k, several = change["at"].max() if most else change["at"].min(), table.model.nunique() > 1
     found, at = {}, f"{k:.0f} attempt{'s' if k > 1 else ''}"
-    for (model, c), rows in change[change["at"] == k].groupby(["model", "condition"], sort=False):
-        found[label(c) + f" of {model}" * several, at] = read_estimate(rows.iloc[0])
+    for (model, c), rows in in_order(change[change["at"] == k], "model").groupby(RUNS, sort=False):
+        found[label(c) + (f" of {model}" if several else ""), at] = read_estimate(rows.iloc[0])
     return found
 
 
@@ -470,9 +473,10 @@ def transfer_findings(
     table: pd.DataFrame,  # from `transfer_table`
 ) -> str:  # a line each
     "Gains in words, and what becomes of the claim that they carry"
-    change, several, found = table[table.what == "difference"], table.model.nunique() > 1, {}
+    change = in_order(table[table.what == "difference"], "space", "model")
+    several, found = table.model.nunique() > 1, {}
     for (space, model, c), rows in change.groupby(["space", "model", "condition"], sort=False):
-        found[label(c) + f" of {model}" * several, space_name(space)] = read_estimate(rows.iloc[0])
+        found[label(c) + (f" of {model}" if several else ""), space_name(space)] = read_estimate(rows.iloc[0])
     away = {what: e for what, e in found.items() if what[1] != space_name(HOME)}
     return f"{in_words(found, 'in')}\n{outcome(away, word='in')}"
 
@@ -552,7 +556,7 @@ def when_table(
     return table.assign(undivided=listed(none) if none else "")
 
 # %% ../../nbs/show/99_reasons.ipynb #wh009
-def verdict(
+def way_of(
     row: pd.Series,  # of a difference: value, lo, hi, population
 ) -> str:  # "above", "below" or "undecided"
     "Does a difference tell its sides apart?"
@@ -564,7 +568,7 @@ def differences_said(
     words: dict[str, str],  # verdict → what is said
 ) -> str:  # "right less often", "worse (all strategies) or no better (dots)"
     "A difference in words; equal words are said once"
-    verdicts = rows.apply(verdict, axis=1)
+    verdicts = rows.apply(way_of, axis=1)
     several, parts = verdicts.nunique() > 1, []
     for said in dict.fromkeys(verdicts):
         names = listed([label(c) for c in rows.condition[verdicts == said]])
@@ -573,7 +577,8 @@ def differences_said(
 
 # %% ../../nbs/show/99_reasons.ipynb #wh010
 RIGHT = dict(above="more often right", below="less often right", undecided="not told apart from the rest")
-TRIES = dict(above="better", below="worse", undecided="not told apart")
+TRIES = dict(above="better than", below="worse than", undecided="not told apart from")
+TRIES = {way: f"{words} a fresh one" for way, words in TRIES.items()}
 
 
 def when_title(
@@ -589,7 +594,7 @@ def when_title(
     return (
         f"After PPO, texts that go back are {differences_said(problem, RIGHT)} on the same problem, and "
         f"{differences_said(missed, RIGHT)} if the first try missed; a further try is "
-        f"{differences_said(fresh, TRIES)} against a fresh one"
+        f"{differences_said(fresh, TRIES)}"
     )
 
 # %% ../../nbs/show/99_reasons.ipynb #wh012
@@ -662,7 +667,7 @@ def when(
     one_model(table)
     parts = [table[table.condition == c] for c in order(table.condition)]
     heights = tuple(ROW * (1.2 - min(when_rows(part)[1])) for part in parts)
-    layout = Layout(heights, (WHEN_COLUMN,) * len(WHEN), WHEN_ROOM, gap=0.62, head=0.46)
+    layout = Layout(heights, (WHEN_COLUMN,) * len(WHEN), WHEN_ROOM, gap=0.8, head=0.46)
     thirds = table[table.difficulty.isin(THIRDS)]
     with styled(**{"axes.grid.axis": "x"}):
         foot = draws_caption(table, WHEN_SEE, WHEN_NOTES, undivided_note(table), note)
@@ -674,7 +679,7 @@ def when(
         for ax in grid.flat:
             ax.xaxis.set_major_locator(MultipleLocator(WHEN_TICK))
             ax.set_xlim(min(thirds.lo.min(), 0) - 0.04, max(thirds.hi.max(), 0) + 0.04)
-        grid[-1, 0].set_xlabel("difference in accuracy", loc="left")
+            ax.set_xlabel("difference")
     return fig
 
 # %% ../../nbs/show/99_reasons.ipynb #wh022
@@ -684,7 +689,7 @@ def when_findings(
     "What habits are worth after a miss, in words, and what becomes of the claim that they pay"
     last = table[(table.step == table.step.max()) & (table.difficulty == "all")]
     missed = last[(last.comparison == "missed") & last.lo.notna()]
-    found = {(row.habit, label(row.condition)): read_estimate(row) for _, row in missed.iterrows()}
+    found = {(row.habit, label(row.condition)): read_estimate(row) for _, row in in_order(missed).iterrows()}
     return f"{in_words(found, 'with')}\n{outcome(found, word='with')}"
 
 # %% ../../nbs/show/99_reasons.ipynb #wo002
@@ -907,7 +912,8 @@ def share_rows(
 ) -> dict[str, tuple]:  # name of a row → part, state, next state
     "The rows of shares, from top to bottom"
     named = {f"{state} → {to}": ("habit", state, to) for state, to in habit_transitions(found)}
-    named |= {"attempts that fail": SAID[2][:3], "attempts made before": SAID[3][:3]}
+    named |= {"attempts that fail": ("share", "failed", None)}
+    named |= {"attempts made before": ("share", "repeated", None)}
     return named | {"… without memory": ("share", "by_chance", None)}
 
 # %% ../../nbs/show/99_reasons.ipynb #wo022
@@ -1019,6 +1025,27 @@ def order_figure(
     return fig
 
 # %% ../../nbs/show/99_reasons.ipynb #wo031
+def in_points(e: Estimate) -> str:  # "(95 % interval −21.4 to −20.6 points; new problems)"
+    return f"(95 % interval {num(100 * e.lo, 1)} to {num(100 * e.hi, 1)} points; {e.population})"
+
+
+def steps_claimed(
+    found: Followed,
+) -> str:  # one sentence
+    "What becomes of the claim that after an attempt something else follows than before"
+    rows = found.part("attempt", "change")
+    rows = rows[rows.state.isin(ATTEMPTS) & rows.lo.notna()]
+    changes = [Estimate(*row, NEW_PROBLEMS) for row in rows[["value", "lo", "hi"]].itertuples(index=False)]
+    apart = sum(relation(e) != "undecided" for e in changes)
+    if apart:
+        verdict = f"shown: {apart} of {len(changes)} steps after an attempt changed"
+    elif changes and all(relation(e, EQUAL) == "level" for e in changes):
+        verdict = f"refuted: no step after an attempt changed by more than {100 * EQUAL:.0f} points"
+    else:
+        verdict = "open: no step after an attempt is told apart from before"
+    return f"The claim is {verdict} ({label(found.rows.condition.iloc[0])})."
+
+
 def order_findings(
     table: pd.DataFrame,  # from `order_table`
 ) -> str:  # a line each
@@ -1031,9 +1058,9 @@ def order_findings(
             if all(sides):
                 before, after, e = sides
                 told = "" if relation(e) != "undecided" else ", not told apart from no change"
-                change = f"from {percent(before.value)} to {percent(after.value)}{told} {in_brackets(e)}"
+                change = f"from {percent(before.value)} to {percent(after.value)}{told} {in_points(e)}"
                 said.append(f"{capital(label(condition))}: {noun}{circumstance} goes {change}.")
-        said.append(memory_said(found))
+        said += [memory_said(found), steps_claimed(found)]
     return "\n".join(filter(None, said))
 
 # %% ../../nbs/show/99_reasons.ipynb #tr002
@@ -1073,7 +1100,7 @@ def trees_title(
     gained, clauses = table[(table.by == "multiplies") & (table.what == "gain")], []
     for kind, where in (("needed", "where × or ÷ is needed"), ("not needed", "where + and − suffice")):
         rows = gained[gained.group == kind].set_index("condition")
-        ways = {c: verdict(rows.loc[c]) for c in order(rows.index)}
+        ways = {c: way_of(rows.loc[c]) for c in order(rows.index)}
         groups = {way: [label(c) for c in ways if ways[c] == way] for way in OFTEN}
         said = [clause(names, OFTEN[way]) for way, names in groups.items() if names]
         clauses += [f"{where}, {listed(said)}"] if said else []
@@ -1118,7 +1145,7 @@ def trees(
     rows, names = trees_rows(table)
     conditions = order(table.condition)
     heights = (ROW * (1.2 - min(names)),) * len(conditions)
-    layout = Layout(heights, (TREES_COLUMN,) * 2, TREES_ROOM, gap=0.62, head=0.36)
+    layout = Layout(heights, (TREES_COLUMN,) * 2, TREES_ROOM, gap=0.8, head=0.36)
     keyed = table.assign(key=table.by + " " + table.group).set_index(["key", "step"])
     with styled(**{"axes.grid.axis": "x"}):
         foot = draws_caption(table, TREES_SEE, TREES_NOTES, note)
@@ -1131,8 +1158,9 @@ def trees(
                 ax.set_xlim(0, 1)
         for ax, head in zip(grid[0], ("problems solved", "answers tried")):
             write_above(ax, head)
-        for ax, unit in zip(grid[-1], TREES_UNITS):
-            ax.set_xlabel(unit)
+        for pair in grid:
+            for ax, unit in zip(pair, TREES_UNITS):
+                ax.set_xlabel(unit)
     return fig
 
 # %% ../../nbs/show/99_reasons.ipynb #tr011

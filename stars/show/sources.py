@@ -7,9 +7,9 @@ __all__ = ['UPSTREAM', 'FILES', 'PUBLISHED_NAMES', 'COUNTED', 'SAMPLES', 'ALGORI
            'files_of', 'sha256', 'digests', 'fetch', 'cache_folder', 'cached_file', 'published_file', 'published_csv',
            'problems_behind', 'judged_completions', 'read_published', 'published_results', 'published_manifest',
            'footnotes', 'check_texts', 'check_shares', 'check_kinds', 'Algorithm', 'with_algorithm', 'check_algorithms',
-           'check_study', 'parts_of', 'Study', 'dose_groups', 'algorithm_groups', 'job_groups', 'with_references',
-           'published_part', 'check_saved', 'read_saved', 'saved_rows', 'study_results', 'study_answers',
-           'saved_manifest', 'drawn_again', 'study_manifest']
+           'check_table', 'check_study', 'parts_of', 'Study', 'dose_groups', 'algorithm_groups', 'job_groups',
+           'with_references', 'published_part', 'check_saved', 'read_saved', 'saved_rows', 'study_results',
+           'study_answers', 'saved_manifest', 'drawn_again', 'study_manifest']
 
 # %% ../../nbs/show/92_sources.ipynb #ic003
 import hashlib
@@ -317,6 +317,15 @@ def check_algorithms(
     if study.shares or study.references:
         raise ValueError(f"algorithms={list(study.algorithms)} go with neither shares nor references")
 
+# %% ../../nbs/show/92_sources.ipynb #ict01
+def check_table(
+    table: str,  # CSV that was saved with a figure; "": none
+    **settings,  # that decide what is measured
+):
+    "Raise ValueError where settings are given that a saved table cannot follow"
+    if given := [f"{name}={value!r}" for name, value in settings.items() if table and value]:
+        raise ValueError(f"table={table!r} was measured before: leave out {', '.join(given)}, or the table")
+
 # %% ../../nbs/show/92_sources.ipynb #ic045
 SOURCES = ("own", "published", "both")
 
@@ -341,6 +350,7 @@ def check_study(
         raise ValueError(f"source={study.source!r}: {problem}")
     if study.table and not study.own:
         raise ValueError(f"table={study.table!r} holds own runs; use source=own or both")
+    check_table(study.table, steps=study.steps, overrides=study.overrides)
     if study.own:
         job_groups(study)
     study.cfg  # noqa: B018
@@ -480,16 +490,16 @@ def check_saved(
     study: Study,
 ):
     "Raise ValueError where a saved table is not what a study asks for"
-    needed = [*CHECKPOINT_KEYS, "rater", "n", "accuracy", *["share"] * bool(study.shares)]
+    needed = [*CHECKPOINT_KEYS, "rater", "n", "accuracy", *(["share"] if study.shares else [])]
     if missing := [column for column in needed if column not in rows]:
         hint = "give the CSV of a figure that is drawn from results"
         raise ValueError(f"table={study.table!r} lacks the columns {', '.join(missing)}; {hint}")
     if others := sorted(set(rows.source) - {study.preset}):
         wanted = f"give preset={others[0]}, or the table of {study.preset}"
         raise ValueError(f"table={study.table!r} has rows of {', '.join(others)}; {wanted}")
-    wanted = (
-        dict(share=study.shares) if study.shares else dict(model=study.models, condition=study.conditions)
-    )
+    wanted = dict(seed=study.seeds)
+    wanted |= dict(share=study.shares) if study.shares else {}
+    wanted |= {} if study.shares else dict(model=study.models, condition=study.conditions)
     for column, values in wanted.items():
         if missing := [str(x) for x in values if x not in set(rows[column])]:
             raise ValueError(f"table={study.table!r} has no rows of {column} {', '.join(missing)}")
@@ -506,14 +516,15 @@ def read_saved(
 # %% ../../nbs/show/92_sources.ipynb #ic069
 def saved_rows(
     study: Study,  # with a table
-) -> pd.DataFrame:  # tidy results, every seed that the table has
+) -> pd.DataFrame:  # tidy results
     "The own part of a study from a saved table"
     rows = read_saved(study.table)
     rows = rows[rows.source != PUBLISHED] if "source" in rows else rows.assign(source=study.preset)
     check_saved(rows, study)
+    rows = rows[rows.seed.isin(study.seeds)]
     if study.shares:
         return rows[rows.share.isin(study.shares)]
-    wanted = [*study.conditions, *["rich_base"] * bool(study.references)]
+    wanted = [*study.conditions, *(["rich_base"] if study.references else [])]
     return rows[rows.condition.isin(wanted) & rows.model.isin(study.models)]
 
 # %% ../../nbs/show/92_sources.ipynb #ic061
@@ -561,7 +572,7 @@ def transfer(self: Study) -> pd.DataFrame:
     return study_answers(replace(self, reads="transfer"))
 
 # %% ../../nbs/show/92_sources.ipynb #ic063
-OF_RUNS = "commit", "uncommitted_changes", "hardware", "packages", "python", "config", "seeds"
+OF_RUNS = "commit", "uncommitted_changes", "hardware", "packages", "python", "config", "added"
 OF_LABELS = "labels", "labellers"  # of texts
 
 
@@ -584,7 +595,9 @@ def drawn_again(
 ) -> dict:
     "The manifest of a picture whose numbers were measured before"
     drawn = {name: now[name] for name in ("commit", "uncommitted_changes") if name in now}
-    return now | saved_manifest(table) | dict(drawn=drawn)
+    saved, added = saved_manifest(table), now.get("added", [])
+    more = [*saved.get("added", []), *(drawn | dict(what=what) for what in added)]
+    return now | saved | dict(drawn=drawn) | (dict(added=more) if more else {})
 
 # %% ../../nbs/show/92_sources.ipynb #ic070
 def study_manifest(

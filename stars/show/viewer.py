@@ -205,7 +205,7 @@ def timeline_words(
     tried = ", ".join(map(outcome, attempts))
     parts = [f"{len(attempts)} attempts: {tried}"] if attempts else []
     habits = ", ".join(f"{habit} {n}" for habit, n in acts.items())
-    return "; ".join(parts + [habits] * bool(habits)) or "no habits"
+    return "; ".join(filter(None, [*parts, habits])) or "no habits"
 
 # %% ../../nbs/show/95_viewer.ipynb #tl005
 TIMELINE_HTML = HTML_PAGE.from_string("""

@@ -401,7 +401,8 @@ def show_statistics(
     shown = []
     for r in rows.itertuples():
         known = r.share == r.share  # not NaN
-        shown.append(f"{r.share:.1%} ({r.share_lo:.1%}–{r.share_hi:.1%})" if known else "–")
+        value, lo, hi = (f"{100 * x:.1f}\u00a0%" for x in (r.share, r.share_lo, r.share_hi))
+        shown.append(f"{value} ({lo}–{hi})" if known else "–")
     wide = rows.assign(shown=shown).pivot(index=["group", "n"], columns="label", values="shown")
     return wide[list(dict.fromkeys(rows.label))].rename_axis(columns=None)
 

@@ -10,7 +10,7 @@ import pytest
 from stars.measure.intervals import relation
 from stars.measure.order import ANSWER, FAILED, REACHED, START
 from stars.show.plots import figure_text
-from stars.show.reasons import Followed, order_figure, order_table
+from stars.show.reasons import Followed, order_figure, order_findings, order_table
 
 MISS = "3 + 5 = 8, 14 - 8 = 6. 6 is not 22."
 OTHER = "14 * 3 = 42, 42 + 5 = 47. 47 is too high."
@@ -78,6 +78,16 @@ def test_the_graph_has_an_arrow_for_each_transition():
     caption = figure_text(fig, "caption")
     for said in ("Preset cpu", "seeds 0", "steps 0 and 60", "60 responses to 30 problems", "new problems"):
         assert said in caption
+
+
+def test_the_verdict_is_that_of_the_steps_after_an_attempt():
+    def verdict(before, after):
+        return order_findings(order_table(draws(before, after))).split("\n")[-1]
+
+    shown = order_findings(order_table(draws([GIVES_UP, GIVES_UP], [GIVES_UP, GOES_ON])))
+    assert shown.split("\n")[-1].startswith("The claim is shown: ")
+    assert " points; new problems)" in shown and "−." not in shown
+    assert verdict([GIVES_UP], [GIVES_UP]).startswith(("The claim is refuted: no step", "The claim is open"))
 
 
 def test_conditions_have_panels_of_their_own():

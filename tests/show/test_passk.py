@@ -117,7 +117,8 @@ def lines_of(ax):
 def test_each_condition_has_a_row_with_base_start_and_trained():
     fig = passk(passk_table(draws(dict.fromkeys(CONDITIONS, adds))))
     primed = color("backtracking_verification")
-    left = {ax.get_title(loc="left"): ax for ax in fig.axes if ax.get_title(loc="left")}
+    left = {ax.get_title(loc="left"): ax for ax in fig.axes if ax.get_ylabel() == "pass@k"}
+    assert all(ax.get_title(loc="left") in left for ax in fig.axes)  # both columns say whose they are
     assert list(left) == ["base", "backtracking + verification", "empty CoT"]
     want = [(color("base"), ":"), (primed, "--"), (primed, "-")]
     assert lines_of(left["backtracking + verification"]) == want

@@ -19,9 +19,12 @@ from scipy import stats
 
 from stars.habits.behaviors import HABITS, wilson
 from stars.habits.summaries import solved_text
-from stars.measure.intervals import BOTH, NEW_PROBLEMS, NEW_SEEDS, difference
+from stars.measure.intervals import BOTH, NEW_PROBLEMS, NEW_SEEDS, Estimate, difference
+from stars.show import plots
 from stars.show.figures import (
     base_behaviors,
+    base_findings,
+    base_table,
     changes,
     controls,
     curated,
@@ -39,7 +42,9 @@ from stars.show.plots import (
     Layout,
     balanced,
     color,
+    count,
     figure_text,
+    finding,
     gap_between,
     ink,
     interval,
@@ -250,7 +255,7 @@ def test_controls_title_follows_the_data():
 
 def test_numbers_stand_at_the_lines_in_one_format():
     "Values at the ends, none in the title; no leading zero and no hyphen anywhere"
-    assert [num(x) for x in (0.614, -0.05, -0.001, 1.0, 12.345)] == [".61", "−.05", ".00", "1.00", "12.35"]
+    assert [num(x) for x in (0.614, -0.05, -0.001, 1.0, 12.345)] == [".61", "−.05", "0", "1.00", "12.35"]
     assert (num(0.1 + 0.1425 + 0.1025 - 0.23), num(0.205), num(float("nan"))) == (".12", ".21", "–")
     assert (signed(0.05), signed(-0.05), percent(0.0972), percent(0.1)) == (
         "+.05",
@@ -288,7 +293,7 @@ def test_priming_title_follows_the_data():
     base = dict(base=0.3)
     for last, said in (
         (0.5, "All 5 mixes of habits end above base"),
-        (0.3, "None of 5 mixes of habits ends above base"),
+        (0.3, "None of 5 mixes of habits ends above base; 5 are not told apart"),
     ):
         assert title(priming(table(base | dict.fromkeys(MIXES, last)))) == said
     low = title(priming(table(base | dict.fromkeys(MIXES, 0.1))))
@@ -297,8 +302,14 @@ def test_priming_title_follows_the_data():
     assert title(priming(table(last))) == (
         "1 of 5 mixes of habits ends above base and negative control; 2 end below; 2 are not told apart"
     )
+    both = " of 5 mixes of habits ends above base and negative control; "
     last["negative_control"] = 0.5  # a mix has to end above both
-    assert title(priming(table(last))).startswith("None of 5 mixes of habits ends above base and negative")
+    assert (
+        title(priming(table(last)))
+        == f"None{both}1 ends above one of them only; 2 end below; 2 end below one of them only"
+    )
+    last = base | dict(zip(MIXES, (0.7, 0.5, 0.5, 0.4, 0.4)), negative_control=0.5)  # above base only
+    assert title(priming(table(last))) == f"1{both}4 end above one of them only"
 
 
 def test_dynamics_title_says_what_grows_by_the_interval_of_the_change():
@@ -306,7 +317,11 @@ def test_dynamics_title_says_what_grows_by_the_interval_of_the_change():
         return title(dynamics(table(dict(base=0.1, backtracking_verification=last), first=0.4, **more)))
 
     both = "Primed with backtracking + verification: under PPO, verification and backtracking"
-    assert said(0.9) == f"{both} grow (no interval)" and said(0.0) == f"{both} fade (no interval)"
+    who = both.split(":")[0]  # of a single run the title says the numbers, and no direction
+    assert said(0.9) == (
+        f"{who}: under PPO, verification from .40 to .90 and backtracking from .80 to 1.8 per response "
+        "(no interval)"
+    )
     rows = table(dict(base=0.1, backtracking_verification=0.9), seeds=(0, 1, 2), first=0.4)
     for column in ("avg_verifications", "avg_backtracking"):
         rows[column] += 0.01 * rows.seed * (rows.step == 20)
@@ -546,6 +561,31 @@ def test_files_are_complete_and_reproducible(plot, tmp_path):
     assert a["png"].startswith(b"\x89PNG") and b"<dc:date>" not in a["svg"]
 
 
+def test_a_table_that_is_drawn_again_in_its_place_keeps_its_manifest(tmp_path, monkeypatch):
+    "Where the picture fails half way, what made the numbers is still known; of other numbers it is not"
+    r = table(dict(base=0.3))
+    figure = plt.figure(figsize=(1, 1))
+    old = save_figure(figure, "fig", r, tmp_path, dict(commit="abc"), dpi=20)["json"]
+
+    def broken(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plots, "write_bytes", broken)
+    for rows, kept in ((r, True), (r.head(1), False)):
+        with pytest.raises(OSError):
+            save_figure(figure, "fig", rows, tmp_path, dpi=20)
+        assert old.exists() == kept
+
+
+def test_a_difference_below_turns_its_interval():
+    said = finding(("a", "b"), Estimate(-0.4, -0.41, -0.38, "new seeds"), "is")
+    assert said == "A is .40 below b (95 % interval .38 to .41; new seeds)."
+
+
+def test_zero_is_written_in_one_way():
+    assert (num(0), num(-0.001), num(0, 1), signed(0), count(0), percent(0)) == ("0",) * 5 + ("0\u00a0%",)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     r = table(dict(base=0.3, backtracking_verification=0.6))
     old = save_figure(controls(r), "fig", r, tmp_path)["png"].read_bytes()
@@ -711,7 +751,12 @@ def test_base_behaviours_are_those_of_the_first_step():
         ]
     )
     fig = base_behaviors(rows)
-    assert title(fig) == "Before any training, rich shows every habit more often than plain (no interval)"
+    assert (
+        title(fig) == "Before any training, habits per response: 1.0 in plain and 4.0 in rich (no interval)"
+    )
+    assert list(base_table(rows).index) == ["plain", "rich"] and base_table(rows).loc["rich"].iloc[0] == ".40"
+    silent = rows.assign(**{f"avg_{h.column}": 0.0 for h in HABITS})
+    assert base_findings(silent).startswith("The verification count of rich and plain: both 0.")
     texts = {t.get_text(): to_rgb(t.get_color()) for t in fig.axes[0].texts}
     assert {"plain .10", "rich .40", "1.6"} <= set(texts)  # the fourth habit counts 4 × accuracy in `table`
     assert texts["plain .10"] == to_rgb(color("base")) and texts["rich .40"] == ink(color("rich_base"))
@@ -720,6 +765,7 @@ def test_base_behaviours_are_those_of_the_first_step():
     )
     fig = base_behaviors(more)
     assert "Llama-3.1-70B" in title(fig) and len(fig.axes) == 2
+    assert fig.axes[0].get_xlim() == fig.axes[1].get_xlim()  # one scale for both panels
     assert figure_text(fig, "panel") == "ours, .5 M weights\npublished, 3 B and 70 B"
 
 

@@ -473,10 +473,12 @@ def from_table(saved, **more):
 
 def test_a_figure_is_drawn_again_from_its_table(saved, tmp_path):
     "Nothing is run, every number is the same, and the manifest tells runs from drawing"
-    study = from_table(saved)
+    study = from_table(saved, seeds=[0, 1])
     assert study.jobs() == []
     rows = study.results()
-    assert set(rows.seed) == {0, 1}  # all that the table has
+    assert set(rows.seed) == {0, 1}
+    one = from_table(saved, seeds=[1])
+    assert set(one.results().seed) == {1} and one.manifest()["seeds"] == [1]
     about = study.manifest()
     assert (about["commit"], about["hardware"], about["config"]) == ("abc", dict(cpus=64), dict(steps=7))
     assert about["seeds"] == [0, 1] and about["drawn"]["commit"] != "abc"
@@ -484,6 +486,15 @@ def test_a_figure_is_drawn_again_from_its_table(saved, tmp_path):
     assert again["csv"].read_bytes() == saved["csv"].read_bytes()
     twice = from_table(again).manifest()
     assert twice["commit"] == "abc" and twice["drawn"] == about["drawn"]
+
+
+def test_rows_that_are_measured_beside_a_table_have_a_commit_of_their_own(saved, tmp_path):
+    about = from_table(saved).manifest(added=["gap"])
+    [later] = about["added"]
+    assert about["commit"] == "abc" and later["what"] == "gap" and later["commit"] == about["drawn"]["commit"]
+    rows = pd.read_csv(saved["csv"])
+    again = save_figure(plt.figure(figsize=(1, 1)), "fig", rows, tmp_path / "again", about, dpi=20)
+    assert from_table(again).manifest()["added"] == [later]
 
 
 def test_a_saved_table_stands_beside_published_results(saved, folder):
@@ -502,6 +513,9 @@ def test_a_saved_table_stands_beside_published_results(saved, folder):
         (dict(conditions=["base", "curated"]), "has no rows of condition curated"),
         (dict(models=["rich"]), "has no rows of model rich"),
         (dict(shares=[0, 0.1]), "lacks the columns share"),
+        (dict(seeds=[0, 7]), "has no rows of seed 7"),
+        (dict(steps=5), "was measured before: leave out steps=5, or the table"),
+        (dict(overrides={"ppo.lr": 1e-3}), "leave out overrides="),
     ],
 )
 def test_a_table_of_something_else_is_refused(saved, how, said):

@@ -54,7 +54,7 @@ def test_when_says_what_was_measured_and_for_whom(when_rows):
     assert (ways["problem"], ways["missed"]) == ("below", "above")
     title = plots.figure_text(fig, "title")
     assert "less often right on the same problem, and more often right if the first try missed" in title
-    assert f"a further try is {TRIES[ways['fresh']]} against a fresh one" in title
+    assert f"a further try is {TRIES[ways['fresh']]}" in title
     caption = plots.figure_text(fig, "caption")
     for said in ("reset cpu", "seed 0", "60 problems, 16 responses to each", "new problems", "Note."):
         assert said in caption
