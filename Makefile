@@ -90,7 +90,8 @@ clean: ## drop what can be built again, but no runs
 	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-# Python for the page of the site that runs in the reader's browser. Without npm the site goes without that page.
+# Python for the page of the site that runs in the reader's browser. Without npm
+# nothing runs in that page: it shows the notebook, and the first page has no button for it.
 .venv-browser/.done: requirements/browser.lock requirements/package.json requirements/package-lock.json .venv/.dev
 	@if ! command -v npm >/dev/null; then echo "npm is not here, so the site goes without Python in the browser"; else \
 	    rm -rf .venv-browser && mkdir -p .venv-browser && \

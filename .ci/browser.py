@@ -126,12 +126,12 @@ def at_home(nb):
             if "text" in o:
                 o["text"] = one_piece(o["text"])
             o |= {"data": {k: one_piece(v) for k, v in o["data"].items()}} if "data" in o else {}
-    kernel = dict(name="python", display_name="Python (Pyodide)", language="python")
-    return nb | dict(cells=cells, metadata=nb["metadata"] | dict(kernelspec=kernel))
+    spec = dict(name="python", display_name="Python (Pyodide)", language="python")
+    return nb | dict(cells=cells, metadata=nb["metadata"] | dict(kernelspec=spec))
 
 
 def build(out, notebooks):
-    "JupyterLite in a folder of the site, with notebooks to open"
+    "JupyterLite in a folder of the site, with notebooks to open: name → notebook"
     with tempfile.TemporaryDirectory() as tree:
         tree = Path(tree)
         runtime(tree / "static" / "pyodide")
@@ -141,9 +141,8 @@ def build(out, notebooks):
         }  # as the reader's system is
         (tree / "overrides.json").write_text(json.dumps(dark))
         (tree / "contents").mkdir()
-        for p in notebooks:
-            nb = json.loads(p.read_text(encoding="utf-8"))
-            (tree / "contents" / p.name).write_text(json.dumps(at_home(nb)), encoding="utf-8")
+        for name, nb in notebooks.items():
+            (tree / "contents" / name).write_text(json.dumps(at_home(nb)), encoding="utf-8")
         apps = [x for app in ("lab", "notebooks", "repl", "tree") for x in ("--apps", app)]
         command = [
             sys.executable,
@@ -158,9 +157,9 @@ def build(out, notebooks):
         command += ["--contents", tree / "contents", "--no-sourcemaps", *apps]
         command += ["--ignore-sys-prefix", f"--LiteBuildConfig.federated_extensions={kernel()}"]
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    if done.returncode or not (out / "static" / "pyodide" / "pyodide.mjs").is_file():
+        raise RuntimeError(f"JupyterLite was not built:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     for name in ("notebook", "busy-1", "busy-2", "busy-3", "file", "console", "terminal"):
         to = out / "static" / "favicons" / f"favicon-{name}.ico"  # asked for, and in no package
         to.parent.mkdir(exist_ok=True)
         shutil.copy2(out / "lab" / "favicon.ico", to)
-    if done.returncode or not (out / "static" / "pyodide" / "pyodide.mjs").is_file():
-        raise RuntimeError(f"JupyterLite was not built:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")

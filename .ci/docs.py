@@ -10,6 +10,7 @@ notebook are written here: the book, the index of all symbols, the gallery, how 
 import ast
 import html
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from PIL import Image, ImageDraw, ImageFont
 
-from stars.show.gallery import place_name
+from stars.show.gallery import message, place_name
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -35,12 +36,12 @@ THUMB = 560  # pixels of a thumbnail's longer side, for screens of two pixels pe
 TRY = "try.ipynb"  # the notebook that also runs in the reader's browser
 HEADLINE = "fig_controls"  # the figure of the first page
 NEXT = (
-    ("tutorials/try.html", "Try it in your browser"),
     ("gallery.html", "See every figure"),
     ("tutorials/quickstart.html", "Run it: quickstart"),
     ("explain/argument.html", "Read the argument"),
     ("book.html", "Open the book"),
 )
+LIVE = ("tutorials/try.html", "Try it in your browser")  # goes before them where something runs there
 BEST = ("cpu", "cpu+published")  # where a figure's picture comes from, first choice first
 
 
@@ -236,8 +237,14 @@ def enlargeable(text):
     )  # a picture on a phone: touch it for the large one
 
 
-def doors(path):
-    "Where else a file of the repository can be seen, kept or run, as a line of links"
+def brings_the_package(nb):
+    "Does a cell install the package where it is absent, as in Colab?"
+    return any('find_spec("stars")' in source(c) for c in nb["cells"] if c["cell_type"] == "code")
+
+
+def doors(path, nb=None):
+    """Where else a file of the repository can be seen, kept or run, as a line of links; `nb`: what it holds,
+    if it is a notebook"""
     cfg = get_config()
     repo, name = f"{cfg.user}/{cfg.repo}", path.name
     links = [(f"{cfg.git_url}/blob/{cfg.branch}/{path}", "Source", "")]
@@ -253,9 +260,10 @@ def doors(path):
             ),
             (f"https://mybinder.org/v2/gh/{repo}/{cfg.branch}?labpath={path}", "Open in Binder", ""),
         ]
-    return (
-        '<p class="doors">' + "\n".join(f'<a href="{u}"{how}>{what}</a>' for u, what, how in links) + "</p>"
-    )
+    ways = [f'<a href="{u}"{how}>{what}</a>' for u, what, how in links]
+    if nb and not brings_the_package(nb):
+        ways.append(f"<span>(in Colab, first run <code>%pip install git+{cfg.git_url}</code>)</span>")
+    return '<p class="doors">' + "\n".join(ways) + "</p>"
 
 
 def titled(cells, ways, title=None, picture=None):
@@ -340,9 +348,9 @@ def commands(name, params):
     return "\n".join(["```sh", *(f"{c:{wide}}  # {about}" for c, about in lines), "```"])
 
 
-def message(name, manifest):
+def in_one_line(name, manifest):
     "What a picture says: its titles, one per panel"
-    return " · ".join(manifest.get("title", name).splitlines())
+    return ". ".join(message(manifest) or [name])
 
 
 def caption(manifest):
@@ -364,7 +372,7 @@ def drawn(name, place, manifest, folder=""):
         links.append(f'<a href="{path}.ipynb" download>Notebook with results</a>')
     see, more = caption(manifest)
     return (
-        f"[![{message(name, manifest)}]({path}.png)]({path}.svg)\n\n::: {{.caption}}\n{see}\n\n"
+        f"[![{in_one_line(name, manifest)}]({path}.png)]({path}.svg)\n\n::: {{.caption}}\n{see}\n\n"
         f"{more} {' · '.join(links)}\n:::\n"
     )
 
@@ -416,7 +424,7 @@ def said(nb):
 
 def opening(nb, name, place, manifest):
     "The message of a figure, its picture, what it says"
-    text = [f"**{message(name, manifest)}.**", drawn(name, place, manifest)]
+    text = [f"**{in_one_line(name, manifest)}.**", drawn(name, place, manifest)]
     if words := said(nb):
         text.append("\n".join(f"- {line}" for line in words.splitlines() if line.strip()))
     return markdown("\n\n".join(text))
@@ -452,14 +460,15 @@ def figure(nb, name):
     if places:
         others = (f"### {place_name(p)}\n\n{drawn(name, p, m)}" for p, m in places.items())
         rest = [markdown("\n".join(["## Drawn from elsewhere\n", *others]))]
-    heading = [markdown("## What is asked")] if about else []
+    asked = [c for c in about if c["cell_type"] == "markdown"]
+    heading = [markdown("## What is asked")] if asked else []
     return nb | dict(cells=[title, first, *heading, *about, *rest, how, *code])
 
 
 def headline(name, places):
     "Place and message of a figure's picture"
     best = best_of(places)
-    return best, message(name, places[best]) if best else ""
+    return best, in_one_line(name, places[best]) if best else ""
 
 
 def thumbnail(proc, name, place):
@@ -504,8 +513,8 @@ def write_figures(proc, figures):
         '---\ntitle: How to draw them\nsubtitle: "Every figure: what it asks, how to draw it, what came '
         'out."\n---\n',
         doors(Path(".ci/docs.py")) + "\n",
-        "```sh\nmake reproduce                    # the headline figures from nothing: a quarter of an "
-        "hour on two cores\nstars reproduce --preset smoke    # every figure, tiny: a few minutes\n"
+        "```sh\nmake reproduce                    # the headline figures from nothing: ten minutes on "
+        "two cores\nstars reproduce --preset smoke    # every figure, tiny: a few minutes\n"
         "stars reproduce                   # every figure of the preset cpu: an evening on two cores\n```\n",
         "A figure is a notebook with parameters, run by papermill; what it needs and does not find in "
         "`runs/` is built first.\n",
@@ -581,7 +590,8 @@ def front(nb, places):
         return nb
     title, intro, *rest = nb["cells"]
     question, _, more = source(intro).partition("\n\n")
-    ways = "\n".join(f'<a href="{u}">{what}</a>' for u, what in NEXT)
+    buttons = (LIVE, *NEXT) if browser.ready() else NEXT
+    ways = "\n".join(f'<a href="{u}">{what}</a>' for u, what in buttons)
     hero = [
         f'<div class="hero">\n<div>\n\n{question}\n\n</div>',
         f'<a href="figures/{HEADLINE}.html"><img src="figures/{place}/{HEADLINE}.png" '
@@ -634,6 +644,19 @@ Python starts in this page when you click into a field. Nothing that you type le
 
 <p class="next"><a href="../lite/notebooks/index.html?path=try.ipynb">\
 Open what follows as a notebook in your browser</a></p>"""
+
+
+def from_outside(nb, folder):
+    "A notebook whose links to others lead to their pages, for where it is without the others"
+    home = get_config().doc_host + get_config().doc_baseurl
+
+    def address(m):
+        path = Path(posixpath.normpath(f"{folder}/{m[1]}"))
+        return f"]({home}/{final_name(path).with_suffix('.html')}{m[2] or ''})"
+
+    link = r"\]\((?!\w+:)([^()\s#]+\.ipynb)(#[^()\s]*)?\)"
+    cells = [c | dict(source=re.sub(link, address, source(c))) for c in nb["cells"]]
+    return nb | dict(cells=cells)
 
 
 def live(nb):
@@ -722,6 +745,15 @@ def kept_back(folder, names):
     ]
 
 
+def plain_page(path):
+    "The page of all figures, with the site's icon, its source and the way back"
+    text = path.read_text(encoding="utf-8")
+    ways = doors(Path("figures/index.html")).replace("</p>", '\n<a href="../gallery.html">Gallery</a></p>')
+    for mark, more in (("</head>", '<link rel="icon" href="../favicon.svg">\n'), ("</header>", ways + "\n")):
+        text = text.replace(mark, more + mark, 1)
+    path.write_text(text, encoding="utf-8")
+
+
 def prepare(proc):
     "The project that Quarto or smalldocs renders; returns the subtitle of each page"
     nbs = get_config().nbs_path
@@ -749,17 +781,11 @@ def prepare(proc):
         elif p.name == "index.ipynb":
             card(proc / "card.png", heading(nb), subtitle(nb))
             nb = front(nb, pictures(HEADLINE))
-        shown = page(nb, known, doors(p.relative_to(ROOT)), names.get(str(inside)), picture)
+        shown = page(nb, known, doors(p.relative_to(ROOT), nb), names.get(str(inside)), picture)
         (proc / inside).parent.mkdir(parents=True, exist_ok=True)
         (proc / inside).write_text(json.dumps(shown, ensure_ascii=False), encoding="utf-8")
     shutil.copytree(ROOT / "figures", proc / "figures", dirs_exist_ok=True, ignore=kept_back)
-    gallery = proc / "figures" / "index.html"
-    gallery.write_text(
-        gallery.read_text(encoding="utf-8").replace(
-            "</head>", '<link rel="icon" href="../favicon.svg">\n</head>', 1
-        ),
-        encoding="utf-8",
-    )
+    plain_page(proc / "figures" / "index.html")
     by_path = {str(p.relative_to(nbs)): nb for p, nb in notebooks.items()}
     figures = {Path(p).stem: (text, by_path[p]) for p, text in names.items() if p in by_path}
     write_gallery(proc, figures)
@@ -822,9 +848,9 @@ def main(out):
             keep.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(p, keep)
         if browser.ready():
-            browser.build(
-                proc / get_config().doc_path.name / "lite", [get_config().nbs_path / "tutorials" / TRY]
-            )
+            nb = json.loads((get_config().nbs_path / "tutorials" / TRY).read_text(encoding="utf-8"))
+            lite = proc / get_config().doc_path.name / "lite"
+            browser.build(lite, {TRY: from_outside(nb, "tutorials")})
         else:
             print("without the part that runs in the browser: `make docs` fetches it where there is npm")
         if not quarto:

@@ -9,19 +9,25 @@ from stars.habits.behaviors import COLORS, HABIT_NAMES, find_behaviors, meaning_
 from stars.task.countdown import explain, solvable, solve
 
 def ints(text):
-    found = [int(x) for x in re.findall(r"\d+", text)]
-    if not found:
+    found = re.findall(r"\d+", text)
+    if not found or not re.fullmatch(r"[\d\s,]+", text):
         raise ValueError("numbers and target must be whole numbers, for example 3 4 10 and 34")
-    return found
+    return [int(x) for x in found]
+
+def one(text):
+    found = ints(text)
+    if len(found) > 1:
+        raise ValueError("the target must be one number, for example 34")
+    return found[0]
 
 def verdict(numbers, target, answer):
-    v = explain(answer if "<answer>" in answer else f"<answer>{answer}</answer>", ints(numbers), ints(target)[0])
+    v = explain(answer if "<answer>" in answer else f"<answer>{answer}</answer>", ints(numbers), one(target))
     return json.dumps(dict(score=v.score, text=str(v)))
 
 def solution(numbers, target):
     if len(ints(numbers)) > 6:
         raise ValueError("a search over more than 6 numbers takes too long here")
-    return json.dumps(solve(ints(numbers), ints(target)[0]))
+    return json.dumps(solve(ints(numbers), one(target)))
 
 def puzzle():
     while True:
@@ -30,7 +36,7 @@ def puzzle():
             return json.dumps(dict(numbers=" ".join(map(str, numbers)), target=target))
 
 def habits(trace, numbers, target):
-    spans = find_behaviors(trace, ints(numbers), ints(target)[0])
+    spans = find_behaviors(trace, ints(numbers), one(target))
     about = {h: dict(color=COLORS[h], meaning=meaning_of(h), n=sum(s.habit == h for s in spans)) for h in HABIT_NAMES}
     # positions in UTF-16, as the page counts
     at = lambda i: len(trace[:i].encode("utf-16-le", "surrogatepass")) // 2

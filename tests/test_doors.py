@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import subprocess
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_citation_package_and_archive_agree(settings, citation):
     )
     assert citation["license"].lower() == archive["license"] == "apache-2.0"
     assert citation["keywords"] == archive["keywords"]
+    assert isinstance(citation["date-released"], date)
     said = re.sub("<[^>]*>", "", archive["description"])
     assert citation["abstract"].strip() == said
     address = f"https://github.com/{settings['user']}/{settings['repo']}"
@@ -254,11 +256,37 @@ def test_the_guide_turns_their_sets_into_files_that_stages_read(tmp_path, monkey
         assert [len(r) for r in rows] == [38, 2] and {r["mix"] for part in rows for r in part} == {condition}
 
 
+def blocks_of(path):
+    "What a guide tells to type"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return re.findall(r"```sh\n(.*?)```", "\n".join("".join(c["source"]) for c in cells), re.S)
+
+
+def test_containers_run_an_image_that_the_guide_makes():
+    "Built or fetched: under the name that is run"
+    lines = "\n".join(blocks_of(ROOT / "nbs" / "guides" / "commands.ipynb"))
+    built, pulled = re.findall(r"docker build -t (\S+)", lines), re.findall(r"docker pull (\S+)", lines)
+    tagged = dict(re.findall(r"docker tag (\S+) (\S+)", lines))
+    ran = re.findall(r"docker run (?:--?\S+ |\"[^\"]*\" )*([\w./:-]+) ", lines)
+    assert ran and set(ran) == set(built) == {tagged[name] for name in pulled}
+
+
+def test_what_a_container_computes_is_in_no_commit_and_no_image():
+    "`docker run` fills a folder of the checkout"
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    folders = re.findall(
+        r'-v "\$PWD/(\w+)/', "\n".join(blocks_of(ROOT / "nbs" / "guides" / "commands.ipynb"))
+    )
+    assert folders and set(folders) <= set(text(".dockerignore").split())
+    for folder in folders:
+        asked = ["git", "check-ignore", "-q", f"{folder}/runs/x"]
+        assert subprocess.run(asked, cwd=ROOT).returncode == 0, folder
+
+
 @pytest.mark.parametrize("path", GUIDES, ids=lambda p: p.stem)
 def test_commands_of_the_guides_parse(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    blocks = re.findall(r"```sh\n(.*?)```", "\n".join("".join(c["source"]) for c in cells), re.S)
-    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+    for line in "\n".join(blocks_of(path)).replace("\\\n", " ").splitlines():
         for command in re.findall(r"(?:^|&& )(?:\w+=\S+ )*(stars [a-z]\w* ?[^#&]*)", line):
             assert parses(command), command
 

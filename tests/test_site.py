@@ -2,6 +2,7 @@
 leads somewhere, search finds, a phone shows it, and Python runs in it (two minutes)"""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from urllib.parse import unquote, urldefrag, urlparse
 import pytest
 import websocket
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from nbdev.config import get_config
 from PIL import Image
 
@@ -318,8 +321,9 @@ def test_a_phone_scrolls_no_page_sideways(pages):
 
 def test_every_page_is_in_the_navigation(pages, home):
     linked = {urldefrag(u)[0][len(home) :] for u in pages["index.html"]["links"]}
-    assert set(pages) - linked <= {"figures/index.html"}  # all pictures on one page, which the gallery links
-    assert home + "figures/index.html" in pages["gallery.html"]["links"]
+    assert set(pages) <= linked
+    assert {home + "figures/index.html"} <= set(pages["gallery.html"]["links"])
+    assert {home + "gallery.html"} <= set(pages["figures/index.html"]["links"])  # and the way back
 
 
 def test_sections(browser, home):
@@ -435,7 +439,7 @@ def test_figure_pages_open_with_the_picture_and_what_it_says(pages, home, browse
         return [main.querySelector('h1').innerText, all.find(e => e.matches('img, h2, pre')).tagName];
     })()"""
     for path, title in titles.items():
-        if path.startswith("figures/"):
+        if path.startswith("figures/fig_"):
             name = Path(path).stem
             browser.open(f"{home}figures/{name}.html")
             assert browser.js(first) == [title, "IMG"], name
@@ -444,6 +448,17 @@ def test_figure_pages_open_with_the_picture_and_what_it_says(pages, home, browse
                 assert said in pages[f"figures/{name}.html"]["text"]
                 assert said in pages["gallery.html"]["text"]
             assert home + f"figures/{name}.html" in pages["gallery.html"]["links"]
+
+
+def test_figure_pages_show_each_picture_once(pages, browser, home):
+    "The notebooks hold it for code hosts, too"
+    shown = "[...document.querySelectorAll('main img')].map(i => i.src)"
+    for p in (ROOT / "nbs" / "figures").glob("fig_*.ipynb"):
+        browser.open(f"{home}figures/{p.stem}.html")
+        pictures = browser.js(shown)
+        assert len(pictures) == len(set(pictures)), p.stem
+        assert sum(u.endswith(f"/cpu/{p.stem}.png") for u in pictures) <= 1
+        assert "opens this notebook as it was run" not in pages[f"figures/{p.stem}.html"]["text"]
 
 
 def page_of(notebook):
@@ -472,8 +487,10 @@ def test_every_notebook_can_be_seen_kept_and_run_elsewhere(pages, site, home):
             home + copy,
         } <= set(links), inside
         assert (site / copy).read_bytes() == p.read_bytes()
-    without = {n for n, p in pages.items() if not any(f"{repo}/blob/" in u for u in p["links"])}
-    assert without == {"figures/index.html"}
+        installs = "%pip install" in "".join("".join(c["source"]) for c in json.loads(p.read_text())["cells"])
+        told = f"in Colab, first run %pip install git+{cfg.git_url}" in pages[page_of(p)]["text"]
+        assert installs or told, inside
+    assert all(any(f"{repo}/blob/" in u for u in p["links"]) for p in pages.values())
 
 
 def test_pages_hold_no_warnings_of_libraries(pages):
@@ -620,6 +637,69 @@ def test_the_notebook_runs_in_jupyterlite(lite, browser, home):
     )
     server = home.removesuffix("stars/")
     assert not [f for f in browser.faults(server) if "asks another host" in f]
+
+
+# ---- the same without a browser
+
+
+@pytest.fixture
+def docs(monkeypatch):
+    "The module that builds the site"
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
+    return importlib.import_module("docs")
+
+
+def fields():
+    "The functions behind the fields of the page"
+    [program] = re.findall(r"String\.raw`(.*?)`", (ROOT / "nbs" / "try.js").read_text(), re.S)
+    exec(program, found := {})
+    return found
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.sampled_from([" ", ",", ", ", "  "]))
+def test_numbers_are_read_as_they_are_typed(numbers, between):
+    assert fields()["ints"](f" {between.join(map(str, numbers))} ") == numbers
+
+
+@pytest.mark.parametrize("target", ["34.5", "-34", "10*3+4", "34 35", "", ",", "thirty"])
+def test_what_is_no_whole_number_is_no_target(target):
+    "A half of it would be graded as if it were all"
+    page = fields()
+    for ask in (
+        lambda: page["verdict"]("3 4 10", target, "10 * 3 + 4"),
+        lambda: page["solution"]("3 4 10", target),
+        lambda: page["habits"]("3 + 4 = 7", "3 4 10", target),
+    ):
+        with pytest.raises(ValueError, match="whole numbers|one number"):
+            ask()
+    with pytest.raises(ValueError, match="whole numbers"):
+        page["verdict"]("3 4 -10", "34", "10 * 3 + 4")
+
+
+def test_the_first_page_offers_python_only_where_it_runs(docs, monkeypatch):
+    nb = json.loads((ROOT / "nbs" / "index.ipynb").read_text())
+    for ready in (True, False):
+        monkeypatch.setattr(docs.browser, "ready", lambda: ready)
+        hero = docs.source(docs.front(nb, docs.pictures(docs.HEADLINE))["cells"][1])
+        assert ("Try it in your browser" in hero) == ready and "See every figure" in hero
+
+
+def test_a_failed_build_of_jupyterlite_shows_its_log(docs, monkeypatch, tmp_path):
+    failed = subprocess.CompletedProcess([], 1, "begun", "no such extension")
+    monkeypatch.setattr(docs.browser, "runtime", lambda folder: None)
+    monkeypatch.setattr(docs.browser, "kernel", lambda: tmp_path)
+    monkeypatch.setattr(docs.browser.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(RuntimeError, match="not built:\nbegun\nno such extension"):
+        docs.browser.build(tmp_path / "lite", {})
+
+
+def test_links_of_the_notebook_in_jupyterlite_lead_to_pages_of_the_site(lite, site):
+    "No other notebook is there"
+    nb = json.loads((site / "lite" / "files" / "try.ipynb").read_text())
+    links = [u for c in nb["cells"] for u in re.findall(r"\]\(([^)\s]+)\)", c["source"])]
+    address = get_config().doc_host + get_config().doc_baseurl + "/"
+    assert len(links) > 3 and all(u.startswith(address) for u in links)
+    assert all((site / u.removeprefix(address)).is_file() for u in links)
 
 
 # ---- the examination itself

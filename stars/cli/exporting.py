@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EVALUATION', 'LABELS', 'COMMON', 'RESULT_COLUMNS', 'RUN_COLUMNS', 'COMPLETION_COLUMNS', 'HEAD', 'LOADING', 'BODY',
            'COMPLETIONS', 'evaluations', 'manifest_of', 'models_in', 'shipped_models', 'stage_named', 'history',
-           'settings_of', 'labels_of', 'results_of', 'results_table', 'run_row', 'runs_table', 'asked_in',
-           'common_schema', 'completions_table', 'write_completions', 'meanings', 'explained', 'unnamed', 'differing',
-           'summary', 'caution', 'size_category', 'claim', 'drop_other_completions', 'write_tables', 'write_card',
-           'export_runs']
+           'settings_of', 'labels_of', 'results_of', 'results_table', 'run_row', 'runs_table', 'common_schema',
+           'asked_in', 'completions_table', 'file_of', 'write_completions', 'meanings', 'explained', 'unnamed',
+           'differing', 'summary', 'caution', 'versions_of', 'size_category', 'whose', 'earlier', 'claim',
+           'write_tables', 'write_card', 'export_runs']
 
 # %% ../../nbs/cli/106_exporting.ipynb #ex003
 import json
@@ -30,7 +30,7 @@ from ..show.viewer import read_parquet
 from ..util.files import dotted, one_writer, write_bytes, write_json, write_table
 
 # %% ../../nbs/cli/106_exporting.ipynb #ex006
-EVALUATION = re.compile(r".*/seed\d+/eval-[0-9a-f]{10}")
+EVALUATION = re.compile(r".*(/[^/]+){3}/seed\d+/eval-[0-9a-f]{10}")  # preset/model/condition/seed/…
 
 
 def evaluations(
@@ -42,7 +42,6 @@ def evaluations(
         raise ValueError(f"{source} is no folder; give a run store, such as runs/cpu")
     tables = source.resolve().rglob("results.csv")
     found = sorted(path.parent for path in tables if EVALUATION.fullmatch(path.parent.as_posix()))
-    found = [folder for folder in found if len(folder.parents) > 4]
     if not found:
         raise ValueError(f"no finished evaluation below {source}; `stars eval` makes one")
     return found
@@ -174,19 +173,6 @@ def runs_table(
     return pd.DataFrame(map(run_row, folders)).astype(dict(seed=int))
 
 # %% ../../nbs/cli/106_exporting.ipynb #ex023
-def asked_in(
-    folders: Sequence[Path],  # of evaluations
-    kind: str,  # one of `LAST_STAGES`
-) -> dict[Path, list[Path]]:  # stage → its files
-    "The completions of the same jobs, of one kind"
-    stages = sorted(
-        {s for f in folders for s in f.parent.glob(f"{kind}-*") if not s.name.endswith(".partial")}
-    )
-    if kind == "eval":
-        stages = list(folders)
-    return {s: files for s in stages if (files := sorted(s.glob("completions-*.parquet")))}
-
-
 def common_schema(
     files: Iterable[Path],  # parquet
 ) -> pa.Schema:
@@ -198,6 +184,22 @@ def common_schema(
         except (pa.ArrowInvalid, OSError) as e:
             raise ValueError(f"{file} is not a parquet file: {e}") from None
     return pa.unify_schemas(schemas, promote_options="permissive")
+
+
+def asked_in(
+    folders: Sequence[Path],  # of evaluations
+    kind: str,  # one of `LAST_STAGES`
+) -> tuple[dict[Path, list[Path]], pa.Schema | None]:  # stage → its files; the schema of all, None: no files
+    "The completions of the same jobs, of one kind; raises ValueError where they cannot be read"
+    stages = sorted(
+        {s for f in folders for s in f.parent.glob(f"{kind}-*") if not s.name.endswith(".partial")}
+    )
+    if kind == "eval":
+        stages = list(folders)
+    asked = {s: files for s in stages if (files := sorted(s.glob("completions-*.parquet")))}
+    for stage in asked:
+        labels_of(stage)  # raises where the manifest is lost
+    return asked, common_schema(file for files in asked.values() for file in files) if asked else None
 
 # %% ../../nbs/cli/106_exporting.ipynb #ex024
 LABELS = pa.schema([(name, pa.string()) for name in ("preset", "run", "trainer", "training")])
@@ -216,26 +218,32 @@ def completions_table(
     return table
 
 
+def file_of(
+    stage: Path,  # that asked checkpoints
+) -> Path:  # in the folder of the data set
+    "Where the completions of a stage go"
+    return Path("completions", *stage.parts[-5:-1], f"{stage.name}.parquet")
+
+
 def write_completions(
     out: Path,
-    folders: Sequence[Path],  # of evaluations
-    kind: str,  # one of `LAST_STAGES`
+    asked: dict[Path, list[Path]],  # stage → its files
+    schema: pa.Schema,  # of all files
 ) -> int:  # rows
     "Copy the completions of a kind"
-    asked, rows = asked_in(folders, kind), 0
-    schema = common_schema(file for files in asked.values() for file in files)
+    rows = 0
     for stage, files in asked.items():
         table = completions_table(stage, files, schema)
-        write_table(table, out / "completions" / Path(*stage.parts[-5:-1]) / f"{stage.name}.parquet")
+        write_table(table, out / file_of(stage))
         rows += len(table)
     return rows
 
 # %% ../../nbs/cli/106_exporting.ipynb #ex026
 COMMON = dict(
     preset="size of the experiment: its defaults, and the folder of the run store",
-    run="folder of the evaluation; joins the tables, together with `preset`",
+    run="folder of the evaluation, the draws or the transfer; `results`, `runs` and `completions` share it",
     trainer="what trained the checkpoints: `ppo` (also with other estimators: see `settings`) or `star`",
-    training="folder of the training; draws and transfer of the same checkpoints have it, too",
+    training="folder of the training; all tables share it, so it joins draws and transfer to `runs`",
     model="what training started from: a base of the package, a folder or a hub id",
     condition="what the model was primed with before RL; `base`: nothing",
     seed="of priming, SFT and RL; another seed is another run",
@@ -366,10 +374,10 @@ results = pd.read_parquet("FOLDER/results.parquet")
 # %% ../../nbs/cli/106_exporting.ipynb #ex034
 BODY = """# Runs of stars
 
-Small language models solve Countdown puzzles, before and during reinforcement learning. Which habits did they
+Language models solve Countdown puzzles, before and during reinforcement learning. Which habits did they
 have at the start, and which of them learned? The question is that of
 [Gandhi et al. (2025)](https://arxiv.org/abs/2503.01307); the runs were made by
-[stars](https://github.com/stars-contributors/stars) {{ version }}, a re-implementation.
+[stars](https://github.com/stars-contributors/stars) {{ versions }}, a re-implementation.
 {{ loading }}
 ## What was run
 
@@ -393,6 +401,10 @@ Accuracy on held-out puzzles, mean over seeds, at the first and the last checkpo
 | `{{ column }}` | {{ meaning }} |
 {%- endfor %}
 {% endfor %}
+## Licence
+
+{{ whose }}
+
 ## Cite
 
 The paper, arXiv:2503.01307, and the software, as `CITATION.cff` of
@@ -413,34 +425,60 @@ def caution(runs: pd.DataFrame) -> str:
     return " ".join(said)
 
 
+def versions_of(runs: pd.DataFrame) -> str:
+    "The versions of this package that made the runs, which need not be the one that exports them"
+    return " and ".join(sorted(set(runs.version_stars.dropna()))) or "of an unknown version"
+
+
 def size_category(rows: int) -> str:
     "How the Hub names a number of rows"
     steps = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M")]
     return next((name for most, name in steps if rows < most), "1M<n<10M")
 
+# %% ../../nbs/cli/106_exporting.ipynb #ex046
+def whose(
+    runs: pd.DataFrame,
+    licence: str,  # of the data, as the Hub names it
+    completions: bool,  # are there texts?
+) -> str:
+    "What the licence covers, and whose texts these are"
+    others = sorted(set(runs.model) - set(BASES))
+    if not completions:
+        return f"The tables are given under {licence}. They hold no texts."
+    if not others:
+        return f"All tables are given under {licence}. The texts are by models that this package trained."
+    names = ", ".join(f"`{name}`" for name in others)
+    return (
+        f"The numbers are given under {licence}. Texts in rows whose `model` is {names} were written by "
+        f"models of another origin: what may be done with such texts, the licences of those models say."
+    )
+
 # %% ../../nbs/cli/106_exporting.ipynb #ex038
+def earlier(out: Path) -> dict:  # empty: none
+    "What an earlier export in a folder says of itself"
+    try:
+        about = json.loads((out / "tables.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) and "stars" in about else {}
+
+
 def claim(
     out: Path,
-    about: dict,  # what is exported
+    about: dict,  # what is exported; `files`: paths in the folder
 ):
     "Take a new folder, or an earlier export without its card; raises ValueError for any other"
     theirs = [p for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
-    if theirs and not (out / "tables.json").is_file():
+    before = earlier(out)
+    if theirs and not before:
         raise ValueError(f"{out} holds files and is no earlier export; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").unlink(missing_ok=True)
+    for name in set(before.get("files", ())) - set(about["files"]):
+        file = out.resolve() / name
+        if file.resolve().is_relative_to(out.resolve()):  # a list from elsewhere reaches no other folder
+            file.unlink(missing_ok=True)
     write_json(out / "tables.json", about)
-
-
-def drop_other_completions(
-    out: Path,
-    stages: Iterable[Path],  # whose completions stay
-):
-    "Remove completions of an earlier export that are not of this one"
-    kept = {out / "completions" / Path(*s.parts[-5:-1]) / f"{s.name}.parquet" for s in stages}
-    for file in (out / "completions").rglob("*.parquet"):
-        if file not in kept:
-            file.unlink()
 
 # %% ../../nbs/cli/106_exporting.ipynb #ex039
 COMPLETIONS = dict(eval="completions", draws="draws", transfer="transfer")  # kind → name of the table
@@ -448,31 +486,28 @@ COMPLETIONS = dict(eval="completions", draws="draws", transfer="transfer")  # ki
 
 def write_tables(
     out: Path,
-    folders: Sequence[Path],  # of evaluations
-    completions: bool,  # the texts, too
+    numbers: dict[str, pd.DataFrame],  # name → table
+    texts: dict[str, tuple],  # kind → what `asked_in` found
 ) -> dict[str, tuple[str, int, list[str]]]:  # table → files, rows, columns
     "Write all tables"
-    results = results_table(folders)
-    runs, tables = runs_table(folders), {}
-    for name, table in dict(results=results, runs=runs).items():
+    tables = {}
+    for name, table in numbers.items():
         write_table(pa.Table.from_pandas(table, preserve_index=False), out / f"{name}.parquet")
         tables[name] = f"{name}.parquet", len(table), list(table)
-    kinds = [kind for kind in LAST_STAGES if completions and asked_in(folders, kind)]
-    drop_other_completions(out, [s for kind in kinds for s in asked_in(folders, kind)])
-    for kind in kinds:
-        rows, files = write_completions(out, folders, kind), f"completions/**/{kind}-*.parquet"
-        columns = pq.read_schema(next(out.glob(files))).names
-        tables[COMPLETIONS[kind]] = files, rows, columns
+    for kind, (asked, schema) in texts.items():
+        rows = write_completions(out, asked, schema)
+        tables[COMPLETIONS[kind]] = f"completions/**/{kind}-*.parquet", rows, [*LABELS.names, *schema.names]
     return tables
 
 # %% ../../nbs/cli/106_exporting.ipynb #ex040
 def write_card(
     out: Path,
     tables: dict[str, tuple[str, int, list[str]]],  # from `write_tables`
+    numbers: dict[str, pd.DataFrame],  # results and runs
     licence: str,  # of the data, as the Hub names it
 ):
     "Write README.md"
-    results, runs = (pd.read_parquet(out / f"{name}.parquet") for name in ("results", "runs"))
+    runs = numbers["runs"]
     own = dict(results=RESULT_COLUMNS, runs=RUN_COLUMNS)
     sections = [("In all tables", "Which run a row is of.", explained(COMMON, {}))]
     for name, (files, rows, columns) in tables.items():
@@ -482,8 +517,9 @@ def write_card(
     card = Environment(keep_trailing_newline=True).from_string(HEAD + BODY)
     text = card.render(
         dict(tables=tables, sections=sections, size=size, licence=licence, loading=LOADING),
-        version=__version__,
-        lines=summary(results, runs).round(3).itertuples(index=False),
+        versions=versions_of(runs),
+        whose=whose(runs, licence, len(tables) > len(numbers)),
+        lines=summary(numbers["results"], runs).round(3).itertuples(index=False),
         caution=caution(runs),
     )
     write_bytes(out / "README.md", text.encode())
@@ -501,9 +537,14 @@ def export_runs(
             f"licence={licence!r} must be a name as the Hub knows it, such as apache-2.0 or cc-by-4.0"
         )
     out, folders = Path(out), evaluations(source)
+    numbers = dict(results=results_table(folders), runs=runs_table(folders))
+    texts = {kind: asked_in(folders, kind) for kind in LAST_STAGES if completions}
+    texts = {kind: found for kind, found in texts.items() if found[0]}
+    files = [f"{name}.parquet" for name in numbers]
+    files += [file_of(stage).as_posix() for asked, _ in texts.values() for stage in asked]
     out.parent.mkdir(parents=True, exist_ok=True)
     with one_writer(out):
-        claim(out, dict(stars=__version__, evaluations=len(folders), completions=completions))
-        tables = write_tables(out, folders, completions)
-        write_card(out, tables, licence)
+        claim(out, dict(stars=__version__, evaluations=len(folders), completions=completions, files=files))
+        tables = write_tables(out, numbers, texts)
+        write_card(out, tables, numbers, licence)
     return {name: rows for name, (_, rows, _) in tables.items()}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LINKS', 'PICTURE_TEMPLATE', 'ENTRY_TEMPLATE', 'SHEET', 'PAGE_TEMPLATE', 'README_MARK', 'README_TEMPLATE',
-           'preset_rank', 'place_order', 'place_name', 'read_manifest', 'inner', 'facts', 'png_size', 'Link', 'links',
-           'anchor', 'Entry', 'read_entry', 'figure_names', 'message', 'lasting', 'write_readme', 'read_entries',
-           'gallery']
+           'preset_rank', 'place_order', 'place_name', 'read_manifest', 'inner', 'facts', 'png_size', 'kept', 'Link',
+           'links', 'anchor', 'message', 'Entry', 'read_entry', 'figure_names', 'beside', 'write_readme',
+           'read_entries', 'gallery']
 
 # %% ../../nbs/show/98_gallery.ipynb #ii003
 import hashlib
@@ -101,10 +101,18 @@ def png_size(path: Path) -> tuple[int, int] | None:
         return None
     return int.from_bytes(head[16:20]), int.from_bytes(head[20:])
 
-# %% ../../nbs/show/98_gallery.ipynb #ii022
+# %% ../../nbs/show/98_gallery.ipynb #ii052
 LINKS = dict(svg="SVG", png="PNG", csv="Data", json="Manifest", ipynb="Notebook")
 
 
+def kept(
+    place: str,  # folder of figures
+) -> list[str]:  # kinds of files, of `LINKS`
+    "What of a figure is kept with the project"
+    ours = "published" not in place.split("+")
+    return [kind for kind in LINKS if ours or kind not in ("csv", "ipynb")]
+
+# %% ../../nbs/show/98_gallery.ipynb #ii022
 @dataclass
 class Link:
     "What a reader can open"
@@ -131,6 +139,14 @@ def links(
 def anchor(*parts: str) -> str:
     return quote("/".join(parts), safe="/")
 
+# %% ../../nbs/show/98_gallery.ipynb #ii056
+def message(
+    about: dict,  # a manifest
+) -> list[str]:  # lines
+    "What a figure says"
+    lines = str(about.get("title") or "").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
 # %% ../../nbs/show/98_gallery.ipynb #ii026
 @dataclass
 class Entry:
@@ -149,8 +165,12 @@ class Entry:
         return anchor(self.place, self.name)
 
     @property
+    def message(self) -> list[str]:
+        return message(self.about)
+
+    @property
     def title(self) -> str:
-        return " ".join(str(self.about.get("title") or "").split())
+        return ". ".join(self.message)
 
     @property
     def head(self) -> str:
@@ -177,7 +197,7 @@ def read_entry(
     error: str,  # why it could not be drawn this time; empty if it was
 ) -> Entry:
     "What there is of a figure"
-    paths = {kind: folder / place / f"{name}.{kind}" for kind in LINKS}
+    paths = {kind: folder / place / f"{name}.{kind}" for kind in kept(place)}
     files = {kind: quote(f"{place}/{name}.{kind}") for kind, path in paths.items() if path.is_file()}
     about, wrong = read_manifest(paths["json"])
     size = png_size(paths["png"]) if "png" in files else None
@@ -344,9 +364,9 @@ settings, the seeds and the commit. `stars figure NAME` draws one again.
 <td>
 {%- if e.error %}<b>Could not be drawn:</b> {{ e.error.splitlines()[0] }}<br>
 {%- if "png" in e.files %}Older picture: {% endif %}{% endif -%}
-{% for line in message(e) %}<b>{{ line }}</b><br>{% endfor %}
+{% for line in e.message or [e.name] %}<b>{{ line }}</b><br>{% endfor %}
 {%- if e.wrong %}{{ e.wrong }}<br>{% endif -%}
-<sub>{% for link in lasting(e) %}<a href="{{ link.address }}">{{ link.text }}</a> · {% endfor -%}
+<sub>{% for link in beside(e) %}<a href="{{ link.address }}">{{ link.text }}</a> · {% endfor -%}
 <code>{{ e.name }}</code>{% if e.facts %} · {{ e.facts }}{% endif %}</sub></td>
 </tr>
 {%- endfor %}
@@ -355,16 +375,9 @@ settings, the seeds and the commit. `stars figure NAME` draws one again.
 )
 
 # %% ../../nbs/show/98_gallery.ipynb #ii045
-def message(e: Entry) -> list[str]:  # lines
-    "What a figure says"
-    lines = str(e.about.get("title") or "").split("\n")
-    return [line.strip() for line in lines if line.strip()] or [e.name]
-
-
-def lasting(e: Entry) -> list[Link]:
-    "What of a figure is kept with the project, beside the picture"
-    kinds = ["json"] if "published" in e.place.split("+") else ["ipynb", "csv", "json"]
-    return links({kind: e.files[kind] for kind in kinds if kind in e.files}, e.name, {})
+def beside(e: Entry) -> list[Link]:
+    "What there is of a figure beside its picture"
+    return links({kind: e.files[kind] for kind in ("ipynb", "csv", "json") if kind in e.files}, e.name, {})
 
 # %% ../../nbs/show/98_gallery.ipynb #ii047
 def write_readme(
@@ -376,7 +389,7 @@ def write_readme(
     if path.exists() and not path.read_bytes().startswith(README_MARK.encode()):
         return
     template = Environment(autoescape=True, keep_trailing_newline=True).from_string(README_TEMPLATE)
-    text = template.render(places=places, place_name=place_name, message=message, lasting=lasting)
+    text = template.render(places=places, place_name=place_name, beside=beside)
     write_bytes(path, text.encode())
 
 # %% ../../nbs/show/98_gallery.ipynb #ii049

@@ -159,6 +159,50 @@ def test_the_card_tells_runs_apart_that_differ_in_a_setting(store, tmp_path):
     assert "| cpu | plain | base | ppo |  | 1 | 0.0 | 0.5 |" in card
 
 
+def change_manifests(store, **packages):
+    for path in store.rglob("eval-*/manifest.json"):
+        about = json.loads(path.read_text())
+        path.write_text(json.dumps(about | dict(packages=about["packages"] | packages)))
+
+
+def test_the_card_names_the_version_that_made_the_runs(store, tmp_path):
+    "Not the one that exports them"
+    change_manifests(store, stars="0.0.7")
+    exporting.export_runs(store, tmp_path / "out")
+    assert (
+        "(https://github.com/stars-contributors/stars) 0.0.7, a re"
+        in (tmp_path / "out/README.md").read_text()
+    )
+
+
+def test_draws_join_the_runs_as_the_card_says(store, tmp_path):
+    exporting.export_runs(store, tmp_path / "out", completions=True)
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert (
+        "so it joins draws and transfer to `runs`" in card and "`results`, `runs` and `completions`" in card
+    )
+    add_job(store, kind="draws", condition="base")  # of the same training as its evaluation
+    exporting.export_runs(store, tmp_path / "out", completions=True)
+    runs, draws = (
+        pd.concat(map(pd.read_parquet, sorted((tmp_path / "out").rglob(f))))
+        for f in ("runs.parquet", "draws-0*")
+    )
+    one = ["preset", "training", "model", "condition", "seed"]
+    assert len(draws) and len(draws.merge(runs[one], on=one)) == len(draws)
+
+
+def test_the_card_says_whose_texts_they_are(store, tmp_path):
+    def licence(completions):
+        exporting.export_runs(store, tmp_path / "out", completions=completions)
+        return (tmp_path / "out" / "README.md").read_text("utf-8").split("## Licence")[1].split("## Cite")[0]
+
+    assert "that this package trained" in licence(True) and "hold no texts" in licence(False)
+    shutil.copytree(store / "plain", store / "SmolLM2-135M")
+    for path in (store / "SmolLM2-135M").rglob("results.csv"):
+        pd.read_csv(path).assign(model="HuggingFaceTB/SmolLM2-135M").to_csv(path, index=False)
+    assert "`HuggingFaceTB/SmolLM2-135M` were written by models of another origin" in licence(True)
+
+
 def test_what_is_still_being_built_is_left_out(store, tmp_path):
     folder = add_job(store, seed=2)
     folder.rename(folder.with_name(folder.name + ".partial"))
@@ -182,15 +226,16 @@ def test_an_export_is_replaced_and_nothing_else(store, tmp_path):
     (out / ".git" / "HEAD").write_text("ref")
     exporting.export_runs(store, out, completions=True)
     (out / "notes.txt").write_text("mine")
+    (out / "completions" / "mine.parquet").write_text("mine")
     shutil.rmtree(store / "plain" / "base")
     again = exporting.export_runs(store, out, completions=True)
     fresh = exporting.export_runs(store, tmp_path / "fresh", completions=True)
     assert again == fresh
-    theirs = {(out / p).relative_to(out) for p in (".git/HEAD", "notes.txt")}
+    theirs = {(out / p).relative_to(out) for p in (".git/HEAD", "notes.txt", "completions/mine.parquet")}
     assert {k: v for k, v in everything(out).items() if k not in theirs} == everything(tmp_path / "fresh")
     assert (out / "notes.txt").read_text() == "mine" and (out / ".git" / "HEAD").exists()
     exporting.export_runs(store, out)
-    assert not list(out.rglob("draws-*"))
+    assert not list(out.rglob("draws-*")) and (out / "completions" / "mine.parquet").read_text() == "mine"
 
 
 @pytest.mark.parametrize("at", ["write_table", "write_bytes"])
@@ -220,7 +265,21 @@ def test_a_folder_of_other_things_is_refused_and_stays(store, tmp_path):
         exporting.export_runs(store, tmp_path / "mine")
     with pytest.raises(ValueError, match="no earlier export"):
         exporting.export_runs(store, store)
+    (tmp_path / "mine" / "tables.json").write_text('{"tables": 3}')  # of another program
+    with pytest.raises(ValueError, match="no earlier export"):
+        exporting.export_runs(store, tmp_path / "mine")
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+def test_a_list_from_elsewhere_reaches_no_other_folder(store, tmp_path):
+    "A clone may hold anybody's tables.json"
+    (tmp_path / "mine.txt").write_text("mine")
+    exporting.export_runs(store, tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "tables.json").read_text())
+    about["files"] += ["../mine.txt", str(tmp_path / "mine.txt")]
+    (tmp_path / "out" / "tables.json").write_text(json.dumps(about))
+    exporting.export_runs(store, tmp_path / "out")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def damage_manifest(store):
@@ -240,9 +299,14 @@ def damage_completions(store):
     next(store.rglob("eval-*/*.parquet")).write_bytes(b"no parquet")
 
 
+def damage_draws(store):
+    next(store.rglob("draws-*/manifest.json")).unlink()
+
+
 @pytest.mark.parametrize(
     "damage,said",
     [
+        (damage_draws, "manifest.json cannot be read, so nobody knows what made draws-"),
         (damage_manifest, "manifest.json cannot be read, so nobody knows what made eval-"),
         (damage_results, "results.csv cannot be read"),
         (empty_results, "results.csv has no rows"),
@@ -251,13 +315,16 @@ def damage_completions(store):
     ],
 )
 def test_what_cannot_be_exported_is_named_in_one_line(store, tmp_path, monkeypatch, capsys, damage, said):
+    exporting.export_runs(store, tmp_path / "old", completions=True)
+    before = everything(tmp_path / "old")
     damage(store)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as e:
-        cli.main(["export", str(store), "out", "--completions"])
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and said in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "out" / "README.md").exists()
+    for out in ("out", "old"):
+        with pytest.raises(SystemExit) as e:
+            cli.main(["export", str(store), out, "--completions"])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and said in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists() and everything(tmp_path / "old") == before
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -99,9 +100,8 @@ def test_every_link_leads_somewhere_and_nothing_comes_from_elsewhere(folder):
         else:
             assert not t.startswith(("/", "http", "file:")) and (folder / unquote(t)).is_file(), t
     files = {unquote(t) for t in page.targets() if not t.startswith("#")}
-    assert files == {
-        p.relative_to(folder).as_posix() for p in folder.glob("*/*.*")
-    }  # all of them can be reached
+    theirs = {"published/fig_a.csv", "cpu+published/fig_a.csv"}  # not kept with the project
+    assert files == {p.relative_to(folder).as_posix() for p in folder.glob("*/*.*")} - theirs
     assert (
         not page.all("script") and not page.all("link") and "url(" not in (folder / "index.html").read_text()
     )
@@ -165,11 +165,29 @@ def test_published_rows_are_not_linked_where_they_are_not_kept(folder):
     (folder / "published" / "fig_a.ipynb").write_text("{}")
     theirs = [t for t in targets(readme_of(folder)) if "published" in t]
     assert theirs and all(t.endswith((".png", ".json")) for t in theirs)
+    there = [
+        t for t in Page(folder / "index.html").targets() if "published" in t and "/" in t and t[0] != "#"
+    ]
+    assert there and all(t.endswith((".png", ".svg", ".json")) for t in there)
+
+
+@pytest.mark.parametrize("name", ["index.html", "README.md"])
+def test_the_committed_pages_link_only_what_is_committed(name):
+    figures = Path(__file__).parents[2] / "figures"
+    if not (figures.parent / ".git").exists():
+        pytest.skip("not a git checkout")
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=figures, capture_output=True, text=True, check=True)
+    links = {unquote(t) for t in targets((figures / name).read_text("utf-8"))}
+    files = {t for t in links if not t.startswith(("#", "http"))}
+    assert len(files) > 60 and files <= set(done.stdout.split("\0"))
 
 
 def test_every_part_of_a_title_is_a_line_of_its_own(folder):
     change(folder / "cpu" / "fig_b.json", title="plain | *b*\n\n rich – b_c ")
-    assert "<b>plain | *b*</b><br><b>rich – b_c</b><br>" in readme_of(folder)
+    readme = readme_of(folder)
+    assert "<b>plain | *b*</b><br><b>rich – b_c</b><br>" in readme
+    assert 'alt="plain | *b*. rich – b_c"' in readme  # heard, they do not run into each other
+    assert "plain | *b*. rich – b_c" in [a["alt"] for a in Page(folder / "index.html").all("img")]
 
 
 def test_code_hosts_are_told_what_failed_and_what_is_wrong(folder):
