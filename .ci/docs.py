@@ -237,9 +237,10 @@ def enlargeable(text):
     )  # a picture on a phone: touch it for the large one
 
 
-def brings_the_package(nb):
-    "Does a cell install the package where it is absent, as in Colab?"
-    return any('find_spec("stars")' in source(c) for c in nb["cells"] if c["cell_type"] == "code")
+def lacks_the_package(nb):
+    "Does a notebook run code, and no cell installs the package where it is absent, as in Colab?"
+    code = [source(c) for c in nb["cells"] if c["cell_type"] == "code"]
+    return bool(code) and not any('find_spec("stars")' in text for text in code)
 
 
 def doors(path, nb=None):
@@ -261,7 +262,7 @@ def doors(path, nb=None):
             (f"https://mybinder.org/v2/gh/{repo}/{cfg.branch}?labpath={path}", "Open in Binder", ""),
         ]
     ways = [f'<a href="{u}"{how}>{what}</a>' for u, what, how in links]
-    if nb and not brings_the_package(nb):
+    if nb and lacks_the_package(nb):
         ways.append(f"<span>(in Colab, first run <code>%pip install git+{cfg.git_url}</code>)</span>")
     return '<p class="doors">' + "\n".join(ways) + "</p>"
 
