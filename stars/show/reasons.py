@@ -254,8 +254,8 @@ def draw_passk(
         left.set(ylim=(0, 1), xlim=(ks[0], max(ks[-1], 2)), ylabel="pass@k", xlabel="k, attempts")
         right.set(ylim=(0, 1), xlim=(0, 1), ylabel="Cover@τ", xlabel="τ, share that must be right")
         end_labels(left, labels)
-        for ax in (left, right):
-            ax.set_title(label(c), loc="left", weight="bold", color=ink(color(c)), pad=5)
+        for ax, side in ((left, "left"), (right, "right")):  # long names go on to the left, not off the page
+            ax.set_title(label(c), loc=side, weight="bold", color=ink(color(c)), pad=5)
 
 # %% ../../nbs/show/99_reasons.ipynb #dr025
 def draws_caption(

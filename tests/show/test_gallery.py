@@ -234,6 +234,8 @@ def test_places_in_order():
 
 def test_origin_as_far_as_it_is_known():
     assert facts(ABOUT) == "preset cpu · seeds 0, 1, 2 · commit 0123456 · 3.2 minutes"
+    later = [dict(commit="fedcba9876", what=what) for what in ("adds", "pays")]
+    assert "commit 0123456 · later rows: commit fedcba9 · 3.2" in facts(ABOUT | dict(added=later))
     assert (
         facts(ABOUT | dict(seeds=[4], uncommitted_changes=True, minutes=80.4, date="2030-01-02T03:04:05"))
         == "preset cpu · seed 4 · commit 0123456 with uncommitted changes · 2030-01-02 · 80 minutes"

@@ -13,6 +13,7 @@ from stars.show.plots import color, figure_text, picture
 from stars.show.reasons import (
     crossings,
     passk,
+    passk_findings,
     passk_table,
     passk_title,
     transfer,
@@ -114,11 +115,23 @@ def lines_of(ax):
     return [(line.get_color(), line.get_linestyle()) for line in ax.lines if len(line.get_xdata()) > 2]
 
 
+def test_words_name_conditions_in_the_order_of_the_figure():
+    "Whatever the order of the rows"
+    rows = draws(dict.fromkeys(CONDITIONS, adds)).iloc[::-1]
+    said = passk_findings(passk_table(rows)).split("\n")
+    assert [line.split(" at ")[0] for line in said[:3]] == [
+        "Base",
+        "Backtracking + verification",
+        "Empty CoT",
+    ]
+
+
 def test_each_condition_has_a_row_with_base_start_and_trained():
     fig = passk(passk_table(draws(dict.fromkeys(CONDITIONS, adds))))
     primed = color("backtracking_verification")
     left = {ax.get_title(loc="left"): ax for ax in fig.axes if ax.get_ylabel() == "pass@k"}
-    assert all(ax.get_title(loc="left") in left for ax in fig.axes)  # both columns say whose they are
+    right = [ax.get_title(loc="right") for ax in fig.axes if ax.get_ylabel() != "pass@k"]
+    assert right == list(left)  # both columns say whose they are
     assert list(left) == ["base", "backtracking + verification", "empty CoT"]
     want = [(color("base"), ":"), (primed, "--"), (primed, "-")]
     assert lines_of(left["backtracking + verification"]) == want
