@@ -186,12 +186,13 @@ def turn_bytes(
     tokens: int,  # of the micro-batch
     each: int,  # bytes per logit, with what is made of it
     size: int,  # bytes per number of the head's gradient; 0 where it is not trained
+    copy: int = 0,  # bytes per number of the head's copy under autocast
 ) -> int:
     "Logits, and gradients of the head, when the backward pass begins"
-    logits, gradient = logit_bytes(shape, tokens, each), size * shape.vocab * shape.hidden
+    logits, head = logit_bytes(shape, tokens, each), shape.vocab * shape.hidden
     if tokens * shape.vocab <= LOGITS:
         return logits
-    return max(logits, 2 * gradient) + gradient
+    return max(logits, (2 * size - copy) * head) + size * head
 
 # %% ../../nbs/lab/87_memory.ipynb #m026
 def pass_bytes(
@@ -213,7 +214,8 @@ def pass_bytes(
 
     made = logit_bytes(shape, tokens, (12 if entropy else 8) + size)
     forward = moment(1 if frozen else shape.layers, made)
-    back_again = turn_bytes(shape, tokens, 20 if entropy else 12, 0 if how.rank else 2 if how.half else 4)
+    gradient = 0 if how.rank else 2 if how.half else 4
+    back_again = turn_bytes(shape, tokens, 20 if entropy else 12, gradient, 2 if how.casts else 0)
     turn = moment(0 if how.remat else shape.layers, back_again)
     back = moment(1 if how.remat else shape.layers, walked=walked, head=False)
     casts, logits, walked = max(forward, turn, back, key=sum)

@@ -298,7 +298,7 @@ def test_the_peak_with_logits_in_pieces(most, bf16, half, monkeypatch):
             logp, entropy = token_logprobs(m, torch.randint(8000, (3, 160)), entropy=True)
         (logp.sum() + entropy.sum()).backward()
     counted = pass_bytes(shape, 480, Training(bf16, half), entropy=True)
-    assert sum(counted.values()) == pytest.approx(alive.peak, rel=0.1)
+    assert sum(counted.values()) == pytest.approx(alive.peak, rel=0.06)
 
 
 # weights, moments, sharding
