@@ -84,14 +84,22 @@ def started(monkeypatch):
 
     class Spy:
         def __init__(self, f):
-            self.f = remote(f)
+            self.f = f
 
         def options(self, **how):
             assert how["name"] not in tasks
             tasks[how["name"]] = how
             return self.f.options(**how)
 
-    monkeypatch.setattr(sweeps.ray, "remote", Spy)
+    def watched(**how):
+        assert how == dict(max_calls=1)  # a process that is used again has CUDA on its first card
+
+        def of(f):
+            return Spy(remote(**how)(f))
+
+        return of
+
+    monkeypatch.setattr(sweeps.ray, "remote", watched)
     return tasks
 
 
