@@ -9,6 +9,12 @@ import pytest
 os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15, workers on a busy machine wait for hours
 
 
+@pytest.fixture(autouse=True, scope="module")
+def at_home(request):
+    "A file of tests begins where pytest was started, wherever the one before it has gone"
+    os.chdir(request.config.invocation_params.dir)
+
+
 def pytest_collection_finish():
     """Imported modules never become garbage; without this, a full collection walks through torch in the
     middle of a timed line"""
