@@ -476,7 +476,7 @@ def test_the_book_lists_its_chapters_in_order(browser, home):
 
 
 def test_every_notebook_can_be_seen_kept_and_run_elsewhere(pages, site, home):
-    cfg, repo = get_config(), f"{get_config().user}/{get_config().repo}"
+    cfg, repo = get_config(path=ROOT), f"{get_config(path=ROOT).user}/{get_config(path=ROOT).repo}"
     for p in (ROOT / "nbs").rglob("*.ipynb"):
         inside = p.relative_to(ROOT / "nbs")
         links, copy = pages[page_of(p)]["links"], f"notebooks/{inside}"
@@ -560,7 +560,7 @@ def test_a_switch_turns_the_lights_off_and_the_next_page_knows(browser, home):
 
 
 def test_a_shared_link_has_a_picture(pages, site):
-    address = get_config().doc_host + get_config().doc_baseurl + "/"
+    address = get_config(path=ROOT).doc_host + get_config(path=ROOT).doc_baseurl + "/"
     for name, page in pages.items():
         if name != "figures/index.html":
             assert page["card"] and (site / page["card"].removeprefix(address)).is_file(), name
@@ -698,7 +698,7 @@ def test_links_of_the_notebook_in_jupyterlite_lead_to_pages_of_the_site(lite, si
     "No other notebook is there"
     nb = json.loads((site / "lite" / "files" / "try.ipynb").read_text())
     links = [u for c in nb["cells"] for u in re.findall(r"\]\(([^)\s]+)\)", c["source"])]
-    address = get_config().doc_host + get_config().doc_baseurl + "/"
+    address = get_config(path=ROOT).doc_host + get_config(path=ROOT).doc_baseurl + "/"
     assert len(links) > 3 and all(u.startswith(address) for u in links)
     assert all((site / u.removeprefix(address)).is_file() for u in links)
 
