@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 import zlib
+from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging as transformers_logging
 
 from stars.models.micro import micro_model, micro_tokenizer
-from stars.models.parallel import Team, prepare
+from stars.models.parallel import Team, prepare, start_ray
 from stars.rl.ppo import PPOConfig, Runtime, ppo
 from stars.rl.rollouts import LlamaEngine, Rollout, Task
 from stars.rl.sft import SFTConfig, sft
@@ -199,3 +200,21 @@ def state_of_process():
             end=signal.getsignal(signal.SIGTERM),
         )
     )
+
+
+@contextmanager
+def ray_with(gpus):
+    "Ray with two CPUs and, on paper, some GPUs; tiny models: a second thread only waits"
+    import ray
+
+    threads, omp = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)  # as in the workers
+    os.environ["OMP_NUM_THREADS"] = "1"
+    start_ray(quiet=True, num_cpus=2, num_gpus=gpus)
+    yield ray
+    ray.shutdown()
+    torch.set_num_threads(threads)
+    os.environ.pop("OMP_NUM_THREADS")
+    if omp:
+        os.environ["OMP_NUM_THREADS"] = omp

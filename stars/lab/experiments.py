@@ -10,11 +10,12 @@ __all__ = ['LABEL_ROWS', 'ENGINE_SHARE', 'NEED_THEIR_KIND', 'MICRO_SHARE', 'MICR
            'corpus_stage', 'label_stage', 'curate_stage', 'curated_folder', 'matched_rows', 'pretraining_stage',
            'save_texts', 'engines_beside_workers', 'run_training', 'trainable', 'sft_worker', 'sft_stage',
            'vllm_engine', 'connected', 'make_engine', 'trained_by', 'ppo_worker', 'rl_stage', 'ppo_stage',
-           'star_worker', 'star_stage', 'trained_stage', 'Questions', 'answers', 'ask_here', 'ask_on_devices', 'ask',
-           'asking_settings', 'read_answers', 'tokens_sampled', 'eval_stage', 'asked_checkpoints', 'draws_stage',
-           'space_problems', 'transfer_stage', 'last_stage', 'is_built', 'grid', 'quiet', 'quietly', 'progress_of',
-           'attempt', 'build_one_by_one', 'build_shared', 'start_worker', 'build_side_by_side', 'build_all',
-           'report_failures', 'gpu_share', 'places', 'run_jobs', 'results', 'manifest']
+           'star_worker', 'star_stage', 'trained_stage', 'Questions', 'answers', 'prompts_of', 'ask_here',
+           'ask_on_devices', 'ask', 'asking_settings', 'read_answers', 'tokens_sampled', 'eval_stage',
+           'asked_checkpoints', 'draws_stage', 'space_problems', 'transfer_stage', 'last_stage', 'is_built', 'grid',
+           'quiet', 'quietly', 'progress_of', 'attempt', 'build_one_by_one', 'build_shared', 'start_worker',
+           'build_side_by_side', 'build_all', 'report_failures', 'gpu_share', 'places', 'run_jobs', 'results',
+           'manifest']
 
 # %% ../../nbs/lab/85_experiments.ipynb #c002
 import json
@@ -24,13 +25,13 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from traceback import clear_frames
 
@@ -75,7 +76,7 @@ from stars.models.checkpoints import (
 )
 from ..models.gguf import convert_gguf, smollm2_gguf
 from ..models.micro import attention, check_spells, micro_model, micro_tokenizer
-from ..models.parallel import Team, device_count, on_devices, on_workers, prepare, start_ray
+from ..models.parallel import Team, device_count, on_devices, on_workers, prepare
 from ..rl.evals import Sampling, complete, failures, write_completions
 from ..rl.loops import Runtime, Tracking, read_log
 from ..rl.ppo import ppo
@@ -574,10 +575,8 @@ def engines_beside_workers(cfg: Config) -> bool:
     "Are there too few GPUs for workers and engines to have one each?"
     if cfg.run.engine != "vllm":
         return False
-    start_ray()
-    import ray
-
-    return 0 < ray.cluster_resources().get("GPU", 0) < cfg.run.workers + cfg.run.engines
+    kind, devices = device_count()
+    return kind == "GPU" and devices < cfg.run.workers + cfg.run.engines
 
 # %% ../../nbs/lab/85_experiments.ipynb #x152
 def run_training(
@@ -808,6 +807,16 @@ def answers(
     return complete(engine, tokenizer, questions.problems, sampling, Task(prompt_for(cfg, tokenizer)), labels)
 
 # %% ../../nbs/lab/85_experiments.ipynb #x166
+def prompts_of(
+    cfg: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Iterable[Questions],
+) -> Iterator[str]:
+    "The prompts of all problems"
+    prompt = prompt_for(cfg, tokenizer)
+    return (prompt(p) for q in questions for p in q.problems)
+
+
 def ask_here(
     job: Job,
     left: dict[Path, list[Questions]],  # checkpoint → what it has not been asked yet
@@ -815,9 +824,7 @@ def ask_here(
 ) -> int:  # checkpoints that were asked
     "Completions of checkpoints, one after the other"
     cfg, tokenizer, engine = job.cfg, load_tokenizer(next(iter(left))), None
-    prompts = [
-        prompt_for(cfg, tokenizer)(p) for questions in left.values() for q in questions for p in q.problems
-    ]
+    prompts = prompts_of(cfg, tokenizer, chain(*left.values()))
     try:
         for path, questions in tqdm(left.items(), desc=job.last, disable=not job.progress):
             model = load_model(path, device(), number_type(cfg.rl.bf16))
@@ -859,8 +866,7 @@ def ask(
 ):
     "Completions of each checkpoint that has none yet"
     tokenizer = load_tokenizer(checkpoints[0])
-    prompt = prompt_for(job.cfg, tokenizer)
-    check_spells(tokenizer, (prompt(p) for q in questions for p in q.problems))
+    check_spells(tokenizer, prompts_of(job.cfg, tokenizer, questions))
     left = {c: [q for q in questions if not (out / q.file(c)).exists()] for c in checkpoints}
     if left := {c: asked for c, asked in left.items() if asked}:
         (ask_on_devices if job.cfg.run.spreads else ask_here)(job, left, out)

@@ -92,8 +92,8 @@ def settle_attention(
     ids = torch.arange(12, device=body.device).view(2, 6) % body.get_input_embeddings().num_embeddings
     with autocast(body.device, True):  # its kernel has no 32 bits
         flat = flat_states(body, ids, [6, 6]).float()
-        apart = torch.cat([hidden_states(body, row[None]) for row in ids]).float()
-    if (flat - apart).abs().max() > 0.05 * apart.abs().max():
+        alone = torch.cat([hidden_states(body, row[None]) for row in ids]).float()
+    if (flat - alone).abs().max() > 0.05 * alone.abs().max():
         warnings.warn(
             f"{type(body).__name__} mixes rows that lie in one row: no flash-attn for it", stacklevel=2
         )

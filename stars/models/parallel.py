@@ -7,7 +7,7 @@ __all__ = ['FLAT', 'UNNAMED', 'add_lora', 'prepare', 'memory_for', 'micro_batche
            'Team', 'state_tensors', 'plain_errors', 'saved_states', 'digest_of', 'state_digest', 'remove_states',
            'tidy_states', 'name_state', 'Shards', 'write_state', 'sealed', 'state_errors', 'States', 'good_state',
            'check_state', 'load_state', 'drop_states', 'patient_ray', 'start_ray_here', 'own_signals', 'start_ray',
-           'run_worker', 'WorkerLost', 'is_loss', 'fit_once', 'worker_team', 'on_workers', 'device_count', 'run_piece',
+           'run_worker', 'WorkerLost', 'is_loss', 'fit_once', 'device_count', 'worker_team', 'on_workers', 'run_piece',
            'on_devices']
 
 # %% ../../nbs/models/44_parallel.ipynb #x003
@@ -627,6 +627,16 @@ def fit_once(trainer):
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
 
+# %% ../../nbs/models/44_parallel.ipynb #x065
+def device_count() -> tuple[str, int]:  # "GPU" or "CPU"; how many
+    "What Ray can book for work: its GPUs, or its cores where it has none"
+    start_ray()
+    import ray
+
+    has = ray.cluster_resources()
+    kind = "GPU" if has.get("GPU", 0) else "CPU"
+    return kind, int(has.get(kind, 0))
+
 # %% ../../nbs/models/44_parallel.ipynb #x062
 def worker_team(
     fn: Callable,  # what each worker runs
@@ -636,18 +646,16 @@ def worker_team(
     gpus: float,  # of a GPU that Ray books for a worker
 ):  # a TorchTrainer
     "A team of workers, not yet started; raises ValueError where Ray has too few devices"
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    has = ray.cluster_resources()
-    kind = "GPU" if has.get("GPU", 0) else "CPU"
-    if workers > has.get(kind, 0):
+    kind, devices = device_count()
+    if workers > devices:
         raise ValueError(
-            f"workers={workers}, but Ray has {has.get(kind, 0):.0f} {kind}s; lower it, "
+            f"workers={workers}, but Ray has {devices} {kind}s; lower it, "
             "or join a larger cluster (RAY_ADDRESS)"
         )
-    share = gpus if kind == "GPU" else max(1, has["CPU"] // workers // 2)
+    share = gpus if kind == "GPU" else max(1, devices // workers // 2)
     return TorchTrainer(
         run_worker,
         train_loop_config=dict(fn=fn, args=args, processes=workers),
@@ -671,7 +679,6 @@ def on_workers(
     gpus: float = 1.0,  # of a GPU that Ray books for a worker
 ):
     "Train on many workers"
-    start_ray()
     trainer = worker_team(fn, args, workers, out, gpus)
     print(f"training on {workers} workers; their steps are in {out}/metrics.jsonl", file=sys.stderr)
     for left in reversed(range(restarts + 1)):
@@ -687,16 +694,6 @@ def on_workers(
             warnings.warn(message, stacklevel=2)
         finally:
             shutil.rmtree(Path(out) / "ray", ignore_errors=True)
-
-# %% ../../nbs/models/44_parallel.ipynb #x065
-def device_count() -> tuple[str, int]:  # "GPU" or "CPU"; how many
-    "What Ray can book for pieces of work: its GPUs, or its cores where it has none"
-    start_ray()
-    import ray
-
-    has = ray.cluster_resources()
-    kind = "GPU" if has.get("GPU", 0) else "CPU"
-    return kind, int(has[kind])
 
 # %% ../../nbs/models/44_parallel.ipynb #x066
 def run_piece(

@@ -10,30 +10,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import ray
-import torch
+import tiny
 
 from stars.lab import experiments as ex
 from stars.lab.configs import changed
-from stars.models.parallel import on_devices, start_ray
+from stars.models.parallel import on_devices
 
 TINY = {"base.docs": 300, "priming.rows": 60, "data.eval": 10, "ppo.steps": 3, "ppo.save_every": 1}
 
 
 @pytest.fixture(scope="module")
 def cards():
-    "Ray with two CPUs and, on paper, two GPUs"
-    threads, omp = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    ex.quiet()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    start_ray(quiet=True, num_cpus=2, num_gpus=2)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield
-    ray.shutdown()
-    torch.set_num_threads(threads)
-    os.environ.pop("OMP_NUM_THREADS")
-    if omp:
-        os.environ["OMP_NUM_THREADS"] = omp
+    with tiny.ray_with(gpus=2):
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        yield
 
 
 def meet(folder, name, others):

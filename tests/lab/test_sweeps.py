@@ -15,13 +15,12 @@ import pandas as pd
 import psutil
 import pytest
 import ray
-import torch
+import tiny
 
 from stars.cli import main as cli
 from stars.habits.summaries import read_results
 from stars.lab import experiments as ex
 from stars.lab import sweeps
-from stars.models.parallel import start_ray
 
 TINY = {"base.docs": 300, "priming.rows": 60, "data.eval": 10}
 SETS = [f"{k}={v}" for k, v in TINY.items()]
@@ -54,18 +53,8 @@ def workers(task):
 
 @pytest.fixture(scope="module")
 def cluster():
-    "Ray with two CPUs and, on paper, one GPU; tiny models: a second thread only waits"
-    threads, omp = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    ex.quiet()
-    torch.set_num_threads(1)  # as in the workers
-    os.environ["OMP_NUM_THREADS"] = "1"
-    start_ray(quiet=True, num_cpus=2, num_gpus=1)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
-    torch.set_num_threads(threads)
-    os.environ.pop("OMP_NUM_THREADS")
-    if omp:
-        os.environ["OMP_NUM_THREADS"] = omp
+    with tiny.ray_with(gpus=1):
+        yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture(scope="module")
